@@ -1,0 +1,399 @@
+//! What can go wrong, sorted by what a caller would do about it, with the place where it did.
+//!
+//! An [`Error`] is one allocation, shared: the session, the device and the statistics may all hold
+//! the same one. Everything that a program could want to know is a method; the text is for people.
+
+use std::{error, fmt, io, sync::Arc};
+
+use crate::id::DeviceId;
+
+/// The engine's result.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why a load, a save, or a call of the embedder's failed, and where.
+#[derive(Clone)]
+pub struct Error(Arc<Place>);
+
+#[derive(Clone)]
+struct Place {
+    kind: ErrorKind,
+    phase: Phase,
+    device: Option<DeviceId>,
+    channel: Option<u32>,
+    index: Option<u32>,
+    source: Option<Arc<io::Error>>,
+}
+
+/// What went wrong. One variant for each thing that a caller would do differently.
+#[derive(Clone, Debug, Eq, PartialEq)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// The embedder's own call or setting was wrong; nothing was done.
+    Config(&'static str),
+    /// The peer broke the protocol; its stream cannot be trusted any further.
+    Protocol(Violation),
+    /// The input ended, or cannot go on, and a packet is missing: [`Error::index`] is the first.
+    Missing,
+    /// A migration channel's connection failed.
+    Channel,
+    /// The device refused a transfer, a state, or its config; [`Error::raw_os_error`] says why.
+    Device,
+    /// The device could not even be reset: it is lost, and every later call on it says so.
+    Lost,
+    /// A callback of the embedder's panicked.
+    Panicked,
+    /// Nothing has moved for the time that the settings allow.
+    Stalled,
+    /// The device's driver did not give a transfer back within the grace time. What the kernel
+    /// still holds has been leaked and the device must not be touched again.
+    Stuck,
+    /// The ring, a thread, or memory could not be had from the host.
+    Host,
+    /// The embedder cancelled, or another device's failure did.
+    Cancelled,
+    /// This system's own mistake, caught before it could do harm.
+    Internal(&'static str),
+}
+
+/// Where in a device's migration it was.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+#[non_exhaustive]
+pub enum Phase {
+    /// Before any packet: settings, threads, the device's state to RESUMING or STOP_COPY.
+    Setup,
+    /// A channel, from its hello to the packet's publication.
+    Receive,
+    /// The ordered writes to the data fd.
+    Load,
+    /// Saving or loading the device's config.
+    Config,
+    /// The ordered reads from the data fd.
+    Save,
+    /// A channel, from the packet's taking to its last byte.
+    Send,
+    /// The device's section of the main channel.
+    Section,
+    /// A change of the device's state, outside the phases above.
+    State,
+    /// After the last byte: states, fds, threads.
+    Cleanup,
+}
+
+/// A rule of the wire protocol that a peer's bytes broke (spec, sections 2, 3 and 5.2).
+#[derive(Clone, Debug, Eq, PartialEq)]
+#[non_exhaustive]
+pub enum Violation {
+    /// A hello or a packet does not begin with the multifd magic.
+    Magic(u32),
+    /// A multifd version that this engine does not speak.
+    Version(u32),
+    /// The hello's VM uuid is not this VM's.
+    Uuid,
+    /// The hello's channel id is not below the number of channels.
+    ChannelId {
+        /// The id.
+        id: u8,
+        /// The number of channels.
+        channels: u32,
+    },
+    /// Two channels' hellos had one id.
+    ChannelIdTwice(u8),
+    /// Unknown multifd flag bits, or flags that exclude each other.
+    Flags(u32),
+    /// A device-state packet says that it is compressed.
+    Compressed(u32),
+    /// The idstr has no NUL at its end.
+    Idstr,
+    /// `next_packet_size` is 0.
+    EmptyPacket,
+    /// `next_packet_size` is above the maximum.
+    PacketTooLarge {
+        /// What it says.
+        len: u32,
+        /// The maximum in force.
+        max: u32,
+    },
+    /// The channel ended inside a packet.
+    Truncated,
+    /// A device-state payload is shorter than its 12-byte header.
+    PacketTooShort(u32),
+    /// A device-state payload of an unknown version.
+    PacketVersion(u32),
+    /// Unknown flag bits in a device-state payload.
+    PacketFlags(u32),
+    /// idx 0xffffffff.
+    InvalidIndex,
+    /// A packet with this idx has come before.
+    DuplicateIndex,
+    /// A packet with this idx has already been written.
+    IndexAlreadyWritten,
+    /// An idx above the config packet's.
+    IndexAboveConfig {
+        /// The config packet's idx.
+        config: u32,
+    },
+    /// A config packet below an idx that has come before.
+    ConfigBelowIndex {
+        /// The highest idx so far.
+        highest: u32,
+    },
+    /// A second config packet.
+    SecondConfig {
+        /// The first one's idx.
+        first: u32,
+    },
+    /// No such device here.
+    UnknownDevice {
+        /// The idstr, made printable.
+        idstr: String,
+        /// The instance id.
+        instance: u32,
+    },
+    /// This device's data does not come over multifd channels.
+    MultifdNotInUse,
+    /// A RAM or SYNC packet on a channel that was built without a sink for them.
+    RamPacket,
+    /// A RAM packet whose counts or sizes cannot be.
+    RamLayout(&'static str),
+    /// The config does not begin with its tag, or does not end where its loader stopped.
+    ConfigFraming(&'static str),
+    /// Bytes after the config's end tag.
+    ConfigTrailing(u64),
+    /// A tag that a device's section cannot have here.
+    SectionTag(u64),
+    /// A section's structure is broken.
+    Section(&'static str),
+}
+
+impl Error {
+    /// Makes an error of `kind`, met in `phase`.
+    #[must_use]
+    pub fn new(kind: ErrorKind, phase: Phase) -> Self {
+        Self(Arc::new(Place {
+            kind,
+            phase,
+            device: None,
+            channel: None,
+            index: None,
+            source: None,
+        }))
+    }
+
+    /// A broken rule of the wire, met while receiving.
+    #[must_use]
+    pub fn protocol(violation: Violation) -> Self {
+        Self::new(ErrorKind::Protocol(violation), Phase::Receive)
+    }
+
+    /// A cancellation, met in `phase`.
+    #[must_use]
+    pub fn cancelled(phase: Phase) -> Self {
+        Self::new(ErrorKind::Cancelled, phase)
+    }
+
+    fn with(mut self, change: impl FnOnce(&mut Place)) -> Self {
+        change(Arc::make_mut(&mut self.0));
+        self
+    }
+
+    /// Names the device.
+    #[must_use]
+    pub fn on_device(self, device: &DeviceId) -> Self {
+        self.with(|place| place.device = Some(device.clone()))
+    }
+
+    /// Names the channel, by its position in the order given to the session.
+    #[must_use]
+    pub fn on_channel(self, channel: u32) -> Self {
+        self.with(|place| place.channel = Some(channel))
+    }
+
+    /// Names the packet.
+    #[must_use]
+    pub fn at_index(self, index: u32) -> Self {
+        self.with(|place| place.index = Some(index))
+    }
+
+    /// Names the phase anew.
+    #[must_use]
+    pub fn in_phase(self, phase: Phase) -> Self {
+        self.with(|place| place.phase = phase)
+    }
+
+    /// Adds what the kernel, or a callback, said.
+    #[must_use]
+    pub fn caused_by(self, source: impl Into<io::Error>) -> Self {
+        let source = source.into();
+        self.with(|place| place.source = Some(Arc::new(source)))
+    }
+
+    /// What went wrong.
+    #[must_use]
+    pub fn kind(&self) -> &ErrorKind {
+        &self.0.kind
+    }
+
+    /// Where in the migration.
+    #[must_use]
+    pub fn phase(&self) -> Phase {
+        self.0.phase
+    }
+
+    /// Which device, where it was one device's.
+    #[must_use]
+    pub fn device(&self) -> Option<&DeviceId> {
+        self.0.device.as_ref()
+    }
+
+    /// Which channel, where it was one channel's.
+    #[must_use]
+    pub fn channel(&self) -> Option<u32> {
+        self.0.channel
+    }
+
+    /// Which packet, where it was one packet's.
+    #[must_use]
+    pub fn index(&self) -> Option<u32> {
+        self.0.index
+    }
+
+    /// The kernel's errno, where one is behind it.
+    #[must_use]
+    pub fn raw_os_error(&self) -> Option<i32> {
+        self.0
+            .source
+            .as_ref()
+            .and_then(|source| source.raw_os_error())
+    }
+
+    /// Whether somebody cancelled, rather than something failed.
+    #[must_use]
+    pub fn is_cancelled(&self) -> bool {
+        self.0.kind == ErrorKind::Cancelled
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Error")
+            .field("kind", &self.0.kind)
+            .field("phase", &self.0.phase)
+            .field("device", &self.0.device)
+            .field("channel", &self.0.channel)
+            .field("index", &self.0.index)
+            .field("source", &self.0.source)
+            .finish()
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Lower case, no full stop, and never the source: reporters walk the chain themselves.
+        write!(f, "{}", self.0.phase)?;
+        if let Some(device) = &self.0.device {
+            write!(f, ", device {device}")?;
+        }
+        if let Some(channel) = self.0.channel {
+            write!(f, ", channel {channel}")?;
+        }
+        if let Some(index) = self.0.index {
+            write!(f, ", idx {index}")?;
+        }
+        write!(f, ": {}", self.0.kind)
+    }
+}
+
+impl error::Error for Error {
+    fn source(&self) -> Option<&(dyn error::Error + 'static)> {
+        self.0.source.as_deref().map(|source| source as _)
+    }
+}
+
+impl fmt::Display for ErrorKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Config(what) => write!(f, "wrong use: {what}"),
+            Self::Protocol(violation) => write!(f, "{violation}"),
+            Self::Missing => f.write_str("the input has ended without this packet"),
+            Self::Channel => f.write_str("the connection failed"),
+            Self::Device => f.write_str("the device refused"),
+            Self::Lost => f.write_str("the device is lost: its reset failed"),
+            Self::Panicked => f.write_str("a callback panicked"),
+            Self::Stalled => f.write_str("no progress for the time allowed"),
+            Self::Stuck => f.write_str("the device did not end its transfer within the grace time"),
+            Self::Host => f.write_str("the host has no means for this"),
+            Self::Cancelled => f.write_str("operation cancelled"),
+            Self::Internal(what) => write!(f, "internal error: {what}"),
+        }
+    }
+}
+
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Setup => "setup",
+            Self::Receive => "receive",
+            Self::Load => "load",
+            Self::Config => "config",
+            Self::Save => "save",
+            Self::Send => "send",
+            Self::Section => "section",
+            Self::State => "state",
+            Self::Cleanup => "cleanup",
+        })
+    }
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Magic(magic) => write!(f, "magic {magic:#010x} is not multifd's"),
+            Self::Version(version) => write!(f, "unknown multifd version {version}"),
+            Self::Uuid => f.write_str("the hello's uuid is another VM's"),
+            Self::ChannelId { id, channels } => {
+                write!(f, "the hello's channel id {id} is not below {channels}")
+            }
+            Self::ChannelIdTwice(id) => write!(f, "a second hello with channel id {id}"),
+            Self::Flags(flags) => write!(f, "impossible packet flags {flags:#x}"),
+            Self::Compressed(flags) => {
+                write!(f, "compressed packet, flags {flags:#x}")
+            }
+            Self::Idstr => f.write_str("idstr without a NUL at its end"),
+            Self::EmptyPacket => f.write_str("packet of size 0"),
+            Self::PacketTooLarge { len, max } => {
+                write!(f, "packet of {len} bytes, the maximum is {max}")
+            }
+            Self::Truncated => f.write_str("the channel ended inside a packet"),
+            Self::PacketTooShort(len) => {
+                write!(f, "packet of {len} bytes is shorter than its header")
+            }
+            Self::PacketVersion(version) => write!(f, "unknown packet version {version}"),
+            Self::PacketFlags(flags) => write!(f, "unknown packet flags {flags:#x}"),
+            Self::InvalidIndex => f.write_str("idx 0xffffffff is not valid"),
+            Self::DuplicateIndex => f.write_str("a second packet with this idx"),
+            Self::IndexAlreadyWritten => f.write_str("this idx has been written already"),
+            Self::IndexAboveConfig { config } => {
+                write!(f, "idx above the config packet's, {config}")
+            }
+            Self::ConfigBelowIndex { highest } => {
+                write!(
+                    f,
+                    "config packet below idx {highest}, which has come before"
+                )
+            }
+            Self::SecondConfig { first } => {
+                write!(f, "a second config packet, the first had idx {first}")
+            }
+            Self::UnknownDevice { idstr, instance } => {
+                write!(f, "no device {idstr:?} with instance {instance} here")
+            }
+            Self::MultifdNotInUse => f.write_str("this device does not use multifd transfer"),
+            Self::RamPacket => f.write_str("RAM or SYNC packet on a channel without a sink for it"),
+            Self::RamLayout(what) => write!(f, "RAM packet: {what}"),
+            Self::ConfigFraming(what) => write!(f, "config: {what}"),
+            Self::ConfigTrailing(len) => write!(f, "{len} bytes after the config's end"),
+            Self::SectionTag(tag) => write!(f, "unexpected tag {tag:#018x} in a device's section"),
+            Self::Section(what) => write!(f, "section: {what}"),
+        }
+    }
+}

@@ -1,0 +1,73 @@
+//! A device's name on the wire.
+
+use std::{fmt, sync::Arc};
+
+use crate::error::{Error, ErrorKind, Phase};
+
+/// Names a device on the wire and in every error: the `idstr` of its section and the instance id.
+///
+/// Two devices of one VM never share both. Cloning is a reference count.
+///
+/// ```
+/// use vfio_migration::DeviceId;
+///
+/// let id = DeviceId::new("0000:00:03.0/vfio", 0)?;
+/// assert_eq!(id.to_string(), "0000:00:03.0/vfio");
+/// assert!(DeviceId::new("x".repeat(256), 0).is_err());
+/// # Ok::<(), vfio_migration::Error>(())
+/// ```
+#[derive(Clone, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub struct DeviceId {
+    idstr: Arc<str>,
+    instance: u32,
+}
+
+impl DeviceId {
+    /// The most bytes that an idstr has: 256 on the wire, the last of them 0.
+    pub const MAX_IDSTR: usize = 255;
+
+    /// Makes a name.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Config`] where `idstr` is empty, longer than [`DeviceId::MAX_IDSTR`] bytes, or
+    /// holds a NUL.
+    pub fn new(idstr: impl Into<Arc<str>>, instance: u32) -> Result<Self, Error> {
+        let idstr = idstr.into();
+        if idstr.is_empty() || idstr.len() > Self::MAX_IDSTR || idstr.contains('\0') {
+            return Err(Error::new(
+                ErrorKind::Config("an idstr has 1 to 255 bytes and no NUL"),
+                Phase::Setup,
+            ));
+        }
+        Ok(Self { idstr, instance })
+    }
+
+    /// The section's idstr, for a VFIO PCI device `0000:00:03.0/vfio`.
+    #[must_use]
+    pub fn idstr(&self) -> &str {
+        &self.idstr
+    }
+
+    /// The instance id, 0 for every device that has an idstr of its own.
+    #[must_use]
+    pub const fn instance(&self) -> u32 {
+        self.instance
+    }
+}
+
+impl fmt::Display for DeviceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.idstr)?;
+        if self.instance != 0 {
+            write!(f, "#{}", self.instance)?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for DeviceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "DeviceId({self})")
+    }
+}

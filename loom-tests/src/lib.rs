@@ -1,0 +1,1 @@
+//! The bounds that every model runs under.

@@ -1,0 +1,140 @@
+//! What a ring can be asked to do, and what comes back.
+
+use std::{fmt, io, os::fd::OwnedFd, sync::Arc};
+
+/// A file that operations name. The ring keeps a clone for as long as an operation is in flight,
+/// so closing it elsewhere never frees the number for another file to take.
+pub type Fd = Arc<OwnedFd>;
+
+/// Names an operation between [`push`](crate::Ring::push) and its [`Completion`]. The caller
+/// chooses it; no two operations in flight share one.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub struct Token(pub u32);
+
+/// Whether the operation pushed next waits for this one.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Link {
+    /// The end of its chain: what is pushed next may run at the same time, in any order.
+    End,
+    /// The operation pushed next starts when this one has moved *all* its bytes, and completes
+    /// with `ECANCELED`, untouched, when this one moved fewer or failed (`IOSQE_IO_LINK`).
+    Next,
+}
+
+/// One operation. Transfers are at the file's own position (offset -1).
+pub enum Op<B> {
+    /// Read up to the buffer's length. 0 is the end.
+    Read {
+        /// From where.
+        fd: Fd,
+        /// To where.
+        buffer: B,
+    },
+    /// Write up to the buffer's length.
+    Write {
+        /// To where.
+        fd: Fd,
+        /// From where.
+        buffer: B,
+    },
+    /// Read into several buffers, in their order.
+    ReadVectored {
+        /// From where.
+        fd: Fd,
+        /// To where. At most [`Op::MAX_VECTORS`].
+        buffers: Vec<B>,
+    },
+    /// Write several buffers, in their order. Beware: on a file that has only a plain write the
+    /// kernel calls the driver once per buffer, and an error in the second comes back as the
+    /// first's length.
+    WriteVectored {
+        /// To where.
+        fd: Fd,
+        /// From where. At most [`Op::MAX_VECTORS`].
+        buffers: Vec<B>,
+    },
+    /// Receive on a socket.
+    Recv {
+        /// From where.
+        fd: Fd,
+        /// To where.
+        buffer: B,
+    },
+    /// Send on a socket, without `SIGPIPE`.
+    Send {
+        /// To where.
+        fd: Fd,
+        /// From where.
+        buffer: B,
+    },
+    /// Wait until the file is ready; the result is `revents`.
+    Poll {
+        /// Which file.
+        fd: Fd,
+        /// `POLLIN`, `POLLOUT`, … as in `poll(2)`.
+        events: i16,
+    },
+}
+
+impl<B> Op<B> {
+    /// The most buffers that a vectored operation takes.
+    pub const MAX_VECTORS: usize = 64;
+
+    /// The file that the operation names.
+    pub const fn fd(&self) -> &Fd {
+        match self {
+            Self::Read { fd, .. }
+            | Self::Write { fd, .. }
+            | Self::ReadVectored { fd, .. }
+            | Self::WriteVectored { fd, .. }
+            | Self::Recv { fd, .. }
+            | Self::Send { fd, .. }
+            | Self::Poll { fd, .. } => fd,
+        }
+    }
+
+    /// The operation's name, for traces and errors.
+    #[must_use]
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Read { .. } => "read",
+            Self::Write { .. } => "write",
+            Self::ReadVectored { .. } => "readv",
+            Self::WriteVectored { .. } => "writev",
+            Self::Recv { .. } => "recv",
+            Self::Send { .. } => "send",
+            Self::Poll { .. } => "poll",
+        }
+    }
+}
+
+impl<B> fmt::Debug for Op<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct(self.name())
+            .field("fd", self.fd())
+            .finish_non_exhaustive()
+    }
+}
+
+/// An operation that has ended, with all that it borrowed.
+#[derive(Debug)]
+#[must_use = "the buffers and the file come back in it"]
+pub struct Completion<B> {
+    /// The name that the caller gave it.
+    pub token: Token,
+    /// The operation, its buffers and its file.
+    pub op: Op<B>,
+    /// The bytes moved (or `revents`), or the errno: `ECANCELED` where it was cancelled or its
+    /// chain broke before it started.
+    pub result: io::Result<usize>,
+}
+
+/// An operation that was not taken: the ring is full, or its token is in flight.
+#[must_use = "the operation is given back"]
+pub struct Rejected<B>(pub Op<B>);
+
+impl<B> fmt::Debug for Rejected<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Rejected").field(&self.0).finish()
+    }
+}
