@@ -1,0 +1,230 @@
+//! What a device's migration has been told, and whether it has ended: flags that are only ever set.
+//!
+//! ```text
+//!   START         the switchover began: the driver may transfer          the main thread
+//!   CONFIG_READY  the config may be loaded                               the main thread
+//!   QUIT          should-quit: the migration is off                      anybody
+//!   EXIT          want-exit: cleanup waits for the end                   whoever cleans up
+//!   DRAINED       the driver has done its part, and left its result      the driver
+//!   ENDED         all is over; nobody touches the device any more        the device's thread
+//! ```
+//!
+//! The driver looks at the flags before each step and after each sleep. The device's thread, and
+//! whoever cleans up, wait for them here. Since no flag is ever taken back, there is no order in
+//! which setting one could lose another, and every wait ends: for `CONFIG_READY` with `QUIT` or
+//! `EXIT`, for `DRAINED` by the driver or the grace time, for `ENDED` by the device's thread or the
+//! caller's deadline.
+//!
+//! # Edges
+//!
+//! | edge | release side     | acquire side                      | what it carries                       |
+//! |------|------------------|-----------------------------------|---------------------------------------|
+//! | flag | `Control::set`   | `Control::has`                    | all that the setter did before        |
+
+use std::{fmt, time::Instant};
+
+use crate::{
+    reorder::waiters::Waiters,
+    sync::atomic::{
+        AtomicU32,
+        Ordering::{AcqRel, Acquire},
+    },
+};
+
+/// Why a device's migration should end early.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Stop {
+    /// Should-quit: the migration is off.
+    Quit,
+    /// Want-exit: cleanup has begun.
+    Exit,
+}
+
+/// One device's flags.
+#[derive(Default)]
+pub struct Control {
+    word: AtomicU32,
+    changed: Waiters,
+}
+
+impl Control {
+    const START: u32 = 1 << 0;
+    const CONFIG_READY: u32 = 1 << 1;
+    const QUIT: u32 = 1 << 2;
+    const EXIT: u32 = 1 << 3;
+    const DRAINED: u32 = 1 << 4;
+    const ENDED: u32 = 1 << 5;
+
+    /// Returns the flags of a device that nothing has been said of.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sets a flag and wakes who waits here. Returns whether it was this call that set it.
+    fn set(&self, flag: u32) -> bool {
+        // flag edge, release side; and acquire, so that the flags set before by others are passed
+        // on to whoever sees this one.
+        let before = self.word.fetch_or(flag, AcqRel);
+        self.changed.notify_all();
+        before & flag == 0
+    }
+
+    fn has(&self, flags: u32) -> bool {
+        // flag edge, acquire side.
+        self.word.load(Acquire) & flags != 0
+    }
+
+    /// The switchover begins. Returns whether it is the first time.
+    pub fn start(&self) -> bool {
+        self.set(Self::START)
+    }
+
+    /// Whether the switchover has begun.
+    pub fn is_started(&self) -> bool {
+        self.has(Self::START)
+    }
+
+    /// The config may be loaded. Returns whether it is the first time.
+    #[must_use = "a second notice is the peer's error"]
+    pub fn config_ready(&self) -> bool {
+        self.set(Self::CONFIG_READY)
+    }
+
+    /// Should-quit. Returns whether it is the first time.
+    pub fn quit(&self) -> bool {
+        self.set(Self::QUIT)
+    }
+
+    /// Want-exit. Returns whether it is the first time.
+    pub fn exit(&self) -> bool {
+        self.set(Self::EXIT)
+    }
+
+    /// Whether to end early, and why.
+    pub fn stop(&self) -> Option<Stop> {
+        if self.has(Self::QUIT) {
+            Some(Stop::Quit)
+        } else if self.has(Self::EXIT) {
+            Some(Stop::Exit)
+        } else {
+            None
+        }
+    }
+
+    /// The driver has left its result. Returns whether it is the first time.
+    pub fn drained(&self) -> bool {
+        self.set(Self::DRAINED)
+    }
+
+    /// Whether the driver has left its result.
+    pub fn is_drained(&self) -> bool {
+        self.has(Self::DRAINED)
+    }
+
+    /// All is over. Returns whether it is the first time.
+    pub fn end(&self) -> bool {
+        self.set(Self::ENDED)
+    }
+
+    /// Whether all is over.
+    pub fn is_ended(&self) -> bool {
+        self.has(Self::ENDED)
+    }
+
+    /// Waits until the driver has left its result, or somebody says stop.
+    ///
+    /// # Errors
+    ///
+    /// Why to stop. The driver may still be at work.
+    pub fn wait_drained(&self) -> Result<(), Stop> {
+        let look = || {
+            // The result first: what the driver has done counts, whatever was said since.
+            if self.is_drained() {
+                Some(Ok(()))
+            } else {
+                self.stop().map(Err)
+            }
+        };
+        self.changed
+            .wait(None, look)
+            .expect("a wait without a deadline ends with a look")
+    }
+
+    /// Waits until the driver has left its result, `deadline` at most. Returns whether it has.
+    pub fn wait_drained_until(&self, deadline: Instant) -> bool {
+        let look = || self.is_drained().then_some(());
+        self.changed.wait(Some(deadline), look).is_some()
+    }
+
+    /// Waits until the config may be loaded.
+    ///
+    /// # Errors
+    ///
+    /// Why to stop instead.
+    pub fn wait_config_ready(&self) -> Result<(), Stop> {
+        let look = || {
+            // Stop first: after a cancellation nothing is loaded.
+            if let Some(stop) = self.stop() {
+                Some(Err(stop))
+            } else {
+                self.has(Self::CONFIG_READY).then_some(Ok(()))
+            }
+        };
+        self.changed
+            .wait(None, look)
+            .expect("a wait without a deadline ends with a look")
+    }
+
+    /// Waits until all is over, `deadline` at most. Returns whether it is.
+    pub fn wait_end(&self, deadline: Option<Instant>) -> bool {
+        let look = || self.is_ended().then_some(());
+        self.changed.wait(deadline, look).is_some()
+    }
+
+    /// How often the net found a flag that had not been announced. Must stay 0.
+    #[must_use]
+    pub fn late(&self) -> u64 {
+        self.changed.late()
+    }
+}
+
+impl fmt::Debug for Control {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Control")
+            .field("started", &self.is_started())
+            .field("stop", &self.stop())
+            .field("drained", &self.is_drained())
+            .field("ended", &self.is_ended())
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_flag_is_set_once() {
+        let control = Control::new();
+        assert!(control.start() && !control.start());
+        assert!(control.config_ready() && !control.config_ready());
+        assert!(control.quit() && !control.quit());
+        assert!(control.exit() && !control.exit());
+        assert!(control.drained() && !control.drained());
+        assert!(control.end() && !control.end());
+    }
+
+    #[test]
+    fn a_result_outlives_a_cancellation_and_a_config_does_not() {
+        let control = Control::new();
+        control.exit();
+        assert_eq!(control.wait_drained(), Err(Stop::Exit));
+        control.drained();
+        assert_eq!(control.wait_drained(), Ok(()));
+        assert!(control.config_ready());
+        assert_eq!(control.wait_config_ready(), Err(Stop::Exit));
+        control.quit();
+        assert_eq!(control.wait_config_ready(), Err(Stop::Quit));
+    }
+}

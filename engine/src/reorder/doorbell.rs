@@ -1,0 +1,97 @@
+//! How the one driver sleeps, and how whoever has something for it knows that it must be woken.
+//!
+//! ```text
+//!   driver                                publisher, canceller, …
+//!   ──────                                ───────────────────────
+//!   say what it waits for                 make it so (publish, set a flag)
+//!   asleep = true                         fence ─────────────┐
+//!   fence ────────────────────────┐       asleep?  no ──▶ done, without a system call
+//!   look again at all it waits for│       yes: asleep = false, and wake the ring
+//!   nothing: sleep in the ring    │
+//!   asleep = false                └─── of two such fences one comes first: either the driver's
+//!                                      second look sees what was made so, or the other thread
+//!                                      sees it asleep
+//! ```
+//!
+//! The ring's wake is sticky, so a wake between the second look and the sleep ends the sleep. What
+//! the driver waits for ([`Doorbell::ring_if`]) is written by the driver alone; a waker only reads
+//! it. (A waker that *takes back* what the driver has written, with a swap, can take back a later
+//! sleep's: that loses a wake-up, and did.)
+//!
+//! # Edges
+//!
+//! There is none: the doorbell carries no data. What the driver finds when it looks again carries
+//! its own edge. The two fences are each other's partners, and both are needed.
+
+use std::fmt;
+
+use crossbeam_utils::CachePadded;
+
+use crate::sync::atomic::{
+    AtomicBool,
+    Ordering::{Relaxed, SeqCst},
+    fence,
+};
+
+/// The driver's bell. One sleeper, many ringers.
+pub struct Doorbell {
+    asleep: CachePadded<AtomicBool>,
+}
+
+impl Doorbell {
+    /// Returns the bell of a driver that is awake.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            asleep: CachePadded::new(AtomicBool::new(false)),
+        }
+    }
+
+    /// The driver says that it is about to sleep. It must look again at everything it waits for
+    /// before it does.
+    pub fn lie_down(&self) {
+        // Relaxed: ordered by the fence.
+        self.asleep.store(true, Relaxed);
+        // Partner: the fence of `ring_if`.
+        fence(SeqCst);
+    }
+
+    /// The driver says that it is awake.
+    pub fn get_up(&self) {
+        // Relaxed: a ringer that still sees it asleep wakes it once too often.
+        self.asleep.store(false, Relaxed);
+    }
+
+    /// Called after something was made so that the driver may wait for. Returns whether the caller
+    /// must wake the driver's ring: at most one caller per sleep is told so.
+    #[must_use = "a driver that is not woken sleeps on"]
+    pub fn ring(&self) -> bool {
+        self.ring_if(|| true)
+    }
+
+    /// As [`Doorbell::ring`], where `waits` tells whether the driver waits for just this. It is
+    /// asked behind the fence, so a relaxed load of what the driver wrote before
+    /// [`Doorbell::lie_down`] is enough.
+    #[must_use = "a driver that is not woken sleeps on"]
+    pub fn ring_if(&self, waits: impl FnOnce() -> bool) -> bool {
+        // Partner: the fence of `lie_down`.
+        fence(SeqCst);
+        // Relaxed: after the fence. The swap only keeps a second ringer from a second wake.
+        waits() && self.asleep.load(Relaxed) && self.asleep.swap(false, Relaxed)
+    }
+}
+
+impl Default for Doorbell {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl fmt::Debug for Doorbell {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Doorbell")
+            // Relaxed: for a human.
+            .field("asleep", &self.asleep.load(Relaxed))
+            .finish()
+    }
+}

@@ -1,0 +1,189 @@
+//! How threads other than the driver wait: for room, for a packet to send, for a device's end.
+//!
+//! ```text
+//!   waiter                                 notifier
+//!   ──────                                 ────────
+//!   look: there? ──▶ done                  make it so
+//!   lock                                   fence
+//!   waiting += 1                           waiting == 0?  ──▶ done, without a lock
+//!   fence                                  lock, unlock    (the waiter is now in its sleep)
+//!   look again, under the lock             notify
+//!   nothing: sleep (unlocks)
+//! ```
+//!
+//! A waiter looks while it holds the lock, and gives it up only by sleeping; a notifier that saw
+//! somebody waiting goes through the lock before it notifies. So no notification falls between a
+//! look and its sleep. Whether there is a waiter at all is asked without the lock, and the two
+//! fences make one of the two see the other.
+//!
+//! Sleeps are bounded ([`RECHECK`]), as a net: what the look after the bound finds is counted in
+//! [`Waiters::late`], and must stay 0. (Not under loom, where a bound would keep every model green.)
+//!
+//! # Edges
+//!
+//! There is none: what a look finds carries its own. The fences are each other's partners.
+
+use std::{
+    fmt,
+    time::{Duration, Instant},
+};
+
+use crate::sync::{
+    Condvar, Mutex,
+    atomic::{
+        AtomicU32, AtomicU64,
+        Ordering::{Relaxed, SeqCst},
+        fence,
+    },
+    lock, wait_bounded,
+};
+
+/// How long a sleep lasts at most before its thread looks again by itself.
+pub const RECHECK: Duration = Duration::from_secs(1);
+
+/// A place to wait at.
+pub struct Waiters {
+    waiting: AtomicU32,
+    late: AtomicU64,
+    lock: Mutex<()>,
+    condvar: Condvar,
+}
+
+impl Waiters {
+    /// Returns a place where nobody waits.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            waiting: AtomicU32::new(0),
+            late: AtomicU64::new(0),
+            lock: Mutex::new(()),
+            condvar: Condvar::new(),
+        }
+    }
+
+    /// Waits until `look` returns something, or `deadline` has passed.
+    ///
+    /// `look` must not wait, and must not call back into this place. It sees what any thread made
+    /// so before it notified.
+    pub fn wait<R>(
+        &self,
+        deadline: Option<Instant>,
+        mut look: impl FnMut() -> Option<R>,
+    ) -> Option<R> {
+        if let Some(found) = look() {
+            return Some(found);
+        }
+        let mut guard = lock(&self.lock);
+        // Relaxed: ordered by the fence.
+        self.waiting.fetch_add(1, Relaxed);
+        // Partner: the fence of `notify`.
+        fence(SeqCst);
+        let mut bound_passed = false;
+        let found = loop {
+            if let Some(found) = look() {
+                if bound_passed {
+                    // Relaxed: a counter.
+                    self.late.fetch_add(1, Relaxed);
+                }
+                break Some(found);
+            }
+            let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                break None;
+            }
+            let bound = left.map_or(RECHECK, |left| left.min(RECHECK));
+            let slept;
+            (guard, slept) = wait_bounded(&self.condvar, guard, bound);
+            // A deadline is no net: only the re-check's own bound counts.
+            bound_passed = slept && bound == RECHECK;
+        };
+        // Relaxed: a notifier that still sees us takes the lock for nothing.
+        self.waiting.fetch_sub(1, Relaxed);
+        drop(guard);
+        found
+    }
+
+    /// Whether a notifier would find somebody. Behind a fence, so that what was made so before is
+    /// seen by whoever begins to wait after.
+    fn somebody(&self) -> bool {
+        // Partner: the fence of `wait`.
+        fence(SeqCst);
+        // Relaxed: after the fence.
+        self.waiting.load(Relaxed) > 0
+    }
+
+    /// Wakes everybody who waits, after something was made so. No system call where nobody does.
+    pub fn notify_all(&self) {
+        if self.somebody() {
+            drop(lock(&self.lock));
+            self.condvar.notify_all();
+        }
+    }
+
+    /// As [`Waiters::notify_all`], for something that only one of those who wait can have.
+    pub fn notify_one(&self) {
+        if self.somebody() {
+            drop(lock(&self.lock));
+            self.condvar.notify_one();
+        }
+    }
+
+    /// How often the bounded re-check found something that no notification had announced.
+    #[must_use]
+    pub fn late(&self) -> u64 {
+        // Relaxed: a counter.
+        self.late.load(Relaxed)
+    }
+}
+
+impl Default for Waiters {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl fmt::Debug for Waiters {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Waiters")
+            // Relaxed: for a human.
+            .field("waiting", &self.waiting.load(Relaxed))
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use std::{
+        sync::atomic::{AtomicBool, Ordering},
+        thread,
+    };
+
+    use super::*;
+
+    #[test]
+    fn what_is_there_is_found_without_waiting() {
+        assert_eq!(Waiters::new().wait(None, || Some(7)), Some(7));
+    }
+
+    #[test]
+    fn a_deadline_ends_a_wait() {
+        let waiters = Waiters::new();
+        let deadline = Instant::now() + Duration::from_millis(5);
+        assert_eq!(waiters.wait(Some(deadline), || None::<()>), None);
+        assert_eq!(waiters.late(), 0);
+    }
+
+    #[test]
+    fn a_notification_ends_a_wait() {
+        let waiters = Waiters::new();
+        let there = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let waiting =
+                scope.spawn(|| waiters.wait(None, || there.load(Ordering::Acquire).then_some(())));
+            there.store(true, Ordering::Release);
+            waiters.notify_all();
+            assert_eq!(waiting.join().unwrap(), Some(()));
+        });
+        assert_eq!(waiters.late(), 0);
+    }
+}
