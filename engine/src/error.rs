@@ -5,7 +5,7 @@
 
 use std::{error, fmt, io, sync::Arc};
 
-use crate::id::DeviceId;
+use crate::{id::DeviceId, state::DeviceState};
 
 /// The engine's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -21,6 +21,7 @@ struct Place {
     device: Option<DeviceId>,
     channel: Option<u32>,
     index: Option<u32>,
+    states: Option<(DeviceState, DeviceState)>,
     source: Option<Arc<io::Error>>,
 }
 
@@ -36,8 +37,11 @@ pub enum ErrorKind {
     Missing,
     /// A migration channel's connection failed.
     Channel,
-    /// The device refused a transfer, a state, or its config; [`Error::raw_os_error`] says why.
+    /// The device refused a transfer or its config; [`Error::raw_os_error`] says why.
     Device,
+    /// The device refused a change of its state: [`Error::states`] says which,
+    /// [`Error::raw_os_error`] why. The device has been recovered to a state it may be used in.
+    State,
     /// The device could not even be reset: it is lost, and every later call on it says so.
     Lost,
     /// A callback of the embedder's panicked.
@@ -163,6 +167,13 @@ pub enum Violation {
     SectionTag(u64),
     /// A section's structure is broken.
     Section(&'static str),
+    /// The main channel has something of an unknown type, or one that cannot stand here.
+    SectionType(u8),
+    /// The main channel, or the return path, ended inside something.
+    SectionTruncated {
+        /// How many bytes had come since the reading began.
+        offset: u64,
+    },
 }
 
 impl Error {
@@ -175,6 +186,7 @@ impl Error {
             device: None,
             channel: None,
             index: None,
+            states: None,
             source: None,
         }))
     }
@@ -212,6 +224,18 @@ impl Error {
     #[must_use]
     pub fn at_index(self, index: u32) -> Self {
         self.with(|place| place.index = Some(index))
+    }
+
+    /// Names the change of state: the state before, and the state that was asked for.
+    #[must_use]
+    pub fn between(self, from: DeviceState, to: DeviceState) -> Self {
+        self.with(|place| place.states = Some((from, to)))
+    }
+
+    /// Says anew what went wrong, and keeps where and why.
+    #[must_use]
+    pub fn with_kind(self, kind: ErrorKind) -> Self {
+        self.with(|place| place.kind = kind)
     }
 
     /// Names the phase anew.
@@ -257,6 +281,12 @@ impl Error {
         self.0.index
     }
 
+    /// The state before and the state that was asked for, where it was a change of state.
+    #[must_use]
+    pub fn states(&self) -> Option<(DeviceState, DeviceState)> {
+        self.0.states
+    }
+
     /// The kernel's errno, where one is behind it.
     #[must_use]
     pub fn raw_os_error(&self) -> Option<i32> {
@@ -281,6 +311,7 @@ impl fmt::Debug for Error {
             .field("device", &self.0.device)
             .field("channel", &self.0.channel)
             .field("index", &self.0.index)
+            .field("states", &self.0.states)
             .field("source", &self.0.source)
             .finish()
     }
@@ -298,6 +329,9 @@ impl fmt::Display for Error {
         }
         if let Some(index) = self.0.index {
             write!(f, ", idx {index}")?;
+        }
+        if let Some((from, to)) = self.0.states {
+            write!(f, ", {from} to {to}")?;
         }
         write!(f, ": {}", self.0.kind)
     }
@@ -317,6 +351,7 @@ impl fmt::Display for ErrorKind {
             Self::Missing => f.write_str("the input has ended without this packet"),
             Self::Channel => f.write_str("the connection failed"),
             Self::Device => f.write_str("the device refused"),
+            Self::State => f.write_str("the device refused the state"),
             Self::Lost => f.write_str("the device is lost: its reset failed"),
             Self::Panicked => f.write_str("a callback panicked"),
             Self::Stalled => f.write_str("no progress for the time allowed"),
@@ -394,6 +429,10 @@ impl fmt::Display for Violation {
             Self::ConfigTrailing(len) => write!(f, "{len} bytes after the config's end"),
             Self::SectionTag(tag) => write!(f, "unexpected tag {tag:#018x} in a device's section"),
             Self::Section(what) => write!(f, "section: {what}"),
+            Self::SectionType(kind) => write!(f, "unexpected section type {kind:#04x}"),
+            Self::SectionTruncated { offset } => {
+                write!(f, "the stream ended after {offset} bytes, inside something")
+            }
         }
     }
 }

@@ -15,18 +15,65 @@
 //!
 //! | ring | for |
 //! |---|---|
-//! | `kernel` | io_uring |
-//! | `blocking` | hosts that forbid io_uring: plain system calls on threads of the ring's own |
-//! | `sim` (feature `sim`) | tests: seeded; out of order, short, interrupted, failing |
+//! | [`KernelRing`] | io_uring |
+//! | [`BlockingRing`] | hosts that forbid io_uring: plain system calls on threads of the ring's own |
+//! | `SimRing` (feature `sim`) | tests: seeded; out of order, short, interrupted, failing |
+//!
+//! [`open`] makes the one that the host has. One thread uses a ring and sleeps in
+//! [`wait`](Ring::wait) alone; a [`Waker`] ends that from any thread, as a completion does.
 //!
 //! This crate knows no packet and no VFIO.
+//!
+//! # Example
+//!
+//! ```
+//! use std::{sync::Arc, time::Duration};
+//!
+//! use vfio_migration_uring::{Backend, Link, Op, Ring, Token, Waker, open};
+//!
+//! # fn main() -> std::io::Result<()> {
+//! let (mut ring, _chosen) =
+//!     open::<Vec<u8>>(Backend::Auto, 2, Waker::new()?, Duration::from_secs(1))?;
+//! let (reader, writer) = std::io::pipe()?;
+//! let (reader, writer) = (Arc::new(reader.into()), Arc::new(writer.into()));
+//!
+//! // The read starts when all is written.
+//! let (write, read) = (Token(0), Token(1));
+//! let buffer = b"state".to_vec();
+//! ring.push(write, Op::Write { fd: writer, buffer }, Link::Next)
+//!     .expect("the token is free");
+//! let buffer = vec![0; 16];
+//! ring.push(read, Op::Read { fd: reader, buffer }, Link::End)
+//!     .expect("the token is free");
+//!
+//! while ring.in_flight() > 0 {
+//!     ring.wait(None)?;
+//!     while let Some(completion) = ring.reap() {
+//!         assert_eq!(completion.result?, 5);
+//!         if let Op::Read { buffer, .. } = completion.op {
+//!             assert_eq!(&buffer[..5], b"state");
+//!         }
+//!     }
+//! }
+//! # Ok(())
+//! # }
+//! ```
 
+mod blocking;
 mod buffer;
+mod kernel;
 mod op;
+mod open;
 mod ring;
+#[cfg(feature = "sim")]
+pub mod sim;
+mod syscall;
 
 pub use crate::{
+    blocking::BlockingRing,
     buffer::Buffer,
+    kernel::KernelRing,
     op::{Completion, Fd, Link, Op, Rejected, Token},
+    open::{Backend, MAX_CAPACITY, UnknownBackend, open},
     ring::{Drained, Ring, Waker},
 };

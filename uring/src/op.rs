@@ -2,14 +2,24 @@
 
 use std::{fmt, io, os::fd::OwnedFd, sync::Arc};
 
+use crate::Buffer;
+
 /// A file that operations name. The ring keeps a clone for as long as an operation is in flight,
 /// so closing it elsewhere never frees the number for another file to take.
 pub type Fd = Arc<OwnedFd>;
 
 /// Names an operation between [`push`](crate::Ring::push) and its [`Completion`]. The caller
-/// chooses it; no two operations in flight share one.
+/// chooses it, below the ring's [`capacity`](crate::Ring::capacity), for it is an index into the
+/// ring's table; no two operations in flight share one.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct Token(pub u32);
+
+impl Token {
+    /// Its place in a ring's table.
+    pub(crate) const fn index(self) -> usize {
+        self.0 as usize
+    }
+}
 
 /// Whether the operation pushed next waits for this one.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -17,7 +27,11 @@ pub enum Link {
     /// The end of its chain: what is pushed next may run at the same time, in any order.
     End,
     /// The operation pushed next starts when this one has moved *all* its bytes, and completes
-    /// with `ECANCELED`, untouched, when this one moved fewer or failed (`IOSQE_IO_LINK`).
+    /// with `ECANCELED`, untouched, when this one moved fewer or failed (`IOSQE_IO_LINK`). A poll
+    /// has moved all when it is ready.
+    ///
+    /// A receive or a send with this link goes on until it has moved all (`MSG_WAITALL`): without
+    /// that the kernel does not count a short one as short, and the chain would run on.
     Next,
 }
 
@@ -80,6 +94,10 @@ impl<B> Op<B> {
     /// The most buffers that a vectored operation takes.
     pub const MAX_VECTORS: usize = 64;
 
+    /// The most bytes that an operation moves: what the kernel moves in one call, on a machine
+    /// with pages of 64 KiB or smaller.
+    pub const MAX_BYTES: usize = 0x7fff_0000;
+
     /// The file that the operation names.
     pub const fn fd(&self) -> &Fd {
         match self {
@@ -108,6 +126,44 @@ impl<B> Op<B> {
     }
 }
 
+impl<B: Buffer> Op<B> {
+    /// The bytes that the operation asks to move: its buffers' lengths; 0 for a poll.
+    #[must_use]
+    pub fn requested(&self) -> usize {
+        match self {
+            Self::Read { buffer, .. }
+            | Self::Write { buffer, .. }
+            | Self::Recv { buffer, .. }
+            | Self::Send { buffer, .. } => buffer.len(),
+            Self::ReadVectored { buffers, .. } | Self::WriteVectored { buffers, .. } => buffers
+                .iter()
+                .fold(0, |total, buffer| total.saturating_add(buffer.len())),
+            Self::Poll { .. } => 0,
+        }
+    }
+
+    /// Whether it keeps to [`Op::MAX_VECTORS`] and [`Op::MAX_BYTES`]. More would be cut by the
+    /// kernel without a word, and a chain would not notice.
+    pub(crate) fn within_limits(&self) -> bool {
+        let vectors = match self {
+            Self::ReadVectored { buffers, .. } | Self::WriteVectored { buffers, .. } => {
+                buffers.len()
+            }
+            _ => 1,
+        };
+        vectors <= Self::MAX_VECTORS && self.requested() <= Self::MAX_BYTES
+    }
+
+    /// Whether the operation linked to this one may start after `result`.
+    pub(crate) fn holds_chain(&self, result: &io::Result<usize>) -> bool {
+        match (self, result) {
+            (Self::Poll { .. }, Ok(_)) => true,
+            (_, Ok(moved)) => *moved == self.requested(),
+            (_, Err(_)) => false,
+        }
+    }
+}
+
 impl<B> fmt::Debug for Op<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct(self.name())
@@ -129,7 +185,9 @@ pub struct Completion<B> {
     pub result: io::Result<usize>,
 }
 
-/// An operation that was not taken: the ring is full, or its token is in flight.
+/// An operation that was not taken: its token is in flight or beyond the ring's capacity, it is
+/// larger than [`Op::MAX_BYTES`] or has more than [`Op::MAX_VECTORS`] buffers, or the ring has
+/// been drained.
 #[must_use = "the operation is given back"]
 pub struct Rejected<B>(pub Op<B>);
 

@@ -1,8 +1,19 @@
 //! The trait that all rings share, and the handle that wakes one.
+//!
+//! ```text
+//!          the ring's thread                               any thread
+//!   push, cancel ─▶ submit ─▶ wait ─▶ reap                 Waker::wake
+//!                              ▲ ▲                              │
+//!          a completion ───────┘ └──────────────────────────────┘
+//! ```
+//!
+//! One thread uses a ring; a wake comes from any. [`Ring::wait`] is the only call that sleeps,
+//! and a completion, a wake and its time-out each end it. [`Ring::drain`] sleeps too: until the
+//! last operation has ended or its grace time has passed.
 
 use std::{
     fmt, io,
-    os::fd::{AsFd, BorrowedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
     sync::Arc,
     time::Duration,
 };
@@ -18,24 +29,30 @@ use crate::{Completion, Op, Rejected, Token, op::Link};
 ///
 /// Dropping a ring is [`drain`](Ring::drain) with the grace time it was made with.
 pub trait Ring<B>: Send + fmt::Debug {
-    /// How many operations may be in flight at once.
+    /// How many operations may be in flight at once. Their tokens are smaller than this.
     fn capacity(&self) -> usize;
 
-    /// How many are.
+    /// How many are: pushed, and not yet reaped.
     fn in_flight(&self) -> usize;
 
     /// Takes an operation, to be started by the next [`submit`](Ring::submit) or
     /// [`wait`](Ring::wait). An operation pushed with [`Link::Next`] must be followed by another
-    /// push before either; a chain is not split.
+    /// push before either; a chain is not split, and one that is left open ends there.
     ///
     /// # Errors
     ///
-    /// Gives the operation back when the ring is full or the token is in flight.
+    /// Gives the operation back when the token is in flight (as all are when the ring is full) or
+    /// not smaller than [`capacity`](Ring::capacity), when the operation is beyond
+    /// [`Op::MAX_BYTES`] or [`Op::MAX_VECTORS`], and after [`drain`](Ring::drain).
     fn push(&mut self, token: Token, op: Op<B>, link: Link) -> Result<(), Rejected<B>>;
 
     /// Asks that an operation end early. It completes once all the same: with `ECANCELED`, or with
     /// its own result where it was faster, or where the kernel cannot interrupt it, when it ends.
     /// A token that is not in flight is ignored.
+    ///
+    /// It is asked by the next [`submit`](Ring::submit) or [`wait`](Ring::wait). An operation that
+    /// has not been started by then never is. One that waits in a chain for another to end is
+    /// cancelled when its turn comes, so cancel a chain by its first operation, or all of it.
     fn cancel(&mut self, token: Token);
 
     /// Starts what was pushed, without waiting.
@@ -51,10 +68,11 @@ pub trait Ring<B>: Send + fmt::Debug {
     ///
     /// # Errors
     ///
-    /// What the kernel says; the operations stay in flight.
+    /// What the kernel says; the operations stay in flight, and are tried again by the next call.
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<bool>;
 
-    /// The next completion, if there is one. Never blocks, and makes no system call.
+    /// The next completion, if there is one. Never blocks, and makes no system call, so some
+    /// completions show only after the next [`submit`](Ring::submit) or [`wait`](Ring::wait).
     fn reap(&mut self) -> Option<Completion<B>>;
 
     /// Cancels everything in flight and waits for it, `grace` at most. What has not come back then
@@ -74,7 +92,7 @@ pub struct Drained {
 }
 
 /// Wakes a ring from any thread. Sticky: a wake that comes while nobody waits ends the next wait
-/// at once. Many wakes before one wait count as one.
+/// at once. Many wakes before one wait count as one. A ring has a waker to itself.
 #[derive(Clone, Debug)]
 pub struct Waker {
     event: Arc<EventFd>,
@@ -101,9 +119,15 @@ impl Waker {
         let _full = self.event.write(1);
     }
 
-    /// Takes all wakes so far. For rings.
+    /// Takes all wakes so far, without waiting for one. For rings.
     pub(crate) fn take(&self) -> bool {
         self.event.read().is_ok()
+    }
+}
+
+impl AsRawFd for Waker {
+    fn as_raw_fd(&self) -> RawFd {
+        self.event.as_fd().as_raw_fd()
     }
 }
 

@@ -1,0 +1,249 @@
+//! Operations by plain system calls, a step at a time: what the blocking ring's workers and the
+//! simulation share, and the only raw calls of both.
+//!
+//! ```text
+//!             poll says ready
+//!   Progress ─────────────────▶ step() ──▶ Ended(result)
+//!      ▲                          │
+//!      └──────── NotYet ──────────┘
+//! ```
+//!
+//! The caller polls for [`wanted`] events first and steps only when some are there, so that the
+//! wait is one that it can end. A step does not block then, with two exceptions that nothing in
+//! user space can mend: a driver that always says ready and sits in its read or write all the same,
+//! and a file whose bytes or room somebody else took between the poll and the step.
+#![expect(unsafe_code, reason = "system calls on a buffer's raw memory")]
+
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd, RawFd},
+    ptr,
+    time::Duration,
+};
+
+use nix::sys::stat::{SFlag, fstat};
+
+use crate::{Buffer, Link, Op};
+
+/// What fits into a pipe that says it is writable: `PIPE_BUF`, one page on every architecture
+/// whose pages are not larger. Sockets that say so have more room than that.
+const PIECE: usize = 4096;
+
+/// How far an operation has come.
+#[derive(Debug)]
+pub(crate) struct Progress {
+    /// Bytes moved so far.
+    moved: usize,
+    /// Where to stop: what was requested, or less to cut it short.
+    limit: usize,
+    /// Whether a write goes in pieces that cannot block.
+    pieces: bool,
+    /// Whether a receive or a send goes on until all is moved.
+    all: bool,
+}
+
+/// What a [`Progress::step`] came to.
+#[derive(Debug)]
+#[must_use = "an operation that has not ended must be polled for and stepped again"]
+pub(crate) enum Step {
+    /// The operation is over.
+    Ended(io::Result<usize>),
+    /// Poll again, then step again.
+    NotYet,
+}
+
+impl Progress {
+    /// Starts `op`, which will move `limit` bytes at most.
+    pub(crate) fn new<B: Buffer>(op: &Op<B>, link: Link, limit: usize) -> Self {
+        let pieces = match op {
+            Op::Write { fd, .. } | Op::WriteVectored { fd, .. } => is_pipe_or_socket(fd),
+            _ => false,
+        };
+        Self {
+            moved: 0,
+            limit: limit.min(op.requested()),
+            pieces,
+            all: link == Link::Next,
+        }
+    }
+
+    /// Does what can be done now, when `poll(2)` has just said `revents`.
+    pub(crate) fn step<B: Buffer>(&mut self, op: &mut Op<B>, revents: i16) -> Step {
+        match op {
+            Op::Poll { .. } => Step::Ended(Ok(usize::from(revents.cast_unsigned()))),
+            Op::Read { .. } | Op::ReadVectored { .. } => Step::Ended(transfer(op, 0, self.limit)),
+            Op::Write { .. } | Op::WriteVectored { .. } if !self.pieces => {
+                Step::Ended(transfer(op, 0, self.limit))
+            }
+            Op::Write { .. } | Op::WriteVectored { .. } => {
+                let end = self.limit.min(self.moved + PIECE);
+                let moved = transfer(op, self.moved, end);
+                self.advance(moved, true)
+            }
+            Op::Recv { .. } | Op::Send { .. } => {
+                let moved = transfer(op, self.moved, self.limit);
+                self.advance(moved, self.all)
+            }
+        }
+    }
+
+    /// The result of an operation that is stopped here: what it has moved, if it has moved any.
+    pub(crate) fn cancelled(&self) -> io::Result<usize> {
+        self.ended_by(canceled())
+    }
+
+    fn ended_by(&self, error: io::Error) -> io::Result<usize> {
+        match self.moved {
+            0 => Err(error),
+            moved => Ok(moved),
+        }
+    }
+
+    /// Counts what a piece of the operation moved; `all` says whether more pieces follow.
+    fn advance(&mut self, moved: io::Result<usize>, all: bool) -> Step {
+        match moved {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Step::NotYet,
+            Err(error) => Step::Ended(self.ended_by(error)),
+            Ok(moved) => {
+                self.moved += moved;
+                if moved == 0 || !all || self.moved == self.limit {
+                    Step::Ended(Ok(self.moved))
+                } else {
+                    Step::NotYet
+                }
+            }
+        }
+    }
+}
+
+/// The events to poll for before an operation's next step.
+pub(crate) const fn wanted<B>(op: &Op<B>) -> i16 {
+    match op {
+        Op::Read { .. } | Op::ReadVectored { .. } | Op::Recv { .. } => libc::POLLIN,
+        Op::Write { .. } | Op::WriteVectored { .. } | Op::Send { .. } => libc::POLLOUT,
+        Op::Poll { events, .. } => *events,
+    }
+}
+
+/// An entry for [`poll`].
+pub(crate) const fn entry(fd: RawFd, events: i16) -> libc::pollfd {
+    libc::pollfd {
+        fd,
+        events,
+        revents: 0,
+    }
+}
+
+/// Waits until one of `entries` is ready, `timeout` has passed or a signal has come. Callers loop:
+/// they know their deadlines.
+pub(crate) fn poll(entries: &mut [libc::pollfd], timeout: Option<Duration>) -> io::Result<()> {
+    let count = libc::nfds_t::try_from(entries.len()).expect("a slice has fewer than 2^63 entries");
+    let timeout = timeout.map(|timeout| libc::timespec {
+        // Longer than this machine will run; the caller looks at its clock and polls again.
+        tv_sec: libc::time_t::try_from(timeout.as_secs()).unwrap_or(libc::time_t::MAX),
+        tv_nsec: timeout.subsec_nanos().into(),
+    });
+    let timeout = timeout.as_ref().map_or(ptr::null(), ptr::from_ref);
+    // SAFETY: `entries` is borrowed for the call and `count` long; `timeout` is null or points to
+    // a local that outlives the call; a null mask changes none.
+    let ready = unsafe { libc::ppoll(entries.as_mut_ptr(), count, timeout, ptr::null()) };
+    if ready >= 0 {
+        return Ok(());
+    }
+    match io::Error::last_os_error() {
+        error if error.kind() == io::ErrorKind::Interrupted => {
+            // The kernel leaves the entries as they were, but says so nowhere.
+            entries.iter_mut().for_each(|entry| entry.revents = 0);
+            Ok(())
+        }
+        error => Err(error),
+    }
+}
+
+/// The result of an operation that was cancelled before it moved a byte.
+pub(crate) fn canceled() -> io::Error {
+    io::Error::from_raw_os_error(libc::ECANCELED)
+}
+
+fn is_pipe_or_socket(fd: impl AsFd) -> bool {
+    fstat(fd).is_ok_and(|stat| {
+        let kind = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
+        kind == SFlag::S_IFIFO || kind == SFlag::S_IFSOCK
+    })
+}
+
+/// Moves the bytes from `start` to `end` of an operation's buffers, counted across all of them,
+/// with one system call. Sockets are not waited for.
+fn transfer<B: Buffer>(op: &mut Op<B>, start: usize, end: usize) -> io::Result<usize> {
+    let moved = match op {
+        Op::Read { fd, buffer } => {
+            let (bytes, len) = part(buffer, start, end);
+            // SAFETY: `bytes` and `len` are within the buffer, which `op` owns and nobody else
+            // touches, as `Buffer` promises.
+            unsafe { libc::read(fd.as_raw_fd(), bytes.cast(), len) }
+        }
+        Op::Write { fd, buffer } => {
+            let (bytes, len) = part(buffer, start, end);
+            // SAFETY: as for the read above.
+            unsafe { libc::write(fd.as_raw_fd(), bytes.cast(), len) }
+        }
+        Op::Recv { fd, buffer } => {
+            let (bytes, len) = part(buffer, start, end);
+            // SAFETY: as for the read above.
+            unsafe { libc::recv(fd.as_raw_fd(), bytes.cast(), len, libc::MSG_DONTWAIT) }
+        }
+        Op::Send { fd, buffer } => {
+            let (bytes, len) = part(buffer, start, end);
+            let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+            // SAFETY: as for the read above.
+            unsafe { libc::send(fd.as_raw_fd(), bytes.cast(), len, flags) }
+        }
+        Op::ReadVectored { fd, buffers } => {
+            let (vectors, count) = parts(buffers, start, end);
+            // SAFETY: `vectors` holds `count` entries and outlives the call; each is within a
+            // buffer that `op` owns and nobody else touches, as `Buffer` promises.
+            unsafe { libc::readv(fd.as_raw_fd(), vectors.as_ptr(), count) }
+        }
+        Op::WriteVectored { fd, buffers } => {
+            let (vectors, count) = parts(buffers, start, end);
+            // SAFETY: as for the vectored read above.
+            unsafe { libc::writev(fd.as_raw_fd(), vectors.as_ptr(), count) }
+        }
+        Op::Poll { .. } => return Ok(0),
+    };
+    usize::try_from(moved).map_err(|_negative| io::Error::last_os_error())
+}
+
+/// The part of a buffer between two positions, each cut to the buffer's end.
+fn part<B: Buffer>(buffer: &mut B, start: usize, end: usize) -> (*mut u8, usize) {
+    let end = end.min(buffer.len());
+    let start = start.min(end);
+    (buffer.as_mut_ptr().wrapping_add(start), end - start)
+}
+
+/// [`part`] across several buffers.
+fn parts<B: Buffer>(
+    buffers: &mut [B],
+    start: usize,
+    end: usize,
+) -> (Vec<libc::iovec>, libc::c_int) {
+    let mut before = 0;
+    let vectors: Vec<_> = buffers
+        .iter_mut()
+        .map(|buffer| {
+            let len = buffer.len();
+            let (bytes, part) = part(
+                buffer,
+                start.saturating_sub(before),
+                end.saturating_sub(before),
+            );
+            before += len;
+            libc::iovec {
+                iov_base: bytes.cast(),
+                iov_len: part,
+            }
+        })
+        .collect();
+    let count = libc::c_int::try_from(vectors.len()).expect("at most `Op::MAX_VECTORS`");
+    (vectors, count)
+}
