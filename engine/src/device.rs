@@ -1,0 +1,659 @@
+//! One VFIO device: its state, changed with recovery, and the data fd of its session.
+//!
+//! ```text
+//!   set_state(new, recover)
+//!     │
+//!     ├─ new is the state already ─────────────────────────────────────────────▶ Ok
+//!     ▼
+//!    SET new ── ok ──▶ remember new; keep the fd, if one came ─────────────────▶ Ok
+//!     │                         └─ one is held already: close the new one ─────▶ EBADF
+//!     ▼ errno
+//!    GET, remember ──▶ SET recover ── ok ──▶ remember it; close an fd that came ─▶ errno
+//!     │ fails               │ fails, or recover is a reset
+//!     └─────────────────────┴──▶ RESET ── ok ──▶ RUNNING; close the fd ─────────▶ errno
+//!                                   └─ fails ──▶ lost, for good ────────────────▶ Lost
+//! ```
+//!
+//! The state machine is the kernel's; here is what a caller needs to drive it and never be wrong
+//! about where it stands. What is remembered is only ever what a SET that succeeded, a GET, or a
+//! reset has said. The data fd lives as long as its session: a change that leaves the saving
+//! states, or RESUMING, closes it.
+//!
+//! # Threads
+//!
+//! Everything here runs on one thread at a time, the device's own: the engine's thread for it
+//! while packets move, the embedder's for its section and its state changes. SET and RESET may
+//! take hundreds of milliseconds and the config callbacks are the embedder's, so none of this ever
+//! runs on the thread that drives the ring: to that one a device is the [`Fd`] that
+//! [`Device::lend`] hands out.
+//!
+//! # Waits
+//!
+//! This module waits for nothing itself. A call lasts as long as the driver, or the embedder's
+//! callback, takes for it, and nothing here can end it sooner.
+
+mod callbacks;
+mod estimate;
+#[cfg(feature = "sim")]
+pub mod sim;
+
+use std::{
+    any::Any,
+    fmt,
+    io::{self, Read, Write},
+    os::fd::{AsFd, OwnedFd},
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+};
+
+use nix::errno::Errno;
+use vfio_migration_uring::Fd;
+
+pub use self::{
+    callbacks::{MigrationDevice, StateEvent},
+    estimate::{MAX_DATA_SIZE, buffer_len, stop_copy_estimate},
+};
+use crate::{
+    error::{Error, ErrorKind, Phase, Result},
+    id::DeviceId,
+    state::{DeviceState, MigrationFlags, PrecopyInfo},
+    trace,
+};
+
+/// What to do with a device that has refused a state.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub enum Recover {
+    /// Ask for this state, and reset the device where that fails too. ERROR stands for
+    /// [`Recover::Reset`].
+    State(DeviceState),
+    /// Reset the device, which makes it RUNNING and loses what it held.
+    Reset,
+}
+
+impl Recover {
+    /// The state to ask for, if it is one.
+    const fn state(self) -> Option<DeviceState> {
+        match self {
+            Self::State(DeviceState::Error) | Self::Reset => None,
+            Self::State(state) => Some(state),
+        }
+    }
+}
+
+impl From<DeviceState> for Recover {
+    fn from(state: DeviceState) -> Self {
+        Self::State(state)
+    }
+}
+
+/// Whether calls can be made on a device.
+enum Health {
+    Good,
+    /// A callback has panicked, so nobody knows where the device stands until it is reset.
+    Panicked(Error),
+    /// Its reset has failed.
+    Lost(Error),
+}
+
+/// Why a call on a device failed.
+enum Failure {
+    Refused(io::Error),
+    Panicked(Error),
+}
+
+/// A device under migration: what the VMM gave, the state as last known, and the session's data
+/// fd.
+///
+/// Every error names the device; an error of a change of state also both states
+/// ([`Error::states`]) and the errno. A device whose reset has failed is lost: that call and every
+/// later one says [`ErrorKind::Lost`]. One whose callback has panicked says
+/// [`ErrorKind::Panicked`] to everything until a reset, with which the next
+/// [`Device::set_state`] begins.
+///
+/// Dropping it closes the data fd and leaves the device in the state that it is in.
+///
+/// ```
+/// use std::{io, os::fd::{BorrowedFd, OwnedFd}};
+/// use vfio_migration::{
+///     Device, DeviceId, DeviceState, MigrationDevice, MigrationFlags, PrecopyInfo, Recover,
+/// };
+///
+/// /// A device whose whole state fits in a pipe.
+/// struct Small(DeviceState);
+///
+/// impl MigrationDevice for Small {
+///     fn flags(&self) -> io::Result<MigrationFlags> {
+///         Ok(MigrationFlags::STOP_COPY)
+///     }
+///     fn state(&self) -> io::Result<DeviceState> {
+///         Ok(self.0)
+///     }
+///     fn set_state(&mut self, new: DeviceState) -> io::Result<Option<OwnedFd>> {
+///         self.0 = new;
+///         if new != DeviceState::StopCopy {
+///             return Ok(None);
+///         }
+///         let (reader, mut writer) = io::pipe()?;
+///         io::Write::write_all(&mut writer, b"state")?;
+///         Ok(Some(reader.into()))
+///     }
+///     fn reset(&mut self) -> io::Result<()> {
+///         self.0 = DeviceState::Running;
+///         Ok(())
+///     }
+///     fn data_size(&self) -> io::Result<u64> {
+///         Ok(5)
+///     }
+///     fn precopy_info(&self, _fd: BorrowedFd<'_>) -> io::Result<PrecopyInfo> {
+///         Err(io::ErrorKind::InvalidInput.into())
+///     }
+/// }
+///
+/// let id = DeviceId::new("0000:00:03.0/vfio", 0)?;
+/// let mut device = Device::new(id, Box::new(Small(DeviceState::Running)))?;
+/// device.set_state(DeviceState::StopCopy, Recover::State(DeviceState::Stop))?;
+///
+/// let fd = device.lend()?;                        // for a lane, which reads it to its end
+/// let mut pipe = std::fs::File::from(fd.try_clone()?);
+/// assert_eq!(io::read_to_string(&mut pipe)?, "state");
+/// drop(fd);                                       // and gives it back
+///
+/// device.set_state(DeviceState::Stop, Recover::Reset)?;
+/// assert!(device.lend().is_err(), "the session is over");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[must_use = "dropping it closes the data fd of the session"]
+pub struct Device {
+    id: DeviceId,
+    inner: Box<dyn MigrationDevice>,
+    flags: MigrationFlags,
+    state: DeviceState,
+    fd: Option<Fd>,
+    health: Health,
+}
+
+impl Device {
+    /// Takes over a device, and asks it for its flags and its state.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Device`] where the device does not answer, or has no STOP_COPY (`EOPNOTSUPP`);
+    /// [`ErrorKind::Panicked`]. The device is dropped then.
+    pub fn new(id: DeviceId, inner: Box<dyn MigrationDevice>) -> Result<Self> {
+        let mut device = Self {
+            id,
+            inner,
+            flags: MigrationFlags::default(),
+            state: DeviceState::Error,
+            fd: None,
+            health: Health::Good,
+        };
+        device.flags = device.query(Phase::Setup, |inner| inner.flags())?;
+        if !device.flags.contains(MigrationFlags::STOP_COPY) {
+            return Err(device.error(Phase::Setup).caused_by(Errno::EOPNOTSUPP));
+        }
+        device.state = device.query(Phase::Setup, |inner| inner.state())?;
+        Ok(device)
+    }
+
+    /// The device's name.
+    #[must_use]
+    pub const fn id(&self) -> &DeviceId {
+        &self.id
+    }
+
+    /// What the device can do.
+    #[must_use]
+    pub const fn flags(&self) -> MigrationFlags {
+        self.flags
+    }
+
+    /// The state as last known: what the last SET, GET or reset said. No system call. Of a device
+    /// that is lost, or whose callback has panicked, it says nothing.
+    #[must_use]
+    pub const fn state(&self) -> DeviceState {
+        self.state
+    }
+
+    /// Whether the device is lost: its reset has failed, and every call says so.
+    #[must_use]
+    pub const fn is_lost(&self) -> bool {
+        matches!(self.health, Health::Lost(_))
+    }
+
+    /// Changes the state, and recovers the device where it refuses.
+    ///
+    /// On success the device is in `new`. A data fd that came with it is held until the session
+    /// ends, and can be lent. Leaving the saving states, or RESUMING, closes the held fd: whoever
+    /// borrowed it must have given it back.
+    ///
+    /// On failure the device has been taken to `recover` or, where that was refused too, reset;
+    /// [`Device::state`] says which. RESUMING is left in failure only by a reset, so a caller that
+    /// wants to go on with an incomplete load names RESUMING.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::State`] with the *first* errno; `EBADF` where a data fd came although one was
+    /// held (the state has changed then, the new fd is closed). [`ErrorKind::Lost`],
+    /// [`ErrorKind::Panicked`]. [`ErrorKind::Config`] for ERROR, which cannot be requested.
+    ///
+    /// # Panics
+    ///
+    /// In a debug build, where the session ends and its data fd is still lent.
+    pub fn set_state(&mut self, new: DeviceState, recover: impl Into<Recover>) -> Result<()> {
+        let recover = recover.into();
+        let asked = recover.state().unwrap_or(DeviceState::Error);
+        trace::migration_set_state(&self.id, new, asked);
+
+        let from = self.state;
+        match &self.health {
+            Health::Good => {}
+            Health::Lost(error) => return Err(error.clone()),
+            Health::Panicked(error) => {
+                let error = error.clone().between(from, new);
+                self.reset_or_lose(error)?;
+            }
+        }
+        if new == self.state {
+            return Ok(());
+        }
+        if new == DeviceState::Error {
+            let kind = ErrorKind::Config("ERROR is no state to ask for");
+            let error = Error::new(kind, Phase::State).on_device(&self.id);
+            return Err(error.between(from, new));
+        }
+        match self.request(new) {
+            Ok(fd) => {
+                self.remember(new);
+                self.keep(fd).map_err(|error| error.between(from, new))?;
+                match &self.health {
+                    Health::Good => Ok(()),
+                    Health::Panicked(error) | Health::Lost(error) => {
+                        Err(error.clone().between(from, new))
+                    }
+                }
+            }
+            Err(failure) => {
+                let error = self.wrap(failure, ErrorKind::State, Phase::State);
+                Err(self.recover(recover, error.between(from, new)))
+            }
+        }
+    }
+
+    /// Resets the device: RUNNING afterwards, whatever it held is lost, and its data fd closed.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Lost`], now and from now on, where that fails.
+    ///
+    /// # Panics
+    ///
+    /// In a debug build, where the data fd is still lent.
+    pub fn reset(&mut self) -> Result<()> {
+        if let Health::Lost(error) = &self.health {
+            return Err(error.clone());
+        }
+        let from = self.state;
+        match self.call(|inner| inner.reset()) {
+            Ok(()) => {
+                self.start_anew();
+                Ok(())
+            }
+            Err(failure) => {
+                let error = self.wrap(failure, ErrorKind::Lost, Phase::State);
+                Err(self.lose(error.between(from, DeviceState::Running)))
+            }
+        }
+    }
+
+    /// Lends the session's data fd, for transfers on other threads. It must be dropped there
+    /// before the session ends.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Device`] with `EBADF` where no data fd is held in this state;
+    /// [`ErrorKind::Lost`], [`ErrorKind::Panicked`].
+    pub fn lend(&self) -> Result<Fd> {
+        self.usable()?;
+        self.held(Phase::State).map(Arc::clone)
+    }
+
+    /// Whether the data fd is still lent.
+    #[must_use]
+    pub fn is_lent(&self) -> bool {
+        self.fd.as_ref().is_some_and(|fd| Arc::strong_count(fd) > 1)
+    }
+
+    /// How many bytes STOP_COPY would give now, as the driver has it. Never to be allocated from,
+    /// and to be added up only through [`stop_copy_estimate`].
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Device`], [`ErrorKind::Lost`], [`ErrorKind::Panicked`].
+    pub fn data_size(&mut self) -> Result<u64> {
+        self.query(Phase::State, |inner| inner.data_size())
+    }
+
+    /// What the data fd still has to give in PRE_COPY, by the driver's estimate.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Device`]: `EINVAL` outside the PRE_COPY states, `EBADF` without a data fd.
+    /// [`ErrorKind::Lost`], [`ErrorKind::Panicked`].
+    pub fn precopy_info(&mut self) -> Result<PrecopyInfo> {
+        let fd = self.lend()?;
+        self.query(Phase::State, |inner| inner.precopy_info(fd.as_fd()))
+    }
+
+    /// Opts in to [`PrecopyInfo::reinit`]. False where the kernel has no such thing.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Device`] for anything but `ENOTTY`; [`ErrorKind::Lost`],
+    /// [`ErrorKind::Panicked`].
+    pub fn enable_precopy_info_v2(&mut self) -> Result<bool> {
+        self.query(Phase::Setup, |inner| match inner.enable_precopy_info_v2() {
+            Ok(()) => Ok(true),
+            Err(error) if error.raw_os_error() == Some(Errno::ENOTTY as i32) => Ok(false),
+            Err(error) => Err(error),
+        })
+    }
+
+    /// Reads once from the data fd in a PRE_COPY state, in the caller's thread. 0 is "nothing for
+    /// now", whether the driver says `ENOMSG` or returns 0. May block where the driver does.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Config`] outside the PRE_COPY states, where 0 would mean something else;
+    /// [`ErrorKind::Device`], [`ErrorKind::Lost`], [`ErrorKind::Panicked`].
+    pub fn read_precopy(&mut self, buffer: &mut [u8]) -> Result<usize> {
+        let fd = self.lend()?;
+        if !self.state.is_precopy() {
+            let kind = ErrorKind::Config("not in a PRE_COPY state");
+            return Err(Error::new(kind, Phase::Save).on_device(&self.id));
+        }
+        self.query(Phase::Save, |inner| {
+            loop {
+                match inner.read_precopy(fd.as_fd(), buffer) {
+                    Err(error) if error.raw_os_error() == Some(Errno::ENOMSG as i32) => {
+                        return Ok(0);
+                    }
+                    // Ends when the driver answers: a signal came before it moved a byte.
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    result => return result,
+                }
+            }
+        })
+    }
+
+    /// Has the VMM write the device's config, and counts its bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Device`] with what the callback said, in [`Phase::Config`];
+    /// [`ErrorKind::Lost`], [`ErrorKind::Panicked`].
+    pub fn save_config(&mut self, writer: &mut dyn Write) -> Result<u64> {
+        trace::save_device_config_state(&self.id);
+        let mut writer = Counted::new(writer);
+        self.query(Phase::Config, |inner| inner.save_config(&mut writer))?;
+        Ok(writer.count)
+    }
+
+    /// Has the VMM read the device's config, and counts the bytes that it took. Whether they were
+    /// all that there were is for the caller to judge.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Device::save_config`].
+    pub fn load_config(&mut self, reader: &mut dyn Read) -> Result<u64> {
+        trace::load_device_config_state_start(&self.id);
+        let mut reader = Counted::new(reader);
+        self.query(Phase::Config, |inner| inner.load_config(&mut reader))?;
+        trace::load_device_config_state_end(&self.id);
+        Ok(reader.count)
+    }
+
+    /// Gives the VMM its device back, in the state that it is in. Closes the data fd.
+    #[must_use = "this is the VMM's device"]
+    pub fn into_inner(self) -> Box<dyn MigrationDevice> {
+        self.inner
+    }
+
+    /// SET, with the event that goes before the slowest of them.
+    fn request(&mut self, new: DeviceState) -> Result<Option<OwnedFd>, Failure> {
+        self.call(|inner| {
+            if new == DeviceState::PreCopyP2p {
+                inner.event(StateEvent::PreCopyP2pPrepare);
+            }
+            inner.set_state(new)
+        })
+    }
+
+    /// Takes the device from wherever a refused SET has left it to a state that it can be used in.
+    /// Gives the error to return: the first, or that the device is lost.
+    fn recover(&mut self, recover: Recover, first: Error) -> Error {
+        // A device whose SET has panicked is not asked where it stands: it is reset.
+        if matches!(self.health, Health::Good) {
+            match self.call(|inner| inner.state()) {
+                Ok(state) => {
+                    self.remember(state);
+                    if let Some(state) = recover.state() {
+                        match self.request(state) {
+                            Ok(fd) => {
+                                drop(fd); // a session that nobody asked for
+                                self.remember(state);
+                                return first;
+                            }
+                            Err(failure) => {
+                                trace::recovery_failed(&self.id, "recover", &failure);
+                            }
+                        }
+                    }
+                }
+                Err(failure) => trace::recovery_failed(&self.id, "get", &failure),
+            }
+        }
+        match self.reset_or_lose(first.clone()) {
+            Ok(()) => first,
+            Err(lost) => lost,
+        }
+    }
+
+    /// Resets the device because of `first`. Where that fails the device is lost, and the error
+    /// says so with the errno of `first`.
+    fn reset_or_lose(&mut self, first: Error) -> Result<()> {
+        match self.call(|inner| inner.reset()) {
+            Ok(()) => {
+                self.start_anew();
+                Ok(())
+            }
+            Err(failure) => {
+                trace::recovery_failed(&self.id, "reset", &failure);
+                Err(self.lose(first.with_kind(ErrorKind::Lost)))
+            }
+        }
+    }
+
+    /// After a reset that succeeded.
+    fn start_anew(&mut self) {
+        self.health = Health::Good;
+        self.close();
+        self.remember(DeviceState::Running);
+    }
+
+    /// After a reset that failed.
+    fn lose(&mut self, error: Error) -> Error {
+        self.close();
+        self.health = Health::Lost(error.clone());
+        error
+    }
+
+    /// Notes the state that the device is in, and closes the data fd of a session that has ended
+    /// by that.
+    fn remember(&mut self, state: DeviceState) {
+        if state == self.state {
+            return;
+        }
+        let ended = if self.state.is_saving() {
+            !state.is_saving()
+        } else {
+            self.state == DeviceState::Resuming
+        };
+        if ended {
+            self.close();
+        }
+        self.state = state;
+        trace::migration_set_device_state(&self.id, state);
+        // A panic is noted in `health`, and that is all: the state *has* changed.
+        let _ = self.call(|inner| {
+            inner.event(StateEvent::State(state));
+            Ok(())
+        });
+    }
+
+    /// Keeps the data fd of a session that has begun.
+    fn keep(&mut self, fd: Option<OwnedFd>) -> Result<()> {
+        let Some(fd) = fd else { return Ok(()) };
+        if self.fd.is_some() {
+            drop(fd);
+            // Two sessions at once: "data_fd out of sync".
+            let error = Error::new(ErrorKind::State, Phase::State).on_device(&self.id);
+            return Err(error.caused_by(Errno::EBADF));
+        }
+        self.fd = Some(Arc::new(fd));
+        Ok(())
+    }
+
+    /// Lets go of the data fd of a session that is over.
+    fn close(&mut self) {
+        if let Some(fd) = self.fd.take() {
+            debug_assert_eq!(
+                Arc::strong_count(&fd),
+                1,
+                "the session of {} ends with its data fd still lent",
+                self.id
+            );
+        }
+    }
+
+    fn held(&self, phase: Phase) -> Result<&Fd> {
+        self.fd
+            .as_ref()
+            .ok_or_else(|| self.error(phase).caused_by(Errno::EBADF))
+    }
+
+    fn usable(&self) -> Result<()> {
+        match &self.health {
+            Health::Good => Ok(()),
+            Health::Panicked(error) | Health::Lost(error) => Err(error.clone()),
+        }
+    }
+
+    fn error(&self, phase: Phase) -> Error {
+        Error::new(ErrorKind::Device, phase).on_device(&self.id)
+    }
+
+    /// A call that changes no state.
+    fn query<R>(
+        &mut self,
+        phase: Phase,
+        f: impl FnOnce(&mut dyn MigrationDevice) -> io::Result<R>,
+    ) -> Result<R> {
+        self.usable()?;
+        self.call(f)
+            .map_err(|failure| self.wrap(failure, ErrorKind::Device, phase))
+    }
+
+    fn wrap(&self, failure: Failure, kind: ErrorKind, phase: Phase) -> Error {
+        match failure {
+            Failure::Refused(source) => Error::new(kind, phase)
+                .on_device(&self.id)
+                .caused_by(source),
+            Failure::Panicked(error) if kind == ErrorKind::Lost => {
+                error.with_kind(kind).in_phase(phase)
+            }
+            Failure::Panicked(error) => error.in_phase(phase),
+        }
+    }
+
+    /// The one way into the VMM's code: no panic comes out of here.
+    fn call<R>(
+        &mut self,
+        f: impl FnOnce(&mut dyn MigrationDevice) -> io::Result<R>,
+    ) -> Result<R, Failure> {
+        // What a panic leaves half done is behind `inner`, and `health` keeps everybody out of
+        // there until it has been reset.
+        match catch_unwind(AssertUnwindSafe(|| f(&mut *self.inner))) {
+            Ok(result) => result.map_err(Failure::Refused),
+            Err(payload) => {
+                let error = Error::new(ErrorKind::Panicked, Phase::State)
+                    .on_device(&self.id)
+                    .caused_by(io::Error::other(message(&*payload)));
+                self.health = Health::Panicked(error.clone());
+                Err(Failure::Panicked(error))
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Device")
+            .field("id", &self.id)
+            .field("flags", &self.flags)
+            .field("state", &self.state)
+            .field("fd", &self.fd)
+            .field("lost", &self.is_lost())
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Refused(error) => error.fmt(f),
+            Self::Panicked(error) => error.fmt(f),
+        }
+    }
+}
+
+/// What a panic had to say.
+fn message(payload: &(dyn Any + Send)) -> String {
+    payload
+        .downcast_ref::<&str>()
+        .map(ToString::to_string)
+        .or_else(|| payload.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "a panic without a text".into())
+}
+
+/// A reader or a writer that counts.
+struct Counted<'a, T: ?Sized> {
+    inner: &'a mut T,
+    count: u64,
+}
+
+impl<'a, T: ?Sized> Counted<'a, T> {
+    const fn new(inner: &'a mut T) -> Self {
+        Self { inner, count: 0 }
+    }
+}
+
+impl Read for Counted<'_, dyn Read + '_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n = self.inner.read(buffer)?;
+        self.count += n as u64;
+        Ok(n)
+    }
+}
+
+impl Write for Counted<'_, dyn Write + '_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let n = self.inner.write(bytes)?;
+        self.count += n as u64;
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
+    }
+}

@@ -1,0 +1,357 @@
+//! One session of a simulated device: its data fd, and what stands behind it.
+//!
+//! ```text
+//!   saving    Image ──fill──▶ device's thread ──write──▶ pipe, socket ──▶ data fd
+//!                             memfd, filled before ────────────────────▶ data fd
+//!
+//!   loading   data fd ──▶ pipe, socket ──read──▶ device's thread ──▶ digest
+//!             data fd ──▶ memory, memfd ─────── at its end, pread ──▶ digest
+//! ```
+//!
+//! A session is begun, asked, and ended on the device's own thread; the data fd is anybody's. The
+//! device's end of a pipe or socket never blocks: its thread waits in one `poll`, which ends when
+//! the other side has moved bytes or closed, when the control wakes it (more may be read, the load
+//! must be judged, the session is over), or when a stall's time is up. Dropping a session ends its
+//! thread and joins it. What is asked of the thread is answered at once, or after the stall that it
+//! is in: it says "incomplete" rather than wait for bytes.
+
+use std::{
+    cmp,
+    fs::{File, OpenOptions},
+    io::{self, Seek, SeekFrom, Write},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        unix::{fs::FileExt, net::UnixStream},
+    },
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    thread::{self, JoinHandle},
+};
+
+use nix::{
+    errno::Errno,
+    fcntl::{FcntlArg, OFlag, SealFlag, fcntl},
+    sys::{
+        eventfd::{EfdFlags, EventFd},
+        memfd::{MFdFlags, memfd_create},
+        socket::{setsockopt, sockopt},
+    },
+    unistd::pipe2,
+};
+use xxhash_rust::xxh3::Xxh3Default;
+
+use super::{
+    SimConfig, Stream,
+    image::{Image, part},
+    mapping::Mapping,
+    worker::Worker,
+};
+
+/// What the device's thread moves at once, in bytes, at most.
+pub(super) const CHUNK: usize = 256 << 10;
+
+/// A state that has been loaded, complete.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Loaded {
+    pub(super) image: Image,
+    pub(super) digest: u64,
+}
+
+/// A session, with what ends it. See the module.
+#[derive(Debug)]
+pub(super) struct Session {
+    control: Arc<Control>,
+    /// `None` where a file does it all.
+    thread: Option<JoinHandle<()>>,
+    /// Behind a load's file, and kept as long as it.
+    mapping: Option<Mapping>,
+}
+
+impl Session {
+    /// Begins to save `image`, of which `limit` bytes can be read for now.
+    pub(super) fn save(
+        config: &SimConfig,
+        image: Image,
+        limit: u64,
+        filled: Option<&File>,
+    ) -> io::Result<(Self, OwnedFd)> {
+        if let Some(file) = filled {
+            // A file description of its own, and so a position of its own.
+            let file = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+            let control = Control::new(limit, Some((file.try_clone()?, 0)))?;
+            return Ok((Self::of_file(control, None), file.into()));
+        }
+        let (ours, theirs) = wire(config, Direction::Save)?;
+        if config.stream == Stream::Socket
+            && config.faults.fail_at.is_some_and(|at| at < image.len())
+        {
+            // What is closed with something unread in it resets the connection.
+            (&File::from(theirs.try_clone()?)).write_all(&[0])?;
+        }
+        let control = Control::new(limit, None)?;
+        let mut worker = Worker::new(config, ours, &control);
+        let thread = thread::Builder::new()
+            .name("sim-save".into())
+            .spawn(move || worker.save(image))?;
+        Ok((Self::of_thread(control, thread), theirs))
+    }
+
+    /// Begins to load.
+    pub(super) fn load(config: &SimConfig) -> io::Result<(Self, OwnedFd)> {
+        match config.stream {
+            Stream::Pipe | Stream::Socket => {
+                let (ours, theirs) = wire(config, Direction::Load)?;
+                let control = Control::new(0, None)?;
+                let mut worker = Worker::new(config, ours, &control);
+                let thread = thread::Builder::new()
+                    .name("sim-load".into())
+                    .spawn(move || worker.load())?;
+                Ok((Self::of_thread(control, thread), theirs))
+            }
+            Stream::PlainWrite => {
+                let room = config.image().len();
+                let room = config.faults.fail_at.map_or(room, |at| at.min(room));
+                let mapping = Mapping::new(room)?;
+                let mut file = OpenOptions::new()
+                    .read(true)
+                    .write(true)
+                    .open("/proc/self/mem")?;
+                file.seek(SeekFrom::Start(mapping.start()))?;
+                let control = Control::new(0, Some((file.try_clone()?, mapping.start())))?;
+                Ok((Self::of_file(control, Some(mapping)), file.into()))
+            }
+            Stream::Memfd => {
+                let file = memfd()?;
+                if let Some(room) = config.faults.fail_at {
+                    file.set_len(room)?;
+                    fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_GROW))?;
+                }
+                let control = Control::new(0, Some((file.try_clone()?, 0)))?;
+                Ok((Self::of_file(control, None), file.into()))
+            }
+        }
+    }
+
+    fn of_thread(control: Arc<Control>, thread: JoinHandle<()>) -> Self {
+        Self {
+            control,
+            thread: Some(thread),
+            mapping: None,
+        }
+    }
+
+    fn of_file(control: Arc<Control>, mapping: Option<Mapping>) -> Self {
+        Self {
+            control,
+            thread: None,
+            mapping,
+        }
+    }
+
+    /// For those who look at the session from outside.
+    pub(super) fn control(&self) -> &Arc<Control> {
+        &self.control
+    }
+
+    /// Judges the load: what was loaded, or `EINVAL` and the session goes on.
+    pub(super) fn finish_load(&self) -> io::Result<Loaded> {
+        let loaded = match &self.control.file {
+            None => self.control.judge(),
+            Some((file, start)) => {
+                let written = self.control.bytes();
+                digest(file, *start, written)?
+            }
+        };
+        loaded.ok_or_else(|| Errno::EINVAL.into())
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.control.change(|shared| shared.stop = true);
+        if let Some(thread) = self.thread.take() {
+            // A thread that panicked has said so on stderr, and its session is over either way.
+            let _ = thread.join();
+        }
+        // After the thread, and never while the session can still be asked.
+        self.mapping.take();
+    }
+}
+
+/// What the device, its thread and the handles share of a session.
+#[derive(Debug)]
+pub(super) struct Control {
+    shared: Mutex<Shared>,
+    /// The thread has answered, or is gone.
+    pub(super) answered: Condvar,
+    /// Something for the thread has changed.
+    pub(super) wake: EventFd,
+    /// The data fd itself and its first position, where a file does it all.
+    file: Option<(File, u64)>,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Shared {
+    /// The session is over.
+    pub(super) stop: bool,
+    /// Stalls are.
+    pub(super) released: bool,
+    /// Saving: how far may be read.
+    pub(super) limit: u64,
+    /// How far the thread is.
+    pub(super) at: u64,
+    /// Loading: the device wants to know whether that was all.
+    pub(super) judge: bool,
+    pub(super) answer: Option<Option<Loaded>>,
+    /// The thread has nothing more to say.
+    pub(super) gone: bool,
+}
+
+impl Control {
+    fn new(limit: u64, file: Option<(File, u64)>) -> io::Result<Arc<Self>> {
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        Ok(Arc::new(Self {
+            shared: Mutex::new(Shared {
+                limit,
+                ..Shared::default()
+            }),
+            answered: Condvar::new(),
+            wake: EventFd::from_flags(flags)?,
+            file,
+        }))
+    }
+
+    pub(super) fn shared(&self) -> MutexGuard<'_, Shared> {
+        // Each lock is for one assignment or two: there is no half-done state to fear.
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change(&self, f: impl FnOnce(&mut Shared)) {
+        f(&mut self.shared());
+        // Fails only where the counter is full, and then the thread wakes anyway.
+        let _ = self.wake.write(1);
+    }
+
+    /// How many bytes have gone through the data fd (for a pipe: through the device's end).
+    pub(super) fn bytes(&self) -> u64 {
+        match &self.file {
+            None => self.shared().at,
+            Some((file, start)) => {
+                let position = (&mut &*file).stream_position();
+                position.map_or(0, |position| position.saturating_sub(*start))
+            }
+        }
+    }
+
+    /// Saving: how far may be read now.
+    pub(super) fn limit(&self) -> u64 {
+        self.shared().limit
+    }
+
+    /// Saving: lets the data fd give the state up to `limit`.
+    pub(super) fn expose(&self, limit: u64) {
+        self.change(|shared| shared.limit = limit.max(shared.limit));
+    }
+
+    /// Ends a stall, and keeps the next from beginning.
+    pub(super) fn release(&self) {
+        self.change(|shared| shared.released = true);
+    }
+
+    /// Asks the thread whether what has come is the whole state.
+    fn judge(&self) -> Option<Loaded> {
+        self.change(|shared| {
+            shared.judge = true;
+            shared.answer = None;
+        });
+        // Ends with the thread's answer, or with the thread.
+        let mut shared = self
+            .answered
+            .wait_while(self.shared(), |shared| {
+                shared.answer.is_none() && !shared.gone
+            })
+            .unwrap_or_else(PoisonError::into_inner);
+        shared.judge = false;
+        shared.answer.take().flatten()
+    }
+}
+
+#[derive(Clone, Copy, Eq, PartialEq)]
+enum Direction {
+    Save,
+    Load,
+}
+
+/// The device's end, which does not block, and the data fd, which does.
+fn wire(config: &SimConfig, direction: Direction) -> io::Result<(OwnedFd, OwnedFd)> {
+    let wanted = config.buffer.unwrap_or(1 << 20);
+    let (ours, theirs): (OwnedFd, OwnedFd) = if config.stream == Stream::Socket {
+        let (ours, theirs) = UnixStream::pair()?;
+        for end in [&ours, &theirs] {
+            setsockopt(end, sockopt::SndBuf, &wanted)?;
+        }
+        (ours.into(), theirs.into())
+    } else {
+        let (reader, writer) = pipe2(OFlag::O_CLOEXEC)?;
+        let size = i32::try_from(wanted).unwrap_or(i32::MAX);
+        // The host may not allow so much: then it is what it is.
+        let _ = fcntl(&writer, FcntlArg::F_SETPIPE_SZ(size));
+        match direction {
+            Direction::Save => (writer, reader),
+            Direction::Load => (reader, writer),
+        }
+    };
+    set_nonblocking(ours.as_fd())?;
+    Ok((ours, theirs))
+}
+
+fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
+    let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
+    fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    Ok(())
+}
+
+fn memfd() -> io::Result<File> {
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    Ok(memfd_create(c"sim", flags)?.into())
+}
+
+/// A file that holds the first `len` bytes of `image`.
+pub(super) fn filled(image: Image, len: u64) -> io::Result<File> {
+    let mut file = memfd()?;
+    let mut buffer = vec![0; CHUNK];
+    let mut at = 0;
+    while at < len {
+        let here = cmp::min(len - at, CHUNK as u64);
+        let bytes = &mut buffer[..part(here)];
+        image.fill(at, bytes);
+        file.write_all(bytes)?;
+        at += here;
+    }
+    Ok(file)
+}
+
+/// Reads what was written to `file`, `len` bytes from `start` on. `None` where that is no state, or
+/// not exactly all of one.
+fn digest(file: &File, start: u64, len: u64) -> io::Result<Option<Loaded>> {
+    let mut header = [0; 24];
+    if len < Image::HEADER_LEN {
+        return Ok(None);
+    }
+    file.read_exact_at(&mut header, start)?;
+    let Some(image) = Image::from_header(&header).filter(|image| image.len() == len) else {
+        return Ok(None);
+    };
+    let mut digest = Xxh3Default::new();
+    let mut buffer = vec![0; CHUNK];
+    let mut at = 0;
+    while at < len {
+        let bytes = &mut buffer[..part(cmp::min(len - at, CHUNK as u64))];
+        file.read_exact_at(bytes, start + at)?;
+        digest.update(bytes);
+        at += bytes.len() as u64;
+    }
+    Ok(Some(Loaded {
+        image,
+        digest: digest.digest(),
+    }))
+}
