@@ -3,14 +3,48 @@
 #[cfg(all(loom, not(crossbeam_loom)))]
 compile_error!("`--cfg loom` without `--cfg crossbeam_loom` models the slots but not the epochs");
 
+mod channel;
+mod device;
+mod driver;
 mod error;
 mod id;
+mod lane;
+mod load;
 mod reorder;
+mod router;
+mod save;
+pub mod section;
+mod session;
+mod settings;
+mod state;
+mod stats;
+pub mod stream;
 mod sync;
+mod task;
+mod trace;
+mod verdict;
+pub mod wire;
 
+pub use vfio_migration_uring::Backend;
+
+#[cfg(feature = "sim")]
+pub use crate::device::sim;
 pub use crate::{
+    channel::{Channel, RamSink},
+    device::{
+        Device, MAX_DATA_SIZE, MigrationDevice, Recover, StateEvent, buffer_len, stop_copy_estimate,
+    },
     error::{Error, ErrorKind, Phase, Result, Violation},
     id::DeviceId,
+    session::{
+        DeviceReport, LoadBuilder, LoadSession, PacketLease, Publisher, Report, SaveBuilder,
+        SaveSession,
+    },
+    settings::Settings,
+    state::{DeviceState, MigrationFlags, PrecopyInfo, UnknownState},
+    stats::{ChannelStats, DeviceStats, Latency, Phases, Stats},
+    task::{Task, TaskKind},
+    trace::TARGET as TRACE_TARGET,
 };
 
 /// The lock-free core, opened for the models and the benches. Outside semver.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   START         the switchover began: the driver may transfer          the main thread
-//!   CONFIG_READY  the config may be loaded                               the main thread
+//!   CONFIG_READY  load: the config may be loaded; save: it is saved      the main thread; the device's
 //!   QUIT          should-quit: the migration is off                      anybody
 //!   EXIT          want-exit: cleanup waits for the end                   whoever cleans up
 //!   DRAINED       the driver has done its part, and left its result      the driver
@@ -89,6 +89,11 @@ impl Control {
     #[must_use = "a second notice is the peer's error"]
     pub fn config_ready(&self) -> bool {
         self.set(Self::CONFIG_READY)
+    }
+
+    /// Whether the config may be loaded, or is saved.
+    pub fn is_config_ready(&self) -> bool {
+        self.has(Self::CONFIG_READY)
     }
 
     /// Should-quit. Returns whether it is the first time.

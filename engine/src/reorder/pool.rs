@@ -79,14 +79,8 @@ impl PoolLayout {
 
     /// The arena's size in bytes.
     #[must_use]
-    pub const fn len(&self) -> usize {
+    pub const fn size(&self) -> usize {
         self.buffers as usize * self.buffer_len + self.reserves as usize * self.reserve_len
-    }
-
-    /// Whether there is no memory at all.
-    #[must_use]
-    pub const fn is_empty(&self) -> bool {
-        self.len() == 0
     }
 }
 
@@ -136,14 +130,8 @@ impl Piece {
 
     /// How many bytes it names.
     #[must_use]
-    pub const fn len(&self) -> usize {
+    pub const fn size(&self) -> usize {
         self.len as usize
-    }
-
-    /// Whether it names none.
-    #[must_use]
-    pub const fn is_empty(&self) -> bool {
-        self.len == 0
     }
 }
 
@@ -277,7 +265,7 @@ impl Pool {
             in_use_high: AtomicU32::new(0),
             buffers,
             layout,
-            arena: Arena::new(layout.len()),
+            arena: Arena::new(layout.size()),
         }
     }
 
@@ -385,6 +373,7 @@ impl Pool {
             buffer: piece.buffer,
             offset: piece.offset,
             len: piece.len,
+            front: 0,
         }
     }
 
@@ -429,11 +418,6 @@ impl<P: Deref<Target = Pool> + Clone> Packer<P> {
             pool,
             current: None,
         }
-    }
-
-    /// The pool that it cuts from.
-    pub const fn pool(&self) -> &P {
-        &self.pool
     }
 
     /// Leases `len` bytes, or returns `None` when they cannot be had now: the back-pressure.
@@ -527,6 +511,8 @@ pub struct Lease<P: Deref<Target = Pool>> {
     buffer: u32,
     offset: u32,
     len: u32,
+    /// How many bytes before `offset` are this lease's too.
+    front: u32,
 }
 
 impl<P: Deref<Target = Pool>> Lease<P> {
@@ -540,19 +526,14 @@ impl<P: Deref<Target = Pool>> Lease<P> {
             buffer,
             offset: offset as u32,
             len: len as u32,
+            front: 0,
         }
     }
 
     /// How many bytes it has.
     #[must_use]
-    pub const fn len(&self) -> usize {
+    pub const fn size(&self) -> usize {
         self.len as usize
-    }
-
-    /// Whether it has none left.
-    #[must_use]
-    pub const fn is_empty(&self) -> bool {
-        self.len == 0
     }
 
     fn start(&self) -> usize {
@@ -561,7 +542,7 @@ impl<P: Deref<Target = Pool>> Lease<P> {
 
     fn granules(&self) -> Range<usize> {
         let start = self.start();
-        start / ALIGN..(start + self.len()).div_ceil(ALIGN)
+        start / ALIGN..(start + self.size()).div_ceil(ALIGN)
     }
 
     /// The bytes.
@@ -571,14 +552,14 @@ impl<P: Deref<Target = Pool>> Lease<P> {
         // SAFETY: the range was cut for this lease alone, it is initialised since the arena was
         // made, and `&self` keeps it from `bytes_mut` and from a ring. The unhold and recycle
         // edges ordered all earlier owners' accesses before ours, the publish edge the filler's.
-        unsafe { slice::from_raw_parts(self.pool.arena.at(self.start()), self.len()) }
+        unsafe { slice::from_raw_parts(self.pool.arena.at(self.start()), self.size()) }
     }
 
     /// The bytes, to be filled.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         self.pool.arena.shadow.write(self.granules());
         // SAFETY: as in `bytes`, and `&mut self` is the only use of this lease.
-        unsafe { slice::from_raw_parts_mut(self.pool.arena.at(self.start()), self.len()) }
+        unsafe { slice::from_raw_parts_mut(self.pool.arena.at(self.start()), self.size()) }
     }
 
     /// Drops the first `count` bytes: they have been written.
@@ -587,6 +568,18 @@ impl<P: Deref<Target = Pool>> Lease<P> {
         let count = count.expect("nobody moves more bytes than there are");
         self.offset += count;
         self.len -= count;
+        self.front += count;
+    }
+
+    /// Takes back `count` of the bytes that [`Lease::advance`] dropped.
+    pub fn retreat(&mut self, count: usize) {
+        let count = u32::try_from(count)
+            .ok()
+            .filter(|&count| count <= self.front);
+        let count = count.expect("a lease does not grow");
+        self.offset -= count;
+        self.len += count;
+        self.front -= count;
     }
 
     /// Keeps the first `len` bytes.
@@ -728,7 +721,7 @@ mod tests {
         let mut lease = packer.lease(256).unwrap();
         packer.shorten(&mut lease, 10);
         let second = packer.lease(192).unwrap();
-        assert_eq!((lease.len(), second.start()), (10, 64));
+        assert_eq!((lease.size(), second.start()), (10, 64));
         assert!(packer.lease(1).is_none());
     }
 
@@ -750,7 +743,7 @@ mod tests {
         assert!(Packer::new(&pool).lease(1).is_none());
         let reserve = Pool::reserve(&pool, 1).unwrap();
         assert!(Pool::reserve(&pool, 1).is_none());
-        assert_eq!(Pool::reserve(&pool, 0).unwrap().len(), 64);
+        assert_eq!(Pool::reserve(&pool, 0).unwrap().size(), 64);
         drop(reserve);
         assert!(Pool::reserve(&pool, 1).is_some());
     }
@@ -764,12 +757,12 @@ mod tests {
             .chain((0..2).map(|ordinal| Pool::reserve(&pool, ordinal).unwrap()))
             .map(|lease| {
                 let lease = ManuallyDrop::new(lease);
-                lease.start()..lease.start() + lease.len()
+                lease.start()..lease.start() + lease.size()
             })
             .collect();
         ranges.sort_by_key(|range| range.start);
         assert_eq!(ranges.first().unwrap().start, 0);
-        assert_eq!(ranges.last().unwrap().end, pool.layout().len());
+        assert_eq!(ranges.last().unwrap().end, pool.layout().size());
         assert!(ranges.windows(2).all(|pair| pair[0].end == pair[1].start));
     }
 }

@@ -175,16 +175,10 @@ impl Queue {
 
     /// How many packets wait for a channel.
     #[must_use]
-    pub fn len(&self) -> u32 {
+    pub fn waiting(&self) -> u32 {
         // Relaxed: counters. The head first: it never overtakes a tail read later.
         let head = self.head.load(Relaxed);
         self.tail.load(Relaxed).saturating_sub(head)
-    }
-
-    /// Whether none does.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
     }
 
     /// How often the net found a packet that had not been announced. Must stay 0.
@@ -197,7 +191,7 @@ impl Queue {
 impl fmt::Debug for Queue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Queue")
-            .field("len", &self.len())
+            .field("waiting", &self.waiting())
             .finish_non_exhaustive()
     }
 }

@@ -1,0 +1,657 @@
+//! One migration channel: exact reads and writes, QEMU's multifd framing.
+//!
+//! ```text
+//!   receive    socket ─▶ staging (headers, small packets) ─┐
+//!                  │                                       ├─▶ a leased buffer ─▶ publish
+//!                  └─────────── payload, directly ─────────┘
+//!   send       a leased buffer, headers already in it ─▶ socket
+//! ```
+//!
+//! Receiving, one call reads the rest of a payload straight into its leased buffer and what follows
+//! it into a small staging area of the channel's own: after a large packet just the next header,
+//! after a small one as much as there is. So a large packet is never copied and costs one system
+//! call, and many small ones share one.
+//!
+//! A header is read, and its packet checked, before memory is leased for its payload: a packet
+//! beyond the budget waits in the socket, and holds the source back.
+//!
+//! Each channel is served by one thread, which owns it. What ends its waits: the peer's bytes or its
+//! end; the socket's time-out, within a packet; [`Hangup`], which shuts the connection down.
+
+use std::{
+    fmt, io,
+    io::{IoSlice, IoSliceMut, Read, Write},
+    net::{Shutdown, TcpStream},
+    os::unix::net::UnixStream,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use crate::{
+    error::{Error, ErrorKind, Phase, Result, Violation},
+    load::{Incoming, Inlet},
+    wire::{self, Frame, Framer, Hello, PageSize, Step},
+};
+
+/// How much a channel reads ahead of what it needs, at most.
+const STAGING: usize = 64 << 10;
+
+/// Packets from this size on are received without reading ahead beyond the next header.
+const LARGE: usize = 32 << 10;
+
+/// What a VMM does with the packets on a shared channel that are not device state.
+///
+/// Called on the channel's thread, in the order of the channel. A sink that blocks holds up this
+/// channel alone; that of a SYNC may, until the VMM's main thread has seen the SYNC of all.
+pub trait RamSink: Send {
+    /// A RAM packet: its header, and exactly its page data to be read. What is left unread is
+    /// skipped.
+    ///
+    /// # Errors
+    ///
+    /// Fail the migration.
+    fn ram(&mut self, header: &[u8], pages: &mut dyn Read) -> io::Result<()>;
+
+    /// A SYNC packet.
+    ///
+    /// # Errors
+    ///
+    /// Fail the migration.
+    fn sync(&mut self, header: &[u8]) -> io::Result<()>;
+}
+
+/// Ends the waits of a channel's thread, from any other.
+pub(crate) type Hangup = Box<dyn Fn() + Send + Sync>;
+
+/// One connection of a migration, not yet in use.
+///
+/// ```
+/// use std::os::unix::net::UnixStream;
+/// use vfio_migration::Channel;
+///
+/// let (ours, theirs) = UnixStream::pair()?;
+/// let channel = Channel::from(ours);
+/// # drop((channel, theirs));
+/// # Ok::<(), std::io::Error>(())
+/// ```
+#[must_use = "a channel carries nothing until a session has it"]
+pub struct Channel {
+    stream: Box<dyn Stream>,
+    sink: Option<Box<dyn RamSink>>,
+    page_size: PageSize,
+}
+
+/// A byte stream that can be hung up on.
+trait Stream: Read + Write + Send {
+    /// Bounds the waits within a packet.
+    fn set_timeout(&self, timeout: Duration) -> io::Result<()>;
+
+    /// What ends a wait in another thread.
+    fn hangup(&self) -> io::Result<Hangup>;
+
+    /// Says that nothing more will be sent.
+    fn finish(&mut self) -> io::Result<()>;
+
+    /// Whether a read would return at once.
+    fn is_readable(&self) -> bool;
+}
+
+macro_rules! socket_stream {
+    ($socket:ty) => {
+        impl Stream for $socket {
+            fn set_timeout(&self, timeout: Duration) -> io::Result<()> {
+                self.set_read_timeout(Some(timeout))?;
+                self.set_write_timeout(Some(timeout))
+            }
+
+            fn hangup(&self) -> io::Result<Hangup> {
+                let socket = self.try_clone()?;
+                Ok(Box::new(move || {
+                    // Already closed by the peer is as good.
+                    let _closed = socket.shutdown(Shutdown::Both);
+                }))
+            }
+
+            fn finish(&mut self) -> io::Result<()> {
+                self.shutdown(Shutdown::Write)
+            }
+
+            fn is_readable(&self) -> bool {
+                use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+                use std::os::fd::AsFd;
+                let mut fds = [PollFd::new(self.as_fd(), PollFlags::POLLIN)];
+                poll(&mut fds, PollTimeout::ZERO) != Ok(0)
+            }
+        }
+
+        impl From<$socket> for Channel {
+            fn from(socket: $socket) -> Self {
+                Self::new(Box::new(socket))
+            }
+        }
+    };
+}
+
+socket_stream!(TcpStream);
+socket_stream!(UnixStream);
+
+/// A stream of the embedder's.
+struct Custom<S> {
+    stream: S,
+    hangup: Arc<dyn Fn() + Send + Sync>,
+}
+
+impl<S: Read> Read for Custom<S> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        self.stream.read(bytes)
+    }
+
+    fn read_vectored(&mut self, buffers: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+        self.stream.read_vectored(buffers)
+    }
+}
+
+impl<S: Write> Write for Custom<S> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.stream.write(bytes)
+    }
+
+    fn write_vectored(&mut self, buffers: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.stream.write_vectored(buffers)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.stream.flush()
+    }
+}
+
+impl<S: Read + Write + Send> Stream for Custom<S> {
+    fn set_timeout(&self, _timeout: Duration) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn hangup(&self) -> io::Result<Hangup> {
+        let hangup = self.hangup.clone();
+        Ok(Box::new(move || hangup()))
+    }
+
+    fn finish(&mut self) -> io::Result<()> {
+        self.flush()
+    }
+
+    fn is_readable(&self) -> bool {
+        true
+    }
+}
+
+/// Half of a stream: the other half says that it is not there.
+struct ReadOnly<R>(R);
+
+impl<R: Read> Read for ReadOnly<R> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        self.0.read(bytes)
+    }
+
+    fn read_vectored(&mut self, buffers: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+        self.0.read_vectored(buffers)
+    }
+}
+
+impl<R> Write for ReadOnly<R> {
+    fn write(&mut self, _bytes: &[u8]) -> io::Result<usize> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Channel {
+    fn new(stream: Box<dyn Stream>) -> Self {
+        Self {
+            stream,
+            sink: None,
+            page_size: PageSize::new(4096).expect("4 KiB is a page size"),
+        }
+    }
+
+    /// A channel over a stream of the embedder's: a TLS session, say. `hangup` is called, from any
+    /// thread and perhaps twice, to make the stream's reads and writes return soon; they must. A
+    /// stream's own time-out is an error of kind `WouldBlock` or `TimedOut`.
+    pub fn from_stream(
+        stream: impl Read + Write + Send + 'static,
+        hangup: impl Fn() + Send + Sync + 'static,
+    ) -> Self {
+        let hangup = Arc::new(hangup);
+        Self::new(Box::new(Custom { stream, hangup }))
+    }
+
+    /// A channel that is only received from, and whose reads never wait for long: a file, memory.
+    pub fn from_reader(reader: impl Read + Send + 'static) -> Self {
+        Self::from_stream(ReadOnly(reader), || {})
+    }
+
+    /// Hands this channel's RAM and SYNC packets to `sink`. Without one a RAM packet is an error,
+    /// and a SYNC packet, with which every channel begins, is counted and passed over.
+    pub fn with_ram_sink(mut self, sink: impl RamSink + 'static) -> Self {
+        self.sink = Some(Box::new(sink));
+        self
+    }
+
+    /// The target's page size, on which the size of RAM and SYNC packets depends. 4 KiB unless set.
+    ///
+    /// # Errors
+    ///
+    /// Where `bytes` is no page size.
+    pub fn with_page_size(mut self, bytes: u32) -> Result<Self> {
+        self.page_size = PageSize::new(bytes)?;
+        Ok(self)
+    }
+
+    /// What ends its thread's waits.
+    pub(crate) fn hangup(&self) -> io::Result<Hangup> {
+        self.stream.hangup()
+    }
+}
+
+impl fmt::Debug for Channel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Channel")
+            .field("shared_with_ram", &self.sink.is_some())
+            .finish_non_exhaustive()
+    }
+}
+
+/// What a channel's waits are bounded by, and what its hello must say.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Terms {
+    pub(crate) uuid: [u8; 16],
+    pub(crate) channels: u32,
+    pub(crate) max_packet: u32,
+    pub(crate) hello_timeout: Duration,
+    pub(crate) no_progress: Duration,
+}
+
+// --------------------------------------------------------------------------------- receive
+
+/// A channel's receiving side, on its thread.
+pub(crate) struct Receiver {
+    channel: Channel,
+    number: u32,
+    terms: Terms,
+    framer: Framer,
+    staging: Box<[u8]>,
+    /// The part of `staging` that has been read and not used.
+    filled: std::ops::Range<usize>,
+    /// How far to read ahead.
+    ahead: usize,
+}
+
+impl Receiver {
+    pub(crate) fn new(channel: Channel, number: u32, terms: Terms) -> Self {
+        Self {
+            framer: Framer::new(Some(channel.page_size), terms.max_packet),
+            channel,
+            number,
+            terms,
+            staging: vec![0; STAGING].into_boxed_slice(),
+            filled: 0..0,
+            ahead: wire::HELLO_LEN,
+        }
+    }
+
+    fn name(&self, error: Error) -> Error {
+        error.on_channel(self.number)
+    }
+
+    fn broken(&self, source: io::Error) -> Error {
+        let stalled = matches!(
+            source.kind(),
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
+        );
+        let kind = if stalled {
+            ErrorKind::Stalled
+        } else {
+            ErrorKind::Channel
+        };
+        self.name(Error::new(kind, Phase::Receive).caused_by(source))
+    }
+
+    fn truncated(&self) -> Error {
+        self.name(Error::protocol(Violation::Truncated))
+    }
+
+    /// Receives packets until the peer ends the channel, and hands them on: receive → decode →
+    /// publish. `greeted` says which channel id the hello had.
+    pub(crate) fn run(
+        mut self,
+        inlet: &mut Inlet,
+        greeted: impl FnOnce(u8) -> Result<()>,
+    ) -> Result<()> {
+        self.hello(greeted)?;
+        let timeout = self.terms.no_progress;
+        self.channel
+            .stream
+            .set_timeout(timeout)
+            .map_err(|error| self.broken(error))?;
+        loop {
+            let mut need = wire::PREFIX_LEN;
+            if !self.fill(need, Some(inlet))? {
+                return Ok(());
+            }
+            // Ends: each round asks for more, up to the largest header.
+            loop {
+                let staged = &self.staging[self.filled.clone()];
+                match self
+                    .framer
+                    .decode(staged)
+                    .map_err(|error| self.name(error))?
+                {
+                    Step::More(more) => need = more,
+                    Step::Frame {
+                        frame: Frame::DeviceState(packet),
+                        header_len,
+                        ..
+                    } => {
+                        let name = (packet.header.idstr, packet.header.instance);
+                        let len = packet.data_len as usize;
+                        let incoming = inlet.announce(name, packet.packet, len)?;
+                        inlet.admit(&incoming)?;
+                        self.filled.start += header_len;
+                        self.device_state(inlet, incoming)?;
+                        break;
+                    }
+                    Step::Frame {
+                        frame,
+                        header_len,
+                        payload_len,
+                    } => {
+                        let sync = matches!(frame, Frame::Sync { .. });
+                        self.ram(inlet, sync, header_len, payload_len)?;
+                        break;
+                    }
+                }
+                if !self.fill(need, None)? {
+                    return Err(self.truncated());
+                }
+            }
+        }
+    }
+
+    fn hello(&mut self, greeted: impl FnOnce(u8) -> Result<()>) -> Result<()> {
+        let deadline = Instant::now() + self.terms.hello_timeout;
+        while self.filled.len() < wire::HELLO_LEN {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(self.broken(io::ErrorKind::TimedOut.into()));
+            }
+            self.channel
+                .stream
+                .set_timeout(left.max(Duration::from_millis(1)))
+                .map_err(|error| self.broken(error))?;
+            let bytes = &mut self.staging[self.filled.end..wire::HELLO_LEN];
+            match self.channel.stream.read(bytes) {
+                Ok(0) => return Err(self.truncated()),
+                Ok(count) => self.filled.end += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(self.broken(error)),
+            }
+        }
+        let staged = &self.staging[..wire::HELLO_LEN];
+        let frame = self
+            .framer
+            .decode(staged)
+            .map_err(|error| self.name(error))?;
+        let Step::Frame {
+            frame: Frame::Hello(hello),
+            ..
+        } = frame
+        else {
+            unreachable!("64 bytes are a hello or an error");
+        };
+        let (uuid, channels) = (self.terms.uuid, self.terms.channels);
+        hello
+            .check(&uuid, channels)
+            .and_then(|()| greeted(hello.id))
+            .map_err(|error| self.name(error))?;
+        self.filled = 0..0;
+        self.ahead = STAGING;
+        Ok(())
+    }
+
+    /// Has at least `need` bytes staged. False where the stream ends before the first of them; an
+    /// error where it ends inside. `resting` is given where this is a packet's begin, before which
+    /// a channel may wait for as long as the peer likes.
+    fn fill(&mut self, need: usize, mut resting: Option<&mut Inlet>) -> Result<bool> {
+        if self.filled.is_empty() {
+            self.filled = 0..0;
+        }
+        let begin = self.filled.is_empty();
+        if self.filled.start + need > self.staging.len() {
+            self.staging.copy_within(self.filled.clone(), 0);
+            self.filled = 0..self.filled.len();
+        }
+        // Ends: with bytes, the stream's end, or its time-out.
+        while self.filled.len() < need {
+            if self.filled.is_empty()
+                && let Some(inlet) = resting.as_mut()
+                && !self.channel.stream.is_readable()
+            {
+                inlet.rest();
+            }
+            let end = (self.filled.start + need.max(self.ahead)).min(self.staging.len());
+            let bytes = &mut self.staging[self.filled.end..end];
+            match self.channel.stream.read(bytes) {
+                Ok(0) if self.filled.is_empty() && begin => return Ok(false),
+                Ok(0) => return Err(self.truncated()),
+                Ok(count) => self.filled.end += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    let waits = resting.is_some() && self.filled.is_empty();
+                    let timed_out = matches!(
+                        error.kind(),
+                        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
+                    );
+                    // Between packets a silent peer is the driver's to judge: only it knows
+                    // whether anything is missing.
+                    if !(waits && timed_out) {
+                        return Err(self.broken(error));
+                    }
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    fn device_state(&mut self, inlet: &mut Inlet, mut packet: Incoming) -> Result<()> {
+        let large = packet.remaining() >= LARGE;
+        self.ahead = if large {
+            wire::DEVICE_PACKET_LEN
+        } else {
+            STAGING
+        };
+        inlet.counters().packets.add(1);
+        inlet.counters().bytes.add(wire::DEVICE_PACKET_LEN as u64);
+        if packet.remaining() == 0 {
+            return inlet.publish_empty(&mut packet);
+        }
+        // Each round publishes a byte at least.
+        while packet.remaining() > 0 {
+            let mut lease = inlet.lease(&packet).map_err(|error| self.name(error))?;
+            let last = lease.size() == packet.remaining();
+            self.receive(lease.bytes_mut(), if last { self.ahead } else { 0 })?;
+            inlet.publish(&mut packet, lease)?;
+        }
+        Ok(())
+    }
+
+    /// Fills `bytes`, from what is staged and then from the stream; and stages up to `ahead` bytes
+    /// of what follows, where it comes with the same read.
+    fn receive(&mut self, bytes: &mut [u8], ahead: usize) -> Result<()> {
+        let staged = self.filled.len().min(bytes.len());
+        let (first, mut rest) = bytes.split_at_mut(staged);
+        first.copy_from_slice(&self.staging[self.filled.start..self.filled.start + staged]);
+        self.filled.start += staged;
+        if rest.is_empty() {
+            return Ok(());
+        }
+        self.filled = 0..0;
+        // Each round reads a byte at least, or ends.
+        while !rest.is_empty() {
+            let len = rest.len();
+            let mut buffers = [
+                IoSliceMut::new(rest),
+                IoSliceMut::new(&mut self.staging[..ahead]),
+            ];
+            let buffers = if ahead == 0 {
+                &mut buffers[..1]
+            } else {
+                &mut buffers[..]
+            };
+            match self.channel.stream.read_vectored(buffers) {
+                Ok(0) => return Err(self.truncated()),
+                Ok(count) if count >= len => {
+                    self.filled = 0..count - len;
+                    return Ok(());
+                }
+                Ok(count) => rest = &mut rest[count..],
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(self.broken(error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Hands a packet that is not device state to the sink, and skips what that leaves.
+    fn ram(&mut self, inlet: &Inlet, sync: bool, header_len: usize, len: u32) -> Result<()> {
+        let header = self.staging[self.filled.start..self.filled.start + header_len].to_vec();
+        self.filled.start += header_len;
+        let counter = if sync {
+            &inlet.counters().syncs
+        } else {
+            &inlet.counters().ram_packets
+        };
+        counter.add(1);
+        let mut sink = self.channel.sink.take();
+        if sink.is_none() && !sync {
+            return Err(self.name(Error::protocol(Violation::RamPacket)));
+        }
+        self.ahead = STAGING;
+        let mut pages = Pages {
+            receiver: self,
+            left: len as usize,
+            failure: None,
+        };
+        let handled = match &mut sink {
+            Some(sink) if sync => sink.sync(&header),
+            Some(sink) => sink.ram(&header, &mut pages),
+            None => Ok(()),
+        };
+        let skipped = io::copy(&mut pages, &mut io::sink());
+        let failure = pages.failure.take();
+        self.channel.sink = sink;
+        if let Some(error) = failure {
+            return Err(error);
+        }
+        match handled.and(skipped) {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                Err(self.name(Error::new(ErrorKind::Channel, Phase::Receive).caused_by(error)))
+            }
+        }
+    }
+}
+
+/// A RAM packet's page data.
+struct Pages<'a> {
+    receiver: &'a mut Receiver,
+    left: usize,
+    failure: Option<Error>,
+}
+
+impl Read for Pages<'_> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        let count = bytes.len().min(self.left);
+        if count == 0 {
+            return Ok(0);
+        }
+        match self.receiver.receive(&mut bytes[..count], 0) {
+            Ok(()) => {
+                self.left -= count;
+                Ok(count)
+            }
+            Err(error) => {
+                self.left = 0;
+                let text = error.to_string();
+                self.failure = Some(error);
+                Err(io::Error::other(text))
+            }
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------ send
+
+/// A channel's sending side, on its thread.
+pub(crate) struct Sender {
+    channel: Channel,
+    number: u32,
+}
+
+impl Sender {
+    pub(crate) const fn new(channel: Channel, number: u32) -> Self {
+        Self { channel, number }
+    }
+
+    fn broken(&self, source: io::Error) -> Error {
+        let stalled = matches!(
+            source.kind(),
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
+        );
+        let kind = if stalled {
+            ErrorKind::Stalled
+        } else {
+            ErrorKind::Channel
+        };
+        Error::new(kind, Phase::Send)
+            .on_channel(self.number)
+            .caused_by(source)
+    }
+
+    /// Opens the channel: hello and one SYNC.
+    pub(crate) fn greet(&mut self, terms: &Terms, id: u8) -> Result<()> {
+        self.channel
+            .stream
+            .set_timeout(terms.no_progress)
+            .map_err(|error| self.broken(error))?;
+        let mut bytes = Hello {
+            uuid: terms.uuid,
+            id,
+        }
+        .encode()
+        .to_vec();
+        bytes.extend(wire::encode_sync(self.channel.page_size, 0));
+        self.send(&mut [IoSlice::new(&bytes)])
+    }
+
+    /// Sends all bytes of all buffers, in their order.
+    pub(crate) fn send(&mut self, mut buffers: &mut [IoSlice<'_>]) -> Result<()> {
+        // Each round sends a byte at least, or ends.
+        while !buffers.is_empty() {
+            match self.channel.stream.write_vectored(buffers) {
+                Ok(0) => return Err(self.broken(io::ErrorKind::WriteZero.into())),
+                Ok(count) => IoSlice::advance_slices(&mut buffers, count),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(self.broken(error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the channel, at a packet's boundary.
+    pub(crate) fn finish(mut self) -> Result<()> {
+        let finished = self.channel.stream.finish();
+        finished.map_err(|error| self.broken(error))
+    }
+}

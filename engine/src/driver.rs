@@ -1,0 +1,509 @@
+//! The one thread that moves the bytes of all devices of a session, over one ring.
+//!
+//! ```text
+//!          ┌──────────────────────────────────────────────────────────────────────────┐
+//!          ▼                                                                          │
+//!   take in new flows ─▶ each: told to stop? idle? give the ring its next batch ─▶ lie down,
+//!   (attach)                                                                   look again, or
+//!          ▲                                                                   sleep in the ring
+//!          └──────────── each completion to its flow ◀── reap ◀───────────────────────┘
+//! ```
+//!
+//! A [`Flow`] is one device's transfer: `load.rs` and `save.rs` have one each. The driver owns the
+//! flows and the ring; other threads only attach flows, ring the bell, and read what a flow leaves
+//! when it finishes. It makes no call on a device but the ring's transfers: states, resets and
+//! callbacks are other threads' work, so no device delays another's bytes.
+//!
+//! What ends each wait: the ring's sleep, a completion, a wake, or [`RECHECK`]; a flow, its result,
+//! its stop, or the time without progress; a flow that was stopped while the kernel has its
+//! operations, their completion or the grace time, after which file and buffers are leaked.
+
+use std::{
+    fmt, mem,
+    time::{Duration, Instant},
+};
+
+use crossbeam_epoch::{Collector, Guard};
+use vfio_migration_uring::{Completion, Ring, Waker};
+
+use crate::{
+    error::{Error, ErrorKind, Phase},
+    lane::{Buffer, Filled, Lane, Progress},
+    reorder::{doorbell::Doorbell, waiters::RECHECK},
+    stats::Counter,
+    sync::{
+        Arc, Mutex,
+        atomic::{
+            AtomicBool,
+            Ordering::{AcqRel, Acquire, Release},
+        },
+        lock,
+    },
+};
+
+/// What a flow works with during one call.
+pub(crate) struct Context<'a> {
+    /// Where its lane's operations go.
+    pub(crate) ring: &'a mut dyn Ring<Buffer>,
+    /// Protects the segments that it looks at.
+    pub(crate) guard: &'a Guard,
+}
+
+/// What a flow did when it was asked to go on.
+#[derive(Debug)]
+pub(crate) enum Pump {
+    /// It gave the ring something.
+    Busy,
+    /// It has nothing to give, and that is nobody's fault: it has not been started, or waits for
+    /// this host's own threads.
+    Held,
+    /// It has nothing to give, and the peer should hurry.
+    Starved,
+    /// It is done, well or not.
+    Finished(Result<(), Error>),
+}
+
+/// One device's transfer, as the driver sees it.
+pub(crate) trait Flow: Send {
+    /// Its lane.
+    fn lane(&mut self) -> &mut Lane;
+
+    /// Gives its lane a completion.
+    fn complete(&mut self, completion: Completion<Buffer>, ring: &mut dyn Ring<Buffer>)
+    -> Progress;
+
+    /// Why it should end early, if it should.
+    fn stop(&self) -> Option<Error>;
+
+    /// Gives the ring the next batch. The lane is idle.
+    fn pump(&mut self, context: &mut Context<'_>) -> Pump;
+
+    /// The batch is through; a read's buffers are in `progress`.
+    ///
+    /// # Errors
+    ///
+    /// Ends the flow.
+    fn batch_done(&mut self, filled: Vec<Filled>, guard: &Guard) -> Result<(), Error>;
+
+    /// What a failed transfer means.
+    fn failed(&self, index: u32, moved: usize, source: std::io::Error) -> Error;
+
+    /// Says what it waits for, before the driver sleeps. It is starved.
+    fn starve(&mut self);
+
+    /// Whether there is something to do after all.
+    fn is_ready(&mut self, guard: &Guard) -> bool;
+
+    /// Nothing has moved for too long: what it misses.
+    fn stalled(&self) -> Error;
+
+    /// Leaves the result to whoever waits for it. `lane` has been given up.
+    fn finish(self, result: Result<(), Error>);
+}
+
+/// Times that bound a driver's waits.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    /// From a stop to the leak of what the kernel does not give back.
+    pub(crate) grace: Duration,
+    /// Without any progress, once the switchover has begun.
+    pub(crate) no_progress: Duration,
+}
+
+/// What other threads share with a driver.
+pub(crate) struct Handle<F> {
+    pub(crate) doorbell: Doorbell,
+    waker: Waker,
+    incoming: Mutex<Vec<(u32, F)>>,
+    has_incoming: AtomicBool,
+    closing: AtomicBool,
+    /// Calls into the ring.
+    pub(crate) ring_calls: Counter,
+    /// What the bounded re-check found.
+    pub(crate) late: Counter,
+}
+
+impl<F> Handle<F> {
+    pub(crate) fn new(waker: Waker) -> Self {
+        Self {
+            doorbell: Doorbell::new(),
+            waker,
+            incoming: Mutex::new(Vec::new()),
+            has_incoming: AtomicBool::new(false),
+            closing: AtomicBool::new(false),
+            ring_calls: Counter::default(),
+            late: Counter::default(),
+        }
+    }
+
+    /// Gives the driver a device's transfer. `ordinal` is that of its lane, and no other's for as
+    /// long as the driver runs. Gives the flow back where the driver has ended.
+    pub(crate) fn attach(&self, ordinal: u32, flow: F) -> Result<(), F> {
+        let mut incoming = lock(&self.incoming);
+        // Under the lock, under which the driver empties the list for the last time.
+        if self.closing.load(Acquire) {
+            return Err(flow);
+        }
+        incoming.push((ordinal, flow));
+        self.has_incoming.store(true, Release);
+        drop(incoming);
+        self.wake();
+        Ok(())
+    }
+
+    /// Lets the driver end when its last flow has.
+    pub(crate) fn close(&self) {
+        let incoming = lock(&self.incoming);
+        self.closing.store(true, Release);
+        drop(incoming);
+        self.wake();
+    }
+
+    /// Drops what the driver has not taken in: it has ended.
+    pub(crate) fn abandon(&self) {
+        self.closing.store(true, Release);
+        let left = mem::take(&mut *lock(&self.incoming));
+        drop(left);
+    }
+
+    /// Wakes the driver for something that it looks at in every round.
+    pub(crate) fn wake(&self) {
+        if self.doorbell.ring() {
+            self.waker.wake();
+        }
+    }
+
+    /// Wakes the driver, where the caller's hand-over has said so.
+    pub(crate) fn wake_if(&self, must: bool) {
+        if must {
+            self.waker.wake();
+        }
+    }
+}
+
+impl<F> fmt::Debug for Handle<F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Handle")
+            .field("doorbell", &self.doorbell)
+            .finish_non_exhaustive()
+    }
+}
+
+/// One lane's place.
+enum Seat<F> {
+    Free,
+    Active {
+        flow: F,
+        starved: bool,
+        /// The stop that the flow is ending for, and until when its operations may take.
+        ending: Option<(Error, Instant)>,
+    },
+    /// The kernel kept this many of its operations beyond the grace time.
+    Abandoned(usize),
+}
+
+/// The driver.
+pub(crate) struct Driver<F> {
+    handle: Arc<Handle<F>>,
+    ring: Box<dyn Ring<Buffer>>,
+    seats: Vec<Seat<F>>,
+    active: usize,
+    round: usize,
+    limits: Limits,
+    last_progress: Instant,
+}
+
+impl<F: Flow> Driver<F> {
+    pub(crate) fn new(handle: Arc<Handle<F>>, ring: Box<dyn Ring<Buffer>>, limits: Limits) -> Self {
+        Self {
+            handle,
+            ring,
+            seats: Vec::new(),
+            active: 0,
+            round: 0,
+            limits,
+            last_progress: Instant::now(),
+        }
+    }
+
+    /// Runs until it is closed and its last flow has finished. `progressed` is called after each
+    /// round in which something moved.
+    pub(crate) fn run(mut self, collector: &Collector, progressed: impl Fn()) {
+        let epoch = collector.register();
+        loop {
+            self.take_in();
+            let guard = epoch.pin();
+            self.visit(&guard);
+            if self.active == 0 && self.handle.closing.load(Acquire) {
+                // `attach` refuses from now on: the list is empty for good.
+                self.take_in();
+                if self.active == 0 {
+                    break;
+                }
+            }
+            self.handle.doorbell.lie_down();
+            if self.must_stay_up(&guard) {
+                self.handle.doorbell.get_up();
+                drop(guard);
+                progressed();
+                continue;
+            }
+            // Not while asleep: a pinned thread holds up everybody's garbage.
+            drop(guard);
+            progressed();
+            self.handle.ring_calls.add(1);
+            let waited = self.ring.wait(Some(self.bound()));
+            self.handle.doorbell.get_up();
+            match waited {
+                Ok(woken) => {
+                    let guard = epoch.pin();
+                    let reaped = self.reap(&guard);
+                    if !woken && !reaped && self.must_stay_up(&guard) {
+                        self.handle.late.add(1);
+                    }
+                }
+                Err(error) => return self.give_up(&error),
+            }
+        }
+        let leaking = self
+            .seats
+            .iter()
+            .any(|seat| matches!(seat, Seat::Abandoned(_)));
+        let grace = if leaking {
+            Duration::ZERO
+        } else {
+            self.limits.grace
+        };
+        let _leaked = self.ring.drain(grace);
+    }
+
+    fn take_in(&mut self) {
+        if !self.handle.has_incoming.swap(false, AcqRel) {
+            return;
+        }
+        for (ordinal, flow) in mem::take(&mut *lock(&self.handle.incoming)) {
+            let at = ordinal as usize;
+            if self.seats.len() <= at {
+                self.seats.resize_with(at + 1, || Seat::Free);
+            }
+            assert!(
+                matches!(self.seats[at], Seat::Free),
+                "an ordinal is one device's"
+            );
+            self.seats[at] = Seat::Active {
+                flow,
+                starved: false,
+                ending: None,
+            };
+            self.active += 1;
+            self.last_progress = Instant::now();
+        }
+    }
+
+    /// Lets every flow look at what it was told, and go on where its lane is idle.
+    fn visit(&mut self, guard: &Guard) {
+        let now = Instant::now();
+        // Each round begins with another flow, so that all come to what there is to be had.
+        self.round = self.round.wrapping_add(1);
+        for step in 0..self.seats.len() {
+            let at = (self.round + step) % self.seats.len();
+            let Seat::Active {
+                flow,
+                starved,
+                ending,
+            } = &mut self.seats[at]
+            else {
+                continue;
+            };
+            if let Some((_, until)) = ending {
+                if now >= *until {
+                    self.abandon(at);
+                }
+                continue;
+            }
+            let mut stop = flow.stop();
+            if stop.is_none() && !flow.lane().is_idle() {
+                let stuck = now.duration_since(flow.lane().submitted()) > self.limits.no_progress;
+                stop = stuck.then(|| flow.stalled());
+            }
+            if let Some(error) = stop {
+                self.end(at, error, now);
+                continue;
+            }
+            if !flow.lane().is_idle() {
+                continue;
+            }
+            let mut context = Context {
+                ring: &mut *self.ring,
+                guard,
+            };
+            match flow.pump(&mut context) {
+                Pump::Busy => {
+                    *starved = false;
+                    self.last_progress = now;
+                }
+                Pump::Held => {
+                    flow.starve();
+                    *starved = true;
+                    self.last_progress = now;
+                }
+                Pump::Starved => {
+                    flow.starve();
+                    *starved = true;
+                    if now.duration_since(self.last_progress) > self.limits.no_progress {
+                        let error = flow.stalled();
+                        self.end(at, error, now);
+                    }
+                }
+                Pump::Finished(result) => self.finish(at, result),
+            }
+        }
+    }
+
+    /// Stops a flow: at once where its lane is idle, else when its operations have come back.
+    fn end(&mut self, at: usize, error: Error, now: Instant) {
+        let Seat::Active {
+            flow,
+            starved,
+            ending,
+        } = &mut self.seats[at]
+        else {
+            return;
+        };
+        if flow.lane().is_idle() {
+            self.finish(at, Err(error));
+        } else {
+            *starved = false;
+            flow.lane().cancel(&mut *self.ring);
+            *ending = Some((error, now + self.limits.grace));
+        }
+    }
+
+    fn finish(&mut self, at: usize, result: Result<(), Error>) {
+        if let Seat::Active { flow, .. } = mem::replace(&mut self.seats[at], Seat::Free) {
+            self.active -= 1;
+            self.last_progress = Instant::now();
+            flow.finish(result);
+        }
+    }
+
+    /// Gives up on a flow whose operations the kernel does not give back.
+    fn abandon(&mut self, at: usize) {
+        if let Seat::Active {
+            mut flow, ending, ..
+        } = mem::replace(&mut self.seats[at], Seat::Free)
+        {
+            self.active -= 1;
+            let (why, _) = ending.expect("only a flow that was stopped is given up");
+            self.seats[at] = Seat::Abandoned(flow.lane().abandon());
+            flow.finish(Err(why.with_kind(ErrorKind::Stuck)));
+        }
+    }
+
+    /// Before a sleep: each starved flow says what it waits for, then all are looked at again.
+    fn must_stay_up(&mut self, guard: &Guard) -> bool {
+        if self.handle.has_incoming.load(Acquire) {
+            return true;
+        }
+        let closing = self.handle.closing.load(Acquire);
+        if closing && self.active == 0 {
+            return true;
+        }
+        self.seats.iter_mut().any(|seat| match seat {
+            Seat::Active {
+                flow,
+                starved,
+                ending: None,
+            } => flow.stop().is_some() || *starved && flow.is_ready(guard),
+            _ => false,
+        })
+    }
+
+    /// How long to sleep at most.
+    fn bound(&self) -> Duration {
+        let now = Instant::now();
+        let deadlines = self.seats.iter().filter_map(|seat| match seat {
+            Seat::Active {
+                ending: Some((_, until)),
+                ..
+            } => Some(until.saturating_duration_since(now)),
+            _ => None,
+        });
+        deadlines.fold(RECHECK, Duration::min)
+    }
+
+    /// Hands every completion to its flow. Returns whether there was one.
+    fn reap(&mut self, guard: &Guard) -> bool {
+        let mut any = false;
+        while let Some(completion) = self.ring.reap() {
+            any = true;
+            self.completed(completion, guard);
+        }
+        if any {
+            self.last_progress = Instant::now();
+        }
+        any
+    }
+
+    fn completed(&mut self, completion: Completion<Buffer>, guard: &Guard) {
+        let at = Lane::ordinal_of(completion.token);
+        let (flow, ending) = match &mut self.seats[at] {
+            Seat::Active { flow, ending, .. } => (flow, ending),
+            Seat::Abandoned(left) => {
+                // Too late: the device has been given up. What came back is freed after all.
+                *left -= 1;
+                return;
+            }
+            Seat::Free => unreachable!("a flow finishes when its lane is idle"),
+        };
+        let progress = flow.complete(completion, &mut *self.ring);
+        let result = match progress {
+            Progress::Busy => return,
+            Progress::Idle(filled) => flow.batch_done(filled, guard),
+            Progress::Failed {
+                index,
+                moved,
+                source,
+            } => Err(flow.failed(index, moved, source)),
+            Progress::Cancelled => Ok(()),
+        };
+        match (ending.take(), result) {
+            // The device's own error says more than the stop that came on top.
+            (_, Err(error)) => self.finish(at, Err(error)),
+            (Some((error, _)), Ok(())) => self.finish(at, Err(error)),
+            (None, Ok(())) => {}
+        }
+    }
+
+    /// The ring is broken: nothing can be reaped any more.
+    fn give_up(mut self, error: &std::io::Error) {
+        let errno = error.raw_os_error().unwrap_or(nix::libc::EIO);
+        for at in 0..self.seats.len() {
+            if let Seat::Active { ending, flow, .. } = &mut self.seats[at] {
+                let why = Error::new(ErrorKind::Host, Phase::Load)
+                    .caused_by(std::io::Error::from_raw_os_error(errno));
+                if flow.lane().is_idle() {
+                    self.finish(at, Err(why));
+                } else {
+                    *ending = Some((why, Instant::now()));
+                    self.abandon(at);
+                }
+            }
+        }
+        self.handle.close();
+        self.take_in();
+        for at in 0..self.seats.len() {
+            let why = Error::new(ErrorKind::Host, Phase::Load)
+                .caused_by(std::io::Error::from_raw_os_error(errno));
+            self.finish(at, Err(why));
+        }
+    }
+}
+
+impl<F> fmt::Debug for Driver<F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Driver")
+            .field("active", &self.active)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,326 @@
+//! One device's data fd on the ring: one operation, or one linked chain, in flight at a time.
+//!
+//! ```text
+//!   submit(batch) ──▶ [ step 0 ]─link─[ step 1 ]─link─[ step 2 ] ──▶ the kernel runs them in order
+//!                         │               │               │
+//!   complete(…)  ◀────────┴───────────────┴───────────────┘   in any order; judged when all are in
+//!        │
+//!        ├─ all whole            Idle      the next batch may come
+//!        ├─ first short, or EINTR: the rest came back untouched; resubmitted from there: Busy
+//!        ├─ first errno          Failed    final: the step's idx and the errno
+//!        └─ cancelled            Cancelled
+//! ```
+//!
+//! A data fd is a stream, and the kernel runs the operations on it in worker threads: two unlinked
+//! ones corrupt the device without a word. So a lane takes a batch only when it is idle. A short
+//! transfer breaks a linked chain, and what comes behind is never started. A vectored write would
+//! hide an error in its second segment behind the first one's length, so there is none here: large
+//! packets are linked single writes, small ones are gathered into one contiguous buffer.
+//!
+//! The driver thread alone uses a lane. The lane holds a clone of the device's data fd, and gives it
+//! up when it is dropped, unless the kernel still has an operation: see [`Lane::abandon`].
+
+use std::{io, mem, sync::Arc, time::Instant};
+
+use vfio_migration_uring::{Completion, Fd, Link, Op, Ring, Token};
+
+use crate::{
+    reorder::pool::{Lease, Pool},
+    stats::DeviceCounters,
+};
+
+/// A buffer as rings take it.
+pub(crate) type Buffer = Lease<Arc<Pool>>;
+
+/// The most operations of one lane in flight: a chain's length.
+pub(crate) const CHAIN: usize = 8;
+
+/// How often in a row a transfer may come back interrupted or with `EAGAIN` without a byte moved.
+const MAX_IDLE_RETRIES: u32 = 1000;
+
+/// Which way the bytes go.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Direction {
+    /// Into the device: load.
+    Write,
+    /// Out of the device: save.
+    Read,
+}
+
+/// One operation of a chain.
+#[derive(Debug)]
+struct Step {
+    /// Where the caller counts it: a packet's idx.
+    index: u32,
+    /// With the caller before submission and after completion; in the ring between.
+    buffer: Option<Buffer>,
+    result: Option<io::Result<usize>>,
+}
+
+/// What a completion led to.
+#[derive(Debug)]
+pub(crate) enum Progress {
+    /// Operations are in flight.
+    Busy,
+    /// None is. The buffers of a read come with the bytes they hold; those of a write are gone.
+    Idle(Vec<Filled>),
+    /// A transfer failed, for good.
+    Failed {
+        /// The step that failed.
+        index: u32,
+        /// Bytes of that step which had been moved before.
+        moved: usize,
+        /// Why.
+        source: io::Error,
+    },
+    /// All operations have come back after a cancellation.
+    Cancelled,
+}
+
+/// A buffer that a read has filled.
+#[derive(Debug)]
+pub(crate) struct Filled {
+    /// The buffer, whole.
+    pub(crate) buffer: Buffer,
+    /// How many bytes of it were read; 0 is the end of the stream, or a buffer that was not used.
+    pub(crate) len: usize,
+    /// Whether this read met the end.
+    pub(crate) end: bool,
+}
+
+/// One device's data fd on the ring.
+#[derive(Debug)]
+pub(crate) struct Lane {
+    fd: Fd,
+    direction: Direction,
+    first_token: u32,
+    steps: Vec<Step>,
+    outstanding: usize,
+    submitted: Instant,
+    /// Bytes of the first step that earlier submissions moved.
+    moved: usize,
+    idle_retries: u32,
+    cancelled: bool,
+}
+
+impl Lane {
+    /// Returns an idle lane. Its operations use [`CHAIN`] tokens from `ordinal * CHAIN` on.
+    pub(crate) fn new(fd: Fd, direction: Direction, ordinal: u32) -> Self {
+        Self {
+            fd,
+            direction,
+            first_token: ordinal * CHAIN as u32,
+            steps: Vec::with_capacity(CHAIN),
+            outstanding: 0,
+            submitted: Instant::now(),
+            moved: 0,
+            idle_retries: 0,
+            cancelled: false,
+        }
+    }
+
+    /// The ordinal of the lane that a token belongs to.
+    pub(crate) const fn ordinal_of(token: Token) -> usize {
+        token.0 as usize / CHAIN
+    }
+
+    /// Whether nothing is in flight.
+    pub(crate) const fn is_idle(&self) -> bool {
+        self.outstanding == 0
+    }
+
+    /// Since when the operations in flight are.
+    pub(crate) const fn submitted(&self) -> Instant {
+        self.submitted
+    }
+
+    /// Puts a batch on the ring, as one chain. The ring starts it with its next submission.
+    pub(crate) fn submit(
+        &mut self,
+        batch: impl Iterator<Item = (u32, Buffer)>,
+        ring: &mut dyn Ring<Buffer>,
+        counters: &DeviceCounters,
+    ) {
+        assert!(self.is_idle(), "one chain in flight");
+        self.moved = 0;
+        self.idle_retries = 0;
+        self.steps.extend(batch.map(|(index, buffer)| Step {
+            index,
+            buffer: Some(buffer),
+            result: None,
+        }));
+        self.push(ring, counters);
+    }
+
+    fn push(&mut self, ring: &mut dyn Ring<Buffer>, counters: &DeviceCounters) {
+        let count = self.steps.len();
+        assert!(count > 0 && count <= CHAIN);
+        self.submitted = Instant::now();
+        for (at, step) in self.steps.iter_mut().enumerate() {
+            let buffer = step
+                .buffer
+                .take()
+                .expect("a step is pushed with its buffer");
+            step.result = None;
+            let fd = self.fd.clone();
+            let op = match self.direction {
+                Direction::Write => Op::Write { fd, buffer },
+                Direction::Read => Op::Read { fd, buffer },
+            };
+            let link = if at + 1 < count {
+                Link::Next
+            } else {
+                Link::End
+            };
+            let token = Token(self.first_token + at as u32);
+            ring.push(token, op, link)
+                .expect("the ring has a place for every step of every lane");
+            self.outstanding += 1;
+        }
+        counters.entries.add(count as u64);
+    }
+
+    /// Takes one completion, and tells what it led to.
+    pub(crate) fn complete(
+        &mut self,
+        completion: Completion<Buffer>,
+        ring: &mut dyn Ring<Buffer>,
+        counters: &DeviceCounters,
+    ) -> Progress {
+        let at = (completion.token.0 - self.first_token) as usize;
+        let (Op::Read { buffer, .. } | Op::Write { buffer, .. }) = completion.op else {
+            unreachable!("a lane reads or writes");
+        };
+        let step = &mut self.steps[at];
+        let whole = completion
+            .result
+            .as_ref()
+            .is_ok_and(|&n| n == buffer.size());
+        // What was written whole goes back to the pool at once: the publishers wait for it.
+        step.buffer = (self.direction == Direction::Read || !whole).then_some(buffer);
+        step.result = Some(completion.result);
+        self.outstanding -= 1;
+        if self.outstanding > 0 {
+            return Progress::Busy;
+        }
+        counters.transfer(self.submitted);
+        self.judge(ring, counters)
+    }
+
+    /// Judges a chain, all of which has come back.
+    fn judge(&mut self, ring: &mut dyn Ring<Buffer>, counters: &DeviceCounters) -> Progress {
+        let mut filled = Vec::new();
+        let mut steps = mem::take(&mut self.steps).into_iter();
+        let broken = loop {
+            let Some(mut step) = steps.next() else {
+                return Progress::Idle(filled);
+            };
+            let result = step.result.take().expect("every step has come back");
+            let Some(mut buffer) = step.buffer.take() else {
+                // Written whole.
+                self.moved = 0;
+                continue;
+            };
+            let error = match (result, self.direction) {
+                (Ok(0), Direction::Write) => io::ErrorKind::WriteZero.into(),
+                (Ok(count), Direction::Write) => {
+                    buffer.advance(count);
+                    self.moved += count;
+                    self.idle_retries = 0;
+                    step.buffer = Some(buffer);
+                    break Ok(step);
+                }
+                (Ok(len), Direction::Read) => {
+                    let whole = len == buffer.size();
+                    filled.push(Filled {
+                        buffer,
+                        len,
+                        end: len == 0,
+                    });
+                    if whole {
+                        continue;
+                    }
+                    // A short read, or the end: what comes behind was not started. The packets
+                    // need not be full, so it is not tried again here.
+                    filled.extend(steps.filter_map(|step| step.buffer).map(|buffer| Filled {
+                        buffer,
+                        len: 0,
+                        end: false,
+                    }));
+                    return Progress::Idle(filled);
+                }
+                (Err(error), _) => error,
+            };
+            match error.raw_os_error() {
+                Some(libc_errno::EINTR | libc_errno::EAGAIN)
+                    if self.idle_retries < MAX_IDLE_RETRIES =>
+                {
+                    self.idle_retries += 1;
+                    step.buffer = Some(buffer);
+                    break Ok(step);
+                }
+                Some(libc_errno::ECANCELED) if self.cancelled => return Progress::Cancelled,
+                _ => break Err((step.index, error)),
+            }
+        };
+        match broken {
+            Err((index, source)) => Progress::Failed {
+                index,
+                moved: self.moved,
+                source,
+            },
+            Ok(_) if self.cancelled => Progress::Cancelled,
+            Ok(step) => {
+                self.steps.push(step);
+                for step in steps {
+                    // The link held them back. Anything else would have corrupted the stream.
+                    if step.buffer.is_none() || matches!(step.result, Some(Ok(moved)) if moved > 0)
+                    {
+                        return Progress::Failed {
+                            index: step.index,
+                            moved: 0,
+                            source: io::Error::other("the kernel went on behind a broken link"),
+                        };
+                    }
+                    self.steps.push(step);
+                }
+                // Reads that were whole before the interrupted one must not be lost: they go to
+                // the caller first, and the rest is its next batch.
+                if filled.is_empty() {
+                    self.push(ring, counters);
+                    return Progress::Busy;
+                }
+                let rest = mem::take(&mut self.steps).into_iter();
+                filled.extend(rest.filter_map(|step| step.buffer).map(|buffer| Filled {
+                    buffer,
+                    len: 0,
+                    end: false,
+                }));
+                Progress::Idle(filled)
+            }
+        }
+    }
+
+    /// Asks the ring to end what is in flight. The completions still come.
+    pub(crate) fn cancel(&mut self, ring: &mut dyn Ring<Buffer>) {
+        self.cancelled = true;
+        for at in 0..self.steps.len() {
+            if self.steps[at].result.is_none() {
+                ring.cancel(Token(self.first_token + at as u32));
+            }
+        }
+    }
+
+    /// Gives up on operations that do not come back. The file is leaked: the kernel may use it for
+    /// as long as it likes, and its number must not be given to another. (The buffers are the
+    /// ring's to leak.) Returns how many operations there are.
+    pub(crate) fn abandon(&mut self) -> usize {
+        mem::forget(self.fd.clone());
+        self.outstanding
+    }
+}
+
+/// The errnos that a lane tells apart.
+mod libc_errno {
+    pub(super) use nix::libc::{EAGAIN, ECANCELED, EINTR};
+}

@@ -1,0 +1,175 @@
+//! Which device a packet is for: a map that every channel reads for every packet, without a lock,
+//! while devices come and go.
+//!
+//! ```text
+//!   map ──▶ [ (idstr, instance) → Arc<T>, sorted ]      a snapshot, never changed
+//!               ▲ insert, remove: copy, change, exchange; the old one is freed when no
+//!                 channel can be looking at it
+//! ```
+//!
+//! Channels call [`Router::get`] from any thread; the embedder's control threads call the rest, one
+//! at a time behind a lock that no channel touches.
+//!
+//! # Edges
+//!
+//! | edge | release side               | acquire side    | what it carries          |
+//! |------|----------------------------|-----------------|--------------------------|
+//! | map  | [`Router::insert`], [`Router::remove`] | [`Router::get`] | the snapshot's contents |
+#![expect(unsafe_code, reason = "dereferences an epoch-protected snapshot")]
+
+use std::{
+    fmt,
+    sync::atomic::Ordering::{AcqRel, Acquire},
+};
+
+use crossbeam_epoch::{Atomic, Collector, Guard, Owned};
+
+use crate::sync::{Arc, Mutex, lock};
+
+struct Entry<T> {
+    idstr: Box<[u8]>,
+    instance: u32,
+    value: Arc<T>,
+}
+
+impl<T> Entry<T> {
+    fn key(&self) -> (&[u8], u32) {
+        (&self.idstr, self.instance)
+    }
+}
+
+impl<T> Clone for Entry<T> {
+    fn clone(&self) -> Self {
+        Self {
+            idstr: self.idstr.clone(),
+            instance: self.instance,
+            value: self.value.clone(),
+        }
+    }
+}
+
+/// A map from (idstr, instance id).
+pub struct Router<T> {
+    collector: Collector,
+    map: Atomic<Vec<Entry<T>>>,
+    changes: Mutex<()>,
+}
+
+impl<T> Router<T> {
+    /// Returns an empty map, whose readers' guards are `collector`'s.
+    #[must_use]
+    pub fn new(collector: Collector) -> Self {
+        Self {
+            collector,
+            map: Atomic::new(Vec::new()),
+            changes: Mutex::new(()),
+        }
+    }
+
+    fn snapshot<'g>(&self, guard: &'g Guard) -> &'g [Entry<T>] {
+        assert!(
+            guard.collector() == Some(&self.collector),
+            "a guard of another collector protects nothing here"
+        );
+        // map edge, acquire side.
+        let map = self.map.load(Acquire, guard);
+        // SAFETY: the map is never null, and a snapshot that was the map under `guard` is freed
+        // only after it.
+        unsafe { map.deref() }
+    }
+
+    /// The device of that name. Any thread.
+    pub fn get(&self, idstr: &[u8], instance: u32, guard: &Guard) -> Option<Arc<T>> {
+        let map = self.snapshot(guard);
+        let at = map
+            .binary_search_by(|entry| entry.key().cmp(&(idstr, instance)))
+            .ok()?;
+        Some(map[at].value.clone())
+    }
+
+    fn replace(&self, map: Vec<Entry<T>>, guard: &Guard) {
+        // map edge, release side; and acquire, for what is taken out.
+        let old = self.map.swap(Owned::new(map), AcqRel, guard);
+        // SAFETY: the swap took it out, under the lock; those who still read it hold guards.
+        unsafe { guard.defer_destroy(old) };
+    }
+
+    /// Adds a device. Returns whether the name was free.
+    #[must_use = "a name that is taken was not added"]
+    pub fn insert(&self, idstr: &[u8], instance: u32, value: Arc<T>, guard: &Guard) -> bool {
+        let _changes = lock(&self.changes);
+        let mut map = self.snapshot(guard).to_vec();
+        let Err(at) = map.binary_search_by(|entry| entry.key().cmp(&(idstr, instance))) else {
+            return false;
+        };
+        let entry = Entry {
+            idstr: idstr.into(),
+            instance,
+            value,
+        };
+        map.insert(at, entry);
+        self.replace(map, guard);
+        true
+    }
+
+    /// Takes a device out. Channels that have looked it up may still hold it.
+    pub fn remove(&self, idstr: &[u8], instance: u32, guard: &Guard) -> Option<Arc<T>> {
+        let _changes = lock(&self.changes);
+        let mut map = self.snapshot(guard).to_vec();
+        let at = map
+            .binary_search_by(|entry| entry.key().cmp(&(idstr, instance)))
+            .ok()?;
+        let entry = map.remove(at);
+        self.replace(map, guard);
+        Some(entry.value)
+    }
+
+    /// All devices, in the order of their names.
+    pub fn all(&self, guard: &Guard) -> Vec<Arc<T>> {
+        let map = self.snapshot(guard);
+        map.iter().map(|entry| entry.value.clone()).collect()
+    }
+}
+
+impl<T> Drop for Router<T> {
+    fn drop(&mut self) {
+        let map = std::mem::replace(&mut self.map, Atomic::null());
+        // SAFETY: `&mut self`: nobody else has the map.
+        drop(unsafe { map.try_into_owned() });
+    }
+}
+
+impl<T> fmt::Debug for Router<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Router").finish_non_exhaustive()
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_is_found_by_both_parts_of_its_name() {
+        let collector = Collector::new();
+        let handle = collector.register();
+        let guard = handle.pin();
+        let router = Router::new(collector);
+        for (idstr, instance, value) in [("b", 0, 1), ("a", 1, 2), ("a", 0, 3)] {
+            assert!(router.insert(idstr.as_bytes(), instance, Arc::new(value), &guard));
+        }
+        assert!(!router.insert(b"a", 1, Arc::new(9), &guard));
+        let get = |idstr: &str, instance| {
+            let found = router.get(idstr.as_bytes(), instance, &guard);
+            found.map(|value| *value)
+        };
+        assert_eq!(get("a", 1), Some(2));
+        assert_eq!(get("b", 1), None);
+        assert_eq!(router.remove(b"a", 1, &guard).as_deref(), Some(&2));
+        assert_eq!(get("a", 1), None);
+        assert_eq!(get("a", 0), Some(3));
+        assert!(router.remove(b"a", 1, &guard).is_none());
+        let all: Vec<_> = router.all(&guard).iter().map(|value| **value).collect();
+        assert_eq!(all, [3, 1]);
+    }
+}

@@ -1,0 +1,280 @@
+//! A session's settings, and the arithmetic that turns a budget into a pool.
+
+use std::time::Duration;
+
+use vfio_migration_uring::Backend;
+
+use crate::{
+    error::{Error, ErrorKind, Phase, Result},
+    lane::CHAIN,
+    reorder::pool::{ALIGN, PoolLayout},
+    save::HEADROOM,
+    wire,
+};
+
+/// A session's settings. Sizes are in bytes.
+///
+/// ```
+/// use vfio_migration::Settings;
+///
+/// let mut settings = Settings::default();
+/// settings.budget = Some(64 << 20);
+/// settings.channels = 8;
+/// ```
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Settings {
+    /// Which ring moves the devices' bytes: [`Backend::Auto`].
+    pub backend: Backend,
+    /// All memory that packets are held in, reserves and staging included. Unless set: 32 MiB, or
+    /// one buffer for each device where that is more (load), or two (save).
+    pub budget: Option<usize>,
+    /// Load: the size of a buffer of the pool; a larger packet passes in pieces. 1 MiB.
+    pub buffer_len: usize,
+    /// Save: the most data in a packet. Unless set, the device's estimate of its state, but not
+    /// above 1 MiB nor below 64 KiB.
+    pub data_len: Option<usize>,
+    /// Load: how far ahead of the packet that a device needs next an idx may be and be held; one
+    /// beyond waits. 65 536.
+    pub window: u32,
+    /// Load: the largest device-state payload that is accepted, 12-byte header included. 12 bytes
+    /// and 4 MiB; at the least 12 bytes and 1 MiB.
+    pub max_packet: u32,
+    /// Load: how many channels there will be; a hello's id is below it. Load ends its input when
+    /// this many have come and ended. 1 unless set; the channels given to the builder where they
+    /// are more.
+    pub channels: u32,
+    /// The VM's uuid, as every hello says it. All zero where it has none.
+    pub uuid: [u8; 16],
+    /// The most devices at one time. Unless set: those given to the builder.
+    pub max_devices: Option<u32>,
+    /// Load: whether each device's config waits for its notice on the main channel. Both ends must
+    /// agree. Off.
+    pub config_after_iterables: bool,
+    /// Load: whether a device is set to STOP once it is loaded, so that a state which its driver
+    /// refuses fails the load. On.
+    pub stop_after_load: bool,
+    /// After a cancellation, how long a device's driver may keep a transfer before it is given up.
+    /// 5 s.
+    pub grace: Duration,
+    /// How long nothing at all may move once the switchover has begun, and how long a connection
+    /// may stand still within a packet. 60 s.
+    pub no_progress: Duration,
+    /// How long a channel may take to say hello. 10 s.
+    pub hello_timeout: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            backend: Backend::Auto,
+            budget: None,
+            buffer_len: 1 << 20,
+            data_len: None,
+            window: 1 << 16,
+            max_packet: wire::DEFAULT_MAX_PACKET,
+            channels: 1,
+            uuid: [0; 16],
+            max_devices: None,
+            config_after_iterables: false,
+            stop_after_load: true,
+            grace: Duration::from_secs(5),
+            no_progress: Duration::from_secs(60),
+            hello_timeout: Duration::from_secs(10),
+        }
+    }
+}
+
+/// The budget unless set, where it is enough for the devices.
+const DEFAULT_BUDGET: usize = 32 << 20;
+
+/// The largest reserve: a packet for which only this is left passes in pieces of it.
+const MAX_RESERVE: usize = 64 << 10;
+
+/// The smallest reserve: below it there is no sense in going on.
+const MIN_RESERVE: usize = 4 << 10;
+
+/// How many staging buffers there are for all devices, and the largest.
+const STAGINGS: usize = 4;
+const MAX_STAGING: usize = 512 << 10;
+
+/// The smallest staging buffer that is worth its memory.
+const MIN_STAGING: usize = 64 << 10;
+
+/// The most devices of a session: what a ring has room for.
+const MAX_DEVICES: u32 = (vfio_migration_uring::MAX_CAPACITY / CHAIN) as u32;
+
+/// What a session's memory is cut into.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) struct Memory {
+    /// The budget.
+    pub(crate) budget: usize,
+    /// For packets.
+    pub(crate) pool: PoolLayout,
+    /// For gathering small packets on their way to a device. Load only.
+    pub(crate) staging: PoolLayout,
+}
+
+fn wrong(what: &'static str) -> Error {
+    Error::new(ErrorKind::Config(what), Phase::Setup)
+}
+
+const fn round_down(len: usize) -> usize {
+    len / ALIGN * ALIGN
+}
+
+impl Settings {
+    /// The most devices at one time, given that there are `count` now.
+    pub(crate) fn device_limit(&self, count: usize) -> Result<u32> {
+        let count = u32::try_from(count).unwrap_or(u32::MAX);
+        let limit = self.max_devices.unwrap_or(count);
+        if limit == 0 || limit < count || limit > MAX_DEVICES {
+            return Err(wrong(
+                "between 1 and 1024 devices, and no more than max_devices",
+            ));
+        }
+        Ok(limit)
+    }
+
+    /// How many operations a ring must have room for.
+    pub(crate) const fn ring_capacity(devices: u32) -> usize {
+        devices as usize * CHAIN
+    }
+
+    /// A load's memory: reserves first, so that every device always gets on; then a part for
+    /// gathering; the rest is buffers.
+    pub(crate) fn load_memory(&self, devices: u32) -> Result<Memory> {
+        if self.window == 0 {
+            return Err(wrong("a window of at least one packet"));
+        }
+        if self.max_packet < wire::LEAST_MAX_PACKET {
+            return Err(wrong("a maximum packet of at least 12 bytes and 1 MiB"));
+        }
+        if self.buffer_len < MIN_RESERVE || self.buffer_len > PoolLayout::MAX_BUFFER_LEN {
+            return Err(wrong("a buffer of 4 KiB to 16 MiB"));
+        }
+        let devices = devices as usize;
+        let default = DEFAULT_BUDGET.max(devices * self.buffer_len);
+        let budget = self.budget.unwrap_or(default);
+        let reserve_len = round_down((budget / devices).min(MAX_RESERVE));
+        if reserve_len < MIN_RESERVE {
+            return Err(wrong("a budget of at least 4 KiB for each device"));
+        }
+        let rest = budget - devices * reserve_len;
+        let staging_len = round_down((rest / 8 / STAGINGS).min(MAX_STAGING));
+        let stagings = if staging_len < MIN_STAGING {
+            0
+        } else {
+            STAGINGS
+        };
+        let rest = rest - stagings * staging_len;
+        let buffer_len = if rest >= self.buffer_len {
+            self.buffer_len.next_multiple_of(ALIGN)
+        } else {
+            round_down(rest)
+        };
+        let buffers = if buffer_len < MIN_RESERVE {
+            0
+        } else {
+            rest / buffer_len
+        };
+        Ok(Memory {
+            budget,
+            pool: layout(buffers, buffer_len, devices, reserve_len)?,
+            staging: layout(stagings, staging_len, 0, 0)?,
+        })
+    }
+
+    /// A save's memory, where the largest packet holds `data_len` bytes of data.
+    pub(crate) fn save_memory(&self, devices: u32, data_len: usize) -> Result<Memory> {
+        let packet = (HEADROOM + data_len).next_multiple_of(ALIGN);
+        if data_len == 0 || packet > PoolLayout::MAX_BUFFER_LEN {
+            return Err(wrong("packets of 1 byte to just below 16 MiB of data"));
+        }
+        let devices = devices as usize;
+        let default = DEFAULT_BUDGET.max(2 * devices * packet);
+        let budget = self.budget.unwrap_or(default);
+        if budget < packet {
+            return Err(wrong("a budget of at least one packet with its headers"));
+        }
+        // Small packets share a buffer, as long as each device can have two.
+        let shared = round_down((budget / (2 * devices)).min(1 << 20));
+        let buffer_len = packet.max(shared);
+        Ok(Memory {
+            budget,
+            pool: layout(budget / buffer_len, buffer_len, 0, 0)?,
+            staging: layout(0, 0, 0, 0)?,
+        })
+    }
+}
+
+fn layout(
+    buffers: usize,
+    buffer_len: usize,
+    reserves: usize,
+    reserve_len: usize,
+) -> Result<PoolLayout> {
+    let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+    let (buffers, reserves) = (count(buffers), count(reserves));
+    if buffers.saturating_add(reserves) > PoolLayout::MAX_BUFFERS {
+        return Err(wrong("a budget of at most 65 535 buffers"));
+    }
+    Ok(PoolLayout {
+        buffers,
+        buffer_len,
+        reserves,
+        reserve_len,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_memory_is_within_the_budget() {
+        for devices in [1, 4, 64, 1024] {
+            for budget in [None, Some(4 << 20), Some(5 << 20), Some(1 << 30)] {
+                let settings = Settings {
+                    budget,
+                    ..Settings::default()
+                };
+                let memory = settings.load_memory(devices).unwrap();
+                let held = memory.pool.size() + memory.staging.size();
+                assert!(held <= memory.budget, "{devices} {budget:?}: {memory:?}");
+                // Nothing worth a buffer is left over.
+                let unit = memory.pool.buffer_len.max(1);
+                assert!(memory.budget - held < unit.max(MIN_RESERVE + ALIGN));
+            }
+        }
+    }
+
+    #[test]
+    fn the_defaults_are_what_they_say() {
+        let memory = Settings::default().load_memory(4).unwrap();
+        assert_eq!(memory.budget, 32 << 20);
+        assert_eq!(memory.pool.buffer_len, 1 << 20);
+        assert_eq!(memory.pool.buffers, 29);
+        let memory = Settings::default().load_memory(64).unwrap();
+        assert_eq!(memory.budget, 64 << 20);
+        let memory = Settings::default().save_memory(64, 1 << 20).unwrap();
+        assert!(memory.pool.buffers >= 128);
+    }
+
+    #[test]
+    fn a_single_packet_for_each_device_is_enough() {
+        for packet in [4 << 10, 64 << 10, 1 << 20] {
+            let settings = Settings {
+                budget: Some(4 * packet),
+                ..Settings::default()
+            };
+            assert!(settings.load_memory(4).is_ok());
+            assert!(settings.save_memory(4, packet).unwrap().pool.buffers >= 1);
+        }
+        let settings = Settings {
+            budget: Some((4 << 10) * 4 - 1),
+            ..Settings::default()
+        };
+        assert!(settings.load_memory(4).is_err());
+    }
+}

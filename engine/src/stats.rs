@@ -1,0 +1,307 @@
+//! Counters that anybody may read while the threads that keep them run.
+//!
+//! ```text
+//!   Counters of a device    published ─▶ by the channels (load) or the driver (save)
+//!                           taken … writes ─▶ by the driver (load) or the channels (save)
+//!   Counters of a channel   by its thread
+//!                  │
+//!                  ▼ snapshot: any thread
+//!   Stats { devices: [DeviceStats], channels: [ChannelStats], … }: plain values
+//! ```
+//!
+//! A packet is counted as published before it is, and as taken after it was; the snapshot reads in
+//! the opposite order. So it never claims that more was taken than published.
+//!
+//! # Edges
+//!
+//! | edge  | release side               | acquire side                  | what it carries            |
+//! |-------|----------------------------|-------------------------------|----------------------------|
+//! | count | [`DeviceCounters::taken`]  | [`DeviceCounters::snapshot`]  | the counts of `published`  |
+
+use std::time::{Duration, Instant};
+
+use crossbeam_utils::CachePadded;
+
+use crate::{
+    id::DeviceId,
+    sync::atomic::{
+        AtomicU64,
+        Ordering::{Acquire, Relaxed, Release},
+    },
+};
+
+/// Nanoseconds, for as long as a machine lives.
+fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// A counter that one or more threads add to.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds to it.
+    pub fn add(&self, count: u64) {
+        // Relaxed: a counter.
+        self.0.fetch_add(count, Relaxed);
+    }
+
+    /// Adds a time.
+    pub fn add_time(&self, duration: Duration) {
+        self.add(nanos(duration));
+    }
+
+    /// Raises it to `value`, if that is more.
+    pub fn raise(&self, value: u64) {
+        // Relaxed: a counter.
+        if value > self.0.load(Relaxed) {
+            self.0.fetch_max(value, Relaxed);
+        }
+    }
+
+    /// What it says.
+    #[must_use]
+    pub fn get(&self) -> u64 {
+        // Relaxed: a counter.
+        self.0.load(Relaxed)
+    }
+
+    /// What it says, as a time.
+    #[must_use]
+    pub fn get_time(&self) -> Duration {
+        Duration::from_nanos(self.get())
+    }
+}
+
+/// How many transfers there were on a data fd, and how long they took from submission to
+/// completion. A linked chain counts as one.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Latency {
+    /// How many.
+    pub count: u64,
+    /// All of them together.
+    pub total: Duration,
+    /// The longest.
+    pub max: Duration,
+}
+
+/// Where one device's share of the downtime went. Phases of several devices run side by side.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Phases {
+    /// Setting RESUMING, or STOP_COPY.
+    pub set_state: Duration,
+    /// From there to the switchover's start: waiting for the source. Load only.
+    pub wait: Duration,
+    /// From the switchover's start, or from STOP_COPY, to the last byte on the data fd.
+    pub transfer: Duration,
+    /// The config callback.
+    pub config: Duration,
+    /// Setting STOP.
+    pub stop: Duration,
+}
+
+/// One device's counters, as they were at one moment.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct DeviceStats {
+    /// Which device.
+    pub device: DeviceId,
+    /// Bytes transferred, the 12-byte packet headers included, config included.
+    pub bytes: u64,
+    /// Packets transferred, config included.
+    pub packets: u64,
+    /// Packets published and not yet taken.
+    pub queued: u64,
+    /// The most packets that were.
+    pub queued_high: u64,
+    /// How long the data fd had nothing to do: on load because the next packet was not there, on
+    /// save because no memory was.
+    pub starved: Duration,
+    /// The transfers on the data fd.
+    pub transfers: Latency,
+    /// Ring entries for the data fd.
+    pub entries: u64,
+    /// The split of the downtime.
+    pub phases: Phases,
+}
+
+/// One channel's counters, as they were at one moment.
+#[derive(Clone, Debug, Default, PartialEq)]
+#[non_exhaustive]
+pub struct ChannelStats {
+    /// Which channel, in the order given to the session.
+    pub channel: u32,
+    /// Bytes of device-state packets, headers included.
+    pub bytes: u64,
+    /// Device-state packets.
+    pub packets: u64,
+    /// RAM packets handed to the sink.
+    pub ram_packets: u64,
+    /// SYNC packets.
+    pub syncs: u64,
+    /// How long it waited for the budget (load), or for a packet to send (save).
+    pub blocked: Duration,
+}
+
+/// A session's counters, as they were at one moment.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Stats {
+    /// By device.
+    pub devices: Vec<DeviceStats>,
+    /// By channel.
+    pub channels: Vec<ChannelStats>,
+    /// The budget in bytes: all memory that packets are held in.
+    pub budget: u64,
+    /// How much of it, in whole buffers, was in use at most at one time.
+    pub held_high: u64,
+    /// The backend in use: `uring` or `blocking`.
+    pub backend: &'static str,
+    /// Calls that the driver made into its ring: each submits what is queued and waits.
+    pub ring_calls: u64,
+    /// What the bounded re-checks of all sleeps found: wake-ups that were lost. Must be 0.
+    pub late_wakeups: u64,
+}
+
+/// What a device's threads count.
+#[derive(Debug, Default)]
+pub struct DeviceCounters {
+    published: CachePadded<Counter>,
+    taken: CachePadded<AtomicU64>,
+    /// Bytes transferred.
+    pub bytes: Counter,
+    /// Highest queue depth seen.
+    queued_high: Counter,
+    /// Time without work on the data fd.
+    pub starved: Counter,
+    /// Ring entries for the data fd.
+    pub entries: Counter,
+    transfers: Counter,
+    transfer_total: Counter,
+    transfer_max: Counter,
+    /// Times of the phases.
+    pub phases: PhaseCounters,
+}
+
+/// Times of a device's phases, each set once.
+#[derive(Debug, Default)]
+pub struct PhaseCounters {
+    /// See [`Phases::set_state`].
+    pub set_state: Counter,
+    /// See [`Phases::wait`].
+    pub wait: Counter,
+    /// See [`Phases::transfer`].
+    pub transfer: Counter,
+    /// See [`Phases::config`].
+    pub config: Counter,
+    /// See [`Phases::stop`].
+    pub stop: Counter,
+}
+
+impl DeviceCounters {
+    /// Counts a packet, before it is published.
+    pub fn published(&self) {
+        self.published.add(1);
+    }
+
+    /// Counts packets that were taken, after they were.
+    pub fn taken(&self, count: u64) {
+        // count edge, release side: whoever sees them taken sees them published.
+        let taken = self.taken.fetch_add(count, Release) + count;
+        self.queued_high
+            .raise(self.published.get().saturating_sub(taken) + count);
+    }
+
+    /// Counts one transfer that was submitted at `since`.
+    pub fn transfer(&self, since: Instant) {
+        let took = nanos(since.elapsed());
+        self.transfers.add(1);
+        self.transfer_total.add(took);
+        self.transfer_max.raise(took);
+    }
+
+    /// How many were published and taken, in that order.
+    #[must_use]
+    pub fn packets(&self) -> (u64, u64) {
+        // count edge, acquire side.
+        let taken = self.taken.load(Acquire);
+        (self.published.get(), taken)
+    }
+
+    /// All of them, as they are now.
+    #[must_use]
+    pub fn snapshot(&self, device: &DeviceId) -> DeviceStats {
+        let (published, taken) = self.packets();
+        DeviceStats {
+            device: device.clone(),
+            bytes: self.bytes.get(),
+            packets: taken,
+            queued: published - taken,
+            queued_high: self.queued_high.get(),
+            starved: self.starved.get_time(),
+            transfers: Latency {
+                count: self.transfers.get(),
+                total: self.transfer_total.get_time(),
+                max: self.transfer_max.get_time(),
+            },
+            entries: self.entries.get(),
+            phases: Phases {
+                set_state: self.phases.set_state.get_time(),
+                wait: self.phases.wait.get_time(),
+                transfer: self.phases.transfer.get_time(),
+                config: self.phases.config.get_time(),
+                stop: self.phases.stop.get_time(),
+            },
+        }
+    }
+}
+
+/// What a channel's thread counts.
+#[derive(Debug, Default)]
+pub struct ChannelCounters {
+    /// See [`ChannelStats::bytes`].
+    pub bytes: Counter,
+    /// See [`ChannelStats::packets`].
+    pub packets: Counter,
+    /// See [`ChannelStats::ram_packets`].
+    pub ram_packets: Counter,
+    /// See [`ChannelStats::syncs`].
+    pub syncs: Counter,
+    /// See [`ChannelStats::blocked`].
+    pub blocked: Counter,
+}
+
+impl ChannelCounters {
+    /// All of them, as they are now.
+    #[must_use]
+    pub fn snapshot(&self, channel: u32) -> ChannelStats {
+        ChannelStats {
+            channel,
+            bytes: self.bytes.get(),
+            packets: self.packets.get(),
+            ram_packets: self.ram_packets.get(),
+            syncs: self.syncs.get(),
+            blocked: self.blocked.get_time(),
+        }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_snapshot_says_what_was_counted() {
+        let counters = DeviceCounters::default();
+        for _ in 0..5 {
+            counters.published();
+        }
+        counters.taken(2);
+        counters.bytes.add(100);
+        counters.transfer(Instant::now());
+        let device = DeviceId::new("d", 0).expect("a good name");
+        let stats = counters.snapshot(&device);
+        assert_eq!((stats.packets, stats.queued, stats.queued_high), (2, 3, 5));
+        assert_eq!((stats.bytes, stats.transfers.count), (100, 1));
+    }
+}

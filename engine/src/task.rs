@@ -1,0 +1,264 @@
+//! The threads of a session: what each runs, who makes it, and how its end is known.
+//!
+//! ```text
+//!   session ──▶ Task { kind, body } ──▶ Spawner ──▶ a thread: task.run()
+//!                                                      │ returns, panics, or is dropped unrun
+//!                                                      ▼
+//!                                        Crew: one fewer at work; notify; eventfd
+//! ```
+//!
+//! Threads are the engine's own unless the embedder gives a spawner: then it runs each task on a
+//! thread that it made, with its own name, affinity and seccomp filter. Either way a task's end is
+//! announced by the task itself, so nobody waits in a join for a thread that the kernel holds.
+
+use std::{
+    fmt, io, panic,
+    panic::AssertUnwindSafe,
+    thread::{self, JoinHandle},
+    time::Instant,
+};
+
+use nix::sys::{
+    eventfd::{EfdFlags, EventFd},
+    signal::{SigSet, SigmaskHow},
+};
+
+use crate::{
+    error::{Error, ErrorKind, Phase, Result},
+    id::DeviceId,
+    reorder::waiters::Waiters,
+    sync::{
+        Arc, Mutex,
+        atomic::{
+            AtomicU32,
+            Ordering::{AcqRel, Acquire, Relaxed},
+        },
+        lock,
+    },
+};
+
+/// What a task does.
+#[derive(Clone, Debug, Eq, PartialEq)]
+#[non_exhaustive]
+pub enum TaskKind {
+    /// Moves the bytes of all devices. One for each session. Sleeps in the ring.
+    Driver,
+    /// Serves one channel, in the order given to the session. Sleeps in its socket.
+    Channel(u32),
+    /// Sets one device's states and runs its callbacks.
+    Device(DeviceId),
+}
+
+impl fmt::Display for TaskKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Driver => f.write_str("driver"),
+            Self::Channel(number) => write!(f, "channel {number}"),
+            Self::Device(id) => write!(f, "device {id}"),
+        }
+    }
+}
+
+/// A thread's work, to be run once, on a thread of its own. Dropping it unrun fails the session.
+#[must_use = "a task that is not run fails its session"]
+pub struct Task {
+    kind: TaskKind,
+    name: String,
+    body: Box<dyn FnOnce() + Send>,
+}
+
+impl Task {
+    /// What it does.
+    #[must_use]
+    pub const fn kind(&self) -> &TaskKind {
+        &self.kind
+    }
+
+    /// A name for its thread, of 15 bytes at most.
+    #[must_use]
+    pub fn thread_name(&self) -> &str {
+        &self.name
+    }
+
+    /// Does the work, on the calling thread. Returns when it is done; never panics.
+    pub fn run(self) {
+        (self.body)();
+    }
+}
+
+impl fmt::Debug for Task {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Task")
+            .field("kind", &self.kind)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Puts a task on a thread.
+pub(crate) type Spawner = Box<dyn Fn(Task) -> io::Result<()> + Send + Sync>;
+
+/// All threads of one session.
+pub(crate) struct Crew {
+    spawner: Option<Spawner>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    at_work: AtomicU32,
+    done: Waiters,
+    event: EventFd,
+}
+
+impl Crew {
+    pub(crate) fn new(spawner: Option<Spawner>) -> Result<Self> {
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let event = EventFd::from_value_and_flags(0, flags)
+            .map_err(|errno| Error::new(ErrorKind::Host, Phase::Setup).caused_by(errno))?;
+        Ok(Self {
+            spawner,
+            threads: Mutex::new(Vec::new()),
+            at_work: AtomicU32::new(0),
+            done: Waiters::new(),
+            event,
+        })
+    }
+
+    /// Starts a task. `ended` is called at its end, with a panic's error if there was one, or that
+    /// the task was never run.
+    pub(crate) fn spawn(
+        crew: &Arc<Self>,
+        kind: TaskKind,
+        name: String,
+        body: impl FnOnce() + Send + 'static,
+        ended: impl FnOnce(Option<Error>) + Send + 'static,
+    ) -> Result<()> {
+        // Relaxed: whoever waits for the end starts after this thread has returned.
+        crew.at_work.fetch_add(1, Relaxed);
+        let mut end = End {
+            crew: crew.clone(),
+            kind: kind.clone(),
+            ran: false,
+            ended: Some(Box::new(ended)),
+        };
+        let task = Task {
+            kind,
+            name,
+            body: Box::new(move || {
+                end.ran = true;
+                if panic::catch_unwind(AssertUnwindSafe(body)).is_err() {
+                    end.announce(Some(Error::new(ErrorKind::Panicked, Phase::Cleanup)));
+                }
+                drop(end);
+            }),
+        };
+        let spawned = match &crew.spawner {
+            Some(spawner) => spawner(task),
+            None => crew.spawn_own(task),
+        };
+        spawned.map_err(|error| Error::new(ErrorKind::Host, Phase::Setup).caused_by(error))
+    }
+
+    /// A thread of the engine's own, with all signals blocked: they are the embedder's.
+    fn spawn_own(&self, task: Task) -> io::Result<()> {
+        // Before the thread is there, so that it never runs without; a thread inherits the mask.
+        let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
+        let spawned = thread::Builder::new()
+            .name(task.name.clone())
+            .spawn(|| task.run());
+        before.thread_set_mask()?;
+        let mut threads = lock(&self.threads);
+        threads.push(spawned?);
+        Ok(())
+    }
+
+    /// Whether every task has ended.
+    pub(crate) fn is_idle(&self) -> bool {
+        // Acquire: what the tasks did is seen.
+        self.at_work.load(Acquire) == 0
+    }
+
+    /// How many tasks have not ended.
+    pub(crate) fn at_work(&self) -> usize {
+        // Acquire: as above.
+        self.at_work.load(Acquire) as usize
+    }
+
+    /// Tells whoever waits that there is something to look at.
+    pub(crate) fn notify(&self) {
+        self.done.notify_all();
+        // A counter at its end has long been readable.
+        let _full = self.event.write(1);
+    }
+
+    /// Waits until `look` finds what it looks for, or `deadline`.
+    pub(crate) fn wait<R>(
+        &self,
+        deadline: Option<Instant>,
+        look: impl FnMut() -> Option<R>,
+    ) -> Option<R> {
+        self.done.wait(deadline, look)
+    }
+
+    /// Readable when something has ended.
+    pub(crate) const fn event(&self) -> &EventFd {
+        &self.event
+    }
+
+    /// Joins the engine's own threads that have ended; the kernel may hold others.
+    pub(crate) fn join(&self) {
+        let mut threads = lock(&self.threads);
+        let all_ended = self.is_idle();
+        for thread in threads.drain(..) {
+            if all_ended || thread.is_finished() {
+                // Panics are caught inside.
+                let _caught = thread.join();
+            }
+        }
+    }
+
+    /// What the nets under the sleeps found.
+    pub(crate) fn late(&self) -> u64 {
+        self.done.late()
+    }
+}
+
+impl fmt::Debug for Crew {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Crew")
+            .field("idle", &self.is_idle())
+            .finish_non_exhaustive()
+    }
+}
+
+type Ended = Box<dyn FnOnce(Option<Error>) + Send>;
+
+/// Announces a task's end, however it comes.
+struct End {
+    crew: Arc<Crew>,
+    kind: TaskKind,
+    ran: bool,
+    ended: Option<Ended>,
+}
+
+impl End {
+    fn announce(&mut self, error: Option<Error>) {
+        if let Some(ended) = self.ended.take() {
+            let error = error.map(|error| match &self.kind {
+                TaskKind::Driver => error,
+                TaskKind::Channel(number) => error.on_channel(*number),
+                TaskKind::Device(id) => error.on_device(id),
+            });
+            ended(error);
+        }
+    }
+}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        let error = (!self.ran).then(|| {
+            let kind = ErrorKind::Config("a task was dropped without being run");
+            Error::new(kind, Phase::Setup)
+        });
+        self.announce(error);
+        // AcqRel: the last one's notice covers what all did.
+        self.crew.at_work.fetch_sub(1, AcqRel);
+        self.crew.notify();
+    }
+}
