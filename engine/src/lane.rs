@@ -33,7 +33,7 @@ use crate::{
 pub(crate) type Buffer = Lease<Arc<Pool>>;
 
 /// The most operations of one lane in flight: a chain's length.
-pub(crate) const CHAIN: usize = 8;
+pub(crate) const CHAIN: u32 = 8;
 
 /// How often in a row a transfer may come back interrupted or with `EAGAIN` without a byte moved.
 const MAX_IDLE_RETRIES: u32 = 1000;
@@ -50,6 +50,7 @@ pub(crate) enum Direction {
 /// One operation of a chain.
 #[derive(Debug)]
 struct Step {
+    token: Token,
     /// Where the caller counts it: a packet's idx.
     index: u32,
     /// With the caller before submission and after completion; in the ring between.
@@ -109,8 +110,8 @@ impl Lane {
         Self {
             fd,
             direction,
-            first_token: ordinal * CHAIN as u32,
-            steps: Vec::with_capacity(CHAIN),
+            first_token: ordinal * CHAIN,
+            steps: Vec::with_capacity(CHAIN as usize),
             outstanding: 0,
             submitted: Instant::now(),
             moved: 0,
@@ -121,7 +122,7 @@ impl Lane {
 
     /// The ordinal of the lane that a token belongs to.
     pub(crate) const fn ordinal_of(token: Token) -> usize {
-        token.0 as usize / CHAIN
+        (token.0 / CHAIN) as usize
     }
 
     /// Whether nothing is in flight.
@@ -144,19 +145,22 @@ impl Lane {
         assert!(self.is_idle(), "one chain in flight");
         self.moved = 0;
         self.idle_retries = 0;
-        self.steps.extend(batch.map(|(index, buffer)| Step {
-            index,
-            buffer: Some(buffer),
-            result: None,
-        }));
+        let tokens = (self.first_token..).map(Token);
+        self.steps
+            .extend(tokens.zip(batch).map(|(token, (index, buffer))| Step {
+                token,
+                index,
+                buffer: Some(buffer),
+                result: None,
+            }));
         self.push(ring, counters);
     }
 
     fn push(&mut self, ring: &mut dyn Ring<Buffer>, counters: &DeviceCounters) {
         let count = self.steps.len();
-        assert!(count > 0 && count <= CHAIN);
+        assert!(count > 0 && count <= CHAIN as usize);
         self.submitted = Instant::now();
-        for (at, step) in self.steps.iter_mut().enumerate() {
+        for (at, step) in (1..).zip(&mut self.steps) {
             let buffer = step
                 .buffer
                 .take()
@@ -167,13 +171,8 @@ impl Lane {
                 Direction::Write => Op::Write { fd, buffer },
                 Direction::Read => Op::Read { fd, buffer },
             };
-            let link = if at + 1 < count {
-                Link::Next
-            } else {
-                Link::End
-            };
-            let token = Token(self.first_token + at as u32);
-            ring.push(token, op, link)
+            let link = if at < count { Link::Next } else { Link::End };
+            ring.push(step.token, op, link)
                 .expect("the ring has a place for every step of every lane");
             self.outstanding += 1;
         }
@@ -187,11 +186,12 @@ impl Lane {
         ring: &mut dyn Ring<Buffer>,
         counters: &DeviceCounters,
     ) -> Progress {
-        let at = (completion.token.0 - self.first_token) as usize;
         let (Op::Read { buffer, .. } | Op::Write { buffer, .. }) = completion.op else {
             unreachable!("a lane reads or writes");
         };
-        let step = &mut self.steps[at];
+        let token = completion.token;
+        let step = self.steps.iter_mut().find(|step| step.token == token);
+        let step = step.expect("a completion is one of the chain's");
         let whole = completion
             .result
             .as_ref()
@@ -304,9 +304,9 @@ impl Lane {
     /// Asks the ring to end what is in flight. The completions still come.
     pub(crate) fn cancel(&mut self, ring: &mut dyn Ring<Buffer>) {
         self.cancelled = true;
-        for at in 0..self.steps.len() {
-            if self.steps[at].result.is_none() {
-                ring.cancel(Token(self.first_token + at as u32));
+        for step in &self.steps {
+            if step.result.is_none() {
+                ring.cancel(step.token);
             }
         }
     }

@@ -609,7 +609,7 @@ impl LoadFlow {
             cursor: Cursor::new(),
             config: Vec::new(),
             config_taken: false,
-            batch: Vec::with_capacity(CHAIN),
+            batch: Vec::with_capacity(CHAIN as usize),
             gathered: Vec::new(),
             gathered_at: None,
             in_flight: Vec::new(),
@@ -642,7 +642,7 @@ impl LoadFlow {
         let mut staging: Option<(u32, Buffer, usize)> = None;
         let mut bytes = 0;
         let mut taken = 0;
-        while !self.config_taken && self.batch.len() < CHAIN && bytes < CHAIN_BYTES {
+        while !self.config_taken && self.batch.len() < CHAIN as usize && bytes < CHAIN_BYTES {
             if let Some((_, buffer, used)) = &staging
                 && buffer.size() - used < GATHER_MAX
             {

@@ -358,7 +358,7 @@ impl SaveFlow {
             },
             save,
             device,
-            spare: Vec::with_capacity(CHAIN),
+            spare: Vec::with_capacity(CHAIN as usize),
             depth: 2,
             next: 0,
             ended: false,
@@ -489,7 +489,7 @@ impl Flow for SaveFlow {
             }
         }
         self.depth = if whole {
-            (self.depth * 2).min(CHAIN / 2)
+            (self.depth * 2).min(CHAIN as usize / 2)
         } else {
             1
         };

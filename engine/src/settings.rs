@@ -102,7 +102,9 @@ const MAX_STAGING: usize = 512 << 10;
 const MIN_STAGING: usize = 64 << 10;
 
 /// The most devices of a session: what a ring has room for.
-const MAX_DEVICES: u32 = (vfio_migration_uring::MAX_CAPACITY / CHAIN) as u32;
+const MAX_DEVICES: u32 = 1024;
+
+const _: () = assert!(Settings::ring_capacity(MAX_DEVICES) <= vfio_migration_uring::MAX_CAPACITY);
 
 /// What a session's memory is cut into.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -138,7 +140,7 @@ impl Settings {
 
     /// How many operations a ring must have room for.
     pub(crate) const fn ring_capacity(devices: u32) -> usize {
-        devices as usize * CHAIN
+        (devices * CHAIN) as usize
     }
 
     /// A load's memory: reserves first, so that every device always gets on; then a part for

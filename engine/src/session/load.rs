@@ -1,0 +1,519 @@
+//! The destination's session: see the [module above](super).
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    os::fd::{AsFd, BorrowedFd},
+    sync::mpsc,
+    time::Instant,
+};
+
+use vfio_migration_uring::Waker;
+
+use super::{Common, Parts, Report, Returned, builder_methods, host, publisher::Publisher};
+use crate::{
+    channel::{Channel, Receiver, Terms},
+    device::Device,
+    driver::{Driver, Handle},
+    error::{Error, ErrorKind, Phase, Result, Violation},
+    id::DeviceId,
+    load::{self, Inlet, Load, LoadDevice, LoadSettings, Route},
+    reorder::waiters::RECHECK,
+    settings::Settings,
+    stats::{ChannelCounters, Stats},
+    sync::{Arc, Mutex, lock},
+    task::{Crew, Task, TaskKind},
+    trace, wire,
+};
+
+/// Builds a [`LoadSession`].
+#[derive(Debug, Default)]
+#[must_use = "nothing happens before it is started"]
+pub struct LoadBuilder(Parts, Vec<DeviceId>);
+
+impl LoadBuilder {
+    builder_methods!();
+
+    /// Names a device of this VM whose data does not come over multifd channels: a packet for it is
+    /// refused by that name.
+    pub fn not_multifd(mut self, id: DeviceId) -> Self {
+        self.1.push(id);
+        self
+    }
+
+    /// Allocates all memory, starts all threads, and sets every device to RESUMING, all at once.
+    /// Packets may come from then on; nothing is written before
+    /// [`switchover_start`](LoadSession::switchover_start).
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Config`] for settings that cannot be; [`ErrorKind::Host`] for what the host
+    /// does not have; a device's refusal. Devices are put back and dropped.
+    pub fn start(self) -> Result<LoadSession> {
+        let Self(mut parts, others) = self;
+        let devices = std::mem::take(&mut parts.devices);
+        let channels = std::mem::take(&mut parts.channels);
+        let limit = parts.settings.device_limit(devices.len())?;
+        let memory = parts.settings.load_memory(limit)?;
+        let given = u32::try_from(channels.len()).unwrap_or(u32::MAX);
+        let expected = parts.settings.channels.max(given);
+        let waker = Waker::new().map_err(host)?;
+        let (ring, backend) = parts.ring(limit, waker.clone())?;
+        let terms = parts.terms(expected);
+        let limits = parts.limits();
+        let settings = parts.settings;
+        let handle = Arc::new(Handle::new(waker));
+        let load = Arc::new(Load::new(
+            memory.pool,
+            memory.staging,
+            handle.clone(),
+            LoadSettings {
+                max_packet: settings.max_packet,
+                window: settings.window,
+                config_after_iterables: settings.config_after_iterables,
+                stop_after_load: settings.stop_after_load,
+                grace: settings.grace,
+            },
+        ));
+        for id in others {
+            load.add_route(&id, Route::NotMultifd(id.clone()))?;
+        }
+        let session = LoadSession {
+            common: Arc::new(Common {
+                crew: Arc::new(Crew::new(parts.spawner)?),
+                returned: Mutex::new(BTreeMap::new()),
+                channels: Mutex::new(Vec::new()),
+                backend,
+                budget: memory.budget,
+                grace: settings.grace,
+                no_progress: settings.no_progress,
+            }),
+            load: load.clone(),
+            terms,
+            expected,
+            ids: Mutex::new(IdsInUse::new(limit)),
+            greeted: Arc::new(Mutex::new(Vec::new())),
+            joined: false,
+        };
+        // The one input that stands for the channels still to come.
+        load.open_input();
+        let driver = Driver::new(handle.clone(), ring, limits);
+        let (room, failing) = (load.clone(), load.clone());
+        Common::spawn_driver(
+            &session.common.crew,
+            driver,
+            handle,
+            load.collector.clone(),
+            move || room.room.notify_all(),
+            move |error| {
+                failing.fail(error);
+            },
+        )?;
+        let (sender, results) = mpsc::channel();
+        let count = devices.len();
+        for device in devices {
+            session.spawn_device(device, sender.clone())?;
+        }
+        drop(sender);
+        session.common.set_up(&results, count)?;
+        for channel in channels {
+            session.add_channel(channel)?;
+        }
+        Ok(session)
+    }
+}
+
+/// Which ordinals are devices'. An ordinal is never given to a second device: operations of the
+/// first may still come back.
+#[derive(Debug)]
+struct IdsInUse {
+    limit: u32,
+    devices: Vec<(u32, DeviceId)>,
+    next: u32,
+}
+
+impl IdsInUse {
+    const fn new(limit: u32) -> Self {
+        Self {
+            limit,
+            devices: Vec::new(),
+            next: 0,
+        }
+    }
+
+    fn take(&mut self, id: &DeviceId) -> Result<u32> {
+        if self.next >= self.limit {
+            let kind = ErrorKind::Config("more devices than max_devices");
+            return Err(Error::new(kind, Phase::Setup).on_device(id));
+        }
+        let ordinal = self.next;
+        self.next += 1;
+        self.devices.push((ordinal, id.clone()));
+        Ok(ordinal)
+    }
+}
+
+/// A load under way: the destination's side of a migration.
+///
+/// ```
+/// # #[cfg(feature = "sim")] {
+/// use std::os::unix::net::UnixStream;
+/// use vfio_migration::{
+///     Device, DeviceId, LoadSession, SaveSession,
+///     sim::{SimConfig, SimDevice},
+/// };
+///
+/// let id = DeviceId::new("0000:00:03.0/vfio", 0)?;
+/// let config = SimConfig { size: 3 << 20, seed: 7, ..SimConfig::default() };
+/// let source = SimDevice::new(config.clone())?;
+/// let destination = SimDevice::new(SimConfig { seed: 8, ..config })?;
+/// let (saved, loaded) = (source.handle(), destination.handle());
+///
+/// let (near, far) = UnixStream::pair()?;
+/// let load = LoadSession::builder()
+///     .device(Device::new(id.clone(), Box::new(destination))?)
+///     .channel(far)
+///     .start()?;
+/// let save = SaveSession::builder()
+///     .device(Device::new(id, Box::new(source))?)
+///     .channel(near)
+///     .start()?;
+///
+/// load.switchover_start();
+/// save.join().result?;
+/// load.join().result?;
+/// assert_eq!(saved.digest(), loaded.digest());
+/// # }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// Dropping it cancels, and waits as [`LoadSession::join`] does.
+#[must_use = "dropping a session cancels it"]
+pub struct LoadSession {
+    common: Arc<Common>,
+    load: Arc<Load>,
+    terms: Terms,
+    expected: u32,
+    ids: Mutex<IdsInUse>,
+    greeted: Arc<Mutex<Vec<u8>>>,
+    joined: bool,
+}
+
+impl LoadSession {
+    /// Begins to build one.
+    pub fn builder() -> LoadBuilder {
+        LoadBuilder::default()
+    }
+
+    fn spawn_device(&self, device: Device, set_up: mpsc::Sender<Result<()>>) -> Result<()> {
+        let id = device.id().clone();
+        let ordinal = lock(&self.ids).take(&id)?;
+        let shared = self.load.add(&id, ordinal)?;
+        let (load, common) = (self.load.clone(), self.common.clone());
+        let ending = (self.load.clone(), shared.clone());
+        Crew::spawn(
+            &self.common.crew,
+            TaskKind::Device(id),
+            format!("vfio-mig-dev{ordinal}"),
+            move || {
+                let mut device = device;
+                let result = load::serve_device(&load, &shared, &mut device, |result| {
+                    // Nobody listens any more where another device's set-up has failed.
+                    let _gone = set_up.send(result);
+                });
+                if let Err(error) = &result
+                    && !shared.is_unplugged()
+                {
+                    load.fail(error.clone());
+                }
+                common.give_back(ordinal, device, result);
+            },
+            move |error| {
+                let (load, shared) = ending;
+                if let Some(error) = error {
+                    load.fail(error);
+                }
+                shared.control.end();
+            },
+        )
+    }
+
+    /// Adds a device while the session runs (`max_devices` has to leave room for it), and returns
+    /// when it is RESUMING.
+    ///
+    /// # Errors
+    ///
+    /// As for [`LoadBuilder::start`].
+    pub fn add_device(&self, device: Device) -> Result<()> {
+        let (sender, results) = mpsc::channel();
+        self.spawn_device(device, sender)?;
+        self.common.set_up(&results, 1)
+    }
+
+    /// Takes a device out while the session runs: an unplug. Its packets are refused from now on,
+    /// its load is cancelled, and the device comes back, reset.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Config`] for a device that is not there; [`ErrorKind::Stuck`] where its driver
+    /// does not give a transfer back.
+    pub fn remove_device(&self, id: &DeviceId) -> Result<Device> {
+        let shared = self.device(id)?;
+        shared.unplug();
+        self.load.remove(&shared);
+        let deadline = Instant::now() + 2 * self.common.grace + 4 * RECHECK;
+        let ended = shared.control.wait_end(Some(deadline));
+        let returned = lock(&self.common.returned).remove(&shared.ordinal);
+        lock(&self.ids)
+            .devices
+            .retain(|(ordinal, _)| *ordinal != shared.ordinal);
+        let stuck = || Error::new(ErrorKind::Stuck, Phase::Cleanup).on_device(id);
+        match returned {
+            Some(Returned { device, result }) if ended => match result {
+                Err(error) if *error.kind() == ErrorKind::Stuck => Err(error),
+                _ => Ok(device),
+            },
+            _ => Err(stuck()),
+        }
+    }
+
+    fn device(&self, id: &DeviceId) -> Result<Arc<LoadDevice>> {
+        let devices = self.load.devices();
+        let found = devices.into_iter().find(|device| device.id == *id);
+        found.ok_or_else(|| {
+            Error::new(ErrorKind::Config("no such device"), Phase::Setup).on_device(id)
+        })
+    }
+
+    /// Adds a channel: one connection of the source's. Its hello, and all after it, is read on a
+    /// thread of the channel's own.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Config`] for one channel too many; [`ErrorKind::Host`] without a thread.
+    pub fn add_channel(&self, channel: impl Into<Channel>) -> Result<()> {
+        let channel = channel.into();
+        let counters = Arc::new(ChannelCounters::default());
+        let number = {
+            let mut channels = lock(&self.common.channels);
+            let number = u32::try_from(channels.len()).unwrap_or(u32::MAX);
+            if number >= self.expected {
+                let kind = ErrorKind::Config("more channels than the settings say");
+                return Err(Error::new(kind, Phase::Setup));
+            }
+            self.load.verdict.add(channel.hangup().map_err(host)?);
+            channels.push(counters.clone());
+            number
+        };
+        self.load.open_input();
+        if number + 1 == self.expected {
+            // All have come: the input that stood for them is done.
+            self.load.close_input();
+        }
+        let (load, greeted) = (self.load.clone(), self.greeted.clone());
+        let ending = self.load.clone();
+        let terms = self.terms;
+        Crew::spawn(
+            &self.common.crew,
+            TaskKind::Channel(number),
+            format!("vfio-mig-ch{number}"),
+            move || {
+                let receiver = Receiver::new(channel, number, terms);
+                let mut inlet = Inlet::new(load.clone(), counters, Some(number));
+                let result = receiver.run(&mut inlet, |id| greet(&greeted, id));
+                drop(inlet);
+                if let Err(error) = result {
+                    load.fail(error);
+                }
+            },
+            move |error| {
+                if let Some(error) = error {
+                    ending.fail(error);
+                }
+                ending.close_input();
+            },
+        )
+    }
+
+    /// A way in for packets that come otherwise than over the session's channels. Made on the
+    /// thread that uses it; while there is one the input has not ended.
+    pub fn publisher(&self) -> Publisher {
+        let counters = Arc::new(ChannelCounters::default());
+        self.load.open_input();
+        Publisher::new(Inlet::new(self.load.clone(), counters, None))
+    }
+
+    /// Says that no further channel will be added.
+    pub fn no_more_channels(&mut self) {
+        let count = u32::try_from(lock(&self.common.channels).len()).unwrap_or(u32::MAX);
+        if count < self.expected {
+            self.expected = count;
+            self.load.close_input();
+        }
+    }
+
+    /// Writes iterable data of a device's section on the main channel into it, in the calling
+    /// thread. May block where the driver does.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Device`]; [`ErrorKind::Config`] once the switchover has started.
+    pub fn write_iterable(&self, id: &DeviceId, bytes: &[u8]) -> Result<()> {
+        let result = load::write_iterable(&*self.device(id)?, bytes);
+        let ret = result.as_ref().map_or_else(
+            |error| -error.raw_os_error().unwrap_or(nix::libc::EINVAL),
+            |()| 0,
+        );
+        trace::load_state_device_data(id, bytes.len() as u64, ret);
+        result
+    }
+
+    /// The switchover has started: all iterable data is in the devices, and the driver may write
+    /// what has come and will.
+    pub fn switchover_start(&self) {
+        for device in self.load.devices() {
+            load::start(&self.load, &device);
+        }
+    }
+
+    /// The main channel says that the device's config may be loaded.
+    ///
+    /// # Errors
+    ///
+    /// [`Violation::SectionTag`] where that is not in use, or comes a second time.
+    pub fn config_load_ready(&self, id: &DeviceId) -> Result<()> {
+        let device = self.device(id)?;
+        if self.load.settings.config_after_iterables && device.control.config_ready() {
+            return Ok(());
+        }
+        let tag = wire::Tag::ConfigLoadReady.value();
+        let error = Error::protocol(Violation::SectionTag(tag))
+            .in_phase(Phase::Section)
+            .on_device(id);
+        self.load.fail(error.clone());
+        Err(error)
+    }
+
+    /// Cancels: should-quit. Returns at once.
+    pub fn cancel(&self) {
+        self.load.fail(Error::cancelled(Phase::Load));
+    }
+
+    /// Fails the session for a reason of the embedder's: its main channel's, say.
+    pub fn fail(&self, error: Error) {
+        self.load.fail(error);
+    }
+
+    /// Why it failed, once it has.
+    #[must_use]
+    pub fn failure(&self) -> Option<Error> {
+        self.load.failure()
+    }
+
+    /// Whether every device is loaded, or the session has failed and its threads have ended.
+    #[must_use]
+    pub fn is_finished(&self) -> bool {
+        self.devices_ended()
+    }
+
+    fn devices_ended(&self) -> bool {
+        self.load
+            .devices()
+            .iter()
+            .all(|device| device.control.is_ended())
+    }
+
+    /// The counters as they are.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        let devices = self.load.devices();
+        let devices = devices
+            .iter()
+            .map(|device| device.counters.snapshot(&device.id));
+        let late = self.load.room.late();
+        let devices_late: u64 = self.load.devices().iter().map(|d| d.control.late()).sum();
+        let mut stats = self
+            .common
+            .stats(devices.collect(), &self.load.pool, &self.load.driver);
+        stats.held_high += self.load.staging_len() as u64;
+        stats.late_wakeups += late + devices_late;
+        stats
+    }
+
+    /// Waits for the end, and gives the devices back.
+    pub fn join(mut self) -> Report {
+        self.end()
+    }
+
+    /// Cleans up: want-exit. Ends what is still under way, and gives the devices back, within the
+    /// grace time.
+    pub fn cleanup(mut self) -> Report {
+        for device in self.load.devices() {
+            trace::load_cleanup(&device.id);
+            device.control.exit();
+        }
+        self.load.driver.wake();
+        self.load.room.notify_all();
+        self.end()
+    }
+
+    fn end(&mut self) -> Report {
+        self.joined = true;
+        let failed_at = || self.load.verdict.failed_at();
+        self.common.wait_for_end(failed_at, || self.devices_ended());
+        // The channels end by themselves where the source has closed them.
+        let patience = Instant::now() + self.common.no_progress;
+        let crew = &self.common.crew;
+        let ended = || (crew.at_work() <= 1 || failed_at().is_some()).then_some(());
+        if crew.wait(Some(patience), ended).is_none() {
+            self.load
+                .fail(Error::new(ErrorKind::Stalled, Phase::Receive));
+        }
+        self.load.verdict.hang_up();
+        let short = Some(Instant::now() + self.common.grace + 2 * RECHECK);
+        crew.wait(short, || (crew.at_work() <= 1).then_some(()));
+        self.load.driver.close();
+        crew.wait(short, || crew.is_idle().then_some(()));
+        crew.join();
+        let stats = self.stats();
+        let ids = lock(&self.ids).devices.clone();
+        let result = self.load.failure().map_or(Ok(()), Err);
+        self.common.report(ids, result, stats)
+    }
+}
+
+/// Remembers a hello's channel id, which no other may have.
+fn greet(greeted: &Mutex<Vec<u8>>, id: u8) -> Result<()> {
+    let mut greeted = lock(greeted);
+    if greeted.contains(&id) {
+        return Err(Error::protocol(Violation::ChannelIdTwice(id)));
+    }
+    greeted.push(id);
+    Ok(())
+}
+
+impl Drop for LoadSession {
+    fn drop(&mut self) {
+        if !self.joined {
+            self.cancel();
+            let _report = self.end();
+        }
+    }
+}
+
+impl AsFd for LoadSession {
+    /// An eventfd that becomes readable when a device or a thread has ended, for an event loop.
+    /// Read its 8 bytes, then look at [`LoadSession::is_finished`] and [`LoadSession::failure`].
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.common.crew.event().as_fd()
+    }
+}
+
+impl fmt::Debug for LoadSession {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LoadSession")
+            .field("load", &self.load)
+            .field("failure", &self.failure())
+            .finish_non_exhaustive()
+    }
+}

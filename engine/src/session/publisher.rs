@@ -1,0 +1,254 @@
+//! The push API: packets that came otherwise than over the session's channels.
+
+use std::fmt;
+
+use crate::{
+    error::{Error, Result, Violation},
+    id::DeviceId,
+    load::{Incoming, Inlet},
+    reorder::pool::{Lease, Pool},
+    sync::Arc,
+    wire,
+};
+
+/// Brings packets that came over connections of the embedder's. One thread's.
+///
+/// ```
+/// # #[cfg(feature = "sim")] {
+/// use vfio_migration::{Device, DeviceId, LoadSession, sim::{SimConfig, SimDevice}, wire};
+///
+/// let id = DeviceId::new("0000:00:03.0/vfio", 0)?;
+/// let device = SimDevice::new(SimConfig::default())?;
+/// let mut load = LoadSession::builder()
+///     .device(Device::new(id.clone(), Box::new(device))?)
+///     .start()?;
+/// let mut publisher = load.publisher();
+/// load.no_more_channels();
+///
+/// // What a peer's handler gets: the packet's 12-byte header, then its data.
+/// let mut payload = wire::PacketHeader { index: 0, config: false }.encode().to_vec();
+/// payload.extend(b"state");
+/// publisher.push(&id, &payload)?;
+/// load.cancel();
+/// # }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub struct Publisher {
+    inlet: Inlet,
+}
+
+impl Publisher {
+    /// `inlet` counts as an open input until this is dropped.
+    pub(super) const fn new(inlet: Inlet) -> Self {
+        Self { inlet }
+    }
+
+    /// Publishes a packet, by a copy: its payload as it is on the wire, 12-byte header first. Waits
+    /// while the budget is spent, unless the device needs just this packet.
+    ///
+    /// # Errors
+    ///
+    /// The rule that the packet breaks, which fails the session; a cancellation.
+    pub fn push(&mut self, id: &DeviceId, payload: &[u8]) -> Result<()> {
+        let (header, data) = self.split(id, payload)?;
+        let incoming = self.announce(id, header, data.len())?;
+        let pushed = self.push_data(incoming, data);
+        self.fail_with(pushed)
+    }
+
+    /// As [`Publisher::push`], but never waits: false where the packet could not be had, and
+    /// nothing of it was kept.
+    ///
+    /// A packet that is larger than a device's reserve (64 KiB, or the device's share of a small
+    /// budget), and that the device needs next while the budget is spent on those behind it, can
+    /// only pass in pieces: [`Publisher::push`] always gets on.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Publisher::push`].
+    pub fn try_push(&mut self, id: &DeviceId, payload: &[u8]) -> Result<bool> {
+        let (header, data) = self.split(id, payload)?;
+        let Some(mut lease) = self.try_lease(id, header, data.len())? else {
+            return Ok(false);
+        };
+        lease.bytes_mut().copy_from_slice(data);
+        lease.publish()?;
+        Ok(true)
+    }
+
+    /// Memory to fill with a packet's `len` bytes of data, where it can be had now.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Publisher::push`].
+    pub fn try_lease(
+        &mut self,
+        id: &DeviceId,
+        header: wire::PacketHeader,
+        len: usize,
+    ) -> Result<Option<PacketLease<'_>>> {
+        let incoming = self.announce(id, header, len)?;
+        if len == 0 {
+            return Ok(Some(PacketLease::new(self, incoming, Memory::None)));
+        }
+        let found = self.inlet.try_lease(&incoming);
+        Ok(match self.fail_with(found)? {
+            Some(lease) if lease.size() == len => {
+                Some(PacketLease::new(self, incoming, Memory::Pool(lease)))
+            }
+            _ => None,
+        })
+    }
+
+    /// As [`Publisher::try_lease`], waiting for it. A packet that can only pass in pieces is filled
+    /// in memory of its own, once it is next: one packet for each publisher at most.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Publisher::push`].
+    pub fn lease(
+        &mut self,
+        id: &DeviceId,
+        header: wire::PacketHeader,
+        len: usize,
+    ) -> Result<PacketLease<'_>> {
+        let incoming = self.announce(id, header, len)?;
+        if len == 0 {
+            return Ok(PacketLease::new(self, incoming, Memory::None));
+        }
+        let found = self.inlet.lease(&incoming);
+        let lease = self.fail_with(found)?;
+        let memory = if lease.size() == len {
+            Memory::Pool(lease)
+        } else {
+            Memory::Own(vec![0; len])
+        };
+        Ok(PacketLease::new(self, incoming, memory))
+    }
+
+    fn split<'a>(
+        &self,
+        id: &DeviceId,
+        payload: &'a [u8],
+    ) -> Result<(wire::PacketHeader, &'a [u8])> {
+        let split = payload.split_first_chunk().map_or_else(
+            || {
+                let len = u32::try_from(payload.len()).unwrap_or(u32::MAX);
+                Err(Error::protocol(Violation::PacketTooShort(len)))
+            },
+            |(header, data)| Ok((wire::PacketHeader::decode(header)?, data)),
+        );
+        self.fail_with(split.map_err(|error| error.on_device(id)))
+    }
+
+    fn announce(
+        &mut self,
+        id: &DeviceId,
+        header: wire::PacketHeader,
+        len: usize,
+    ) -> Result<Incoming> {
+        let name = (id.idstr().as_bytes(), id.instance());
+        let incoming = self.inlet.announce(name, header, len);
+        self.fail_with(incoming)
+    }
+
+    fn push_data(&mut self, mut incoming: Incoming, mut data: &[u8]) -> Result<()> {
+        self.inlet.admit(&incoming)?;
+        if data.is_empty() {
+            return self.inlet.publish_empty(&mut incoming);
+        }
+        // Each round publishes a byte at least.
+        while !data.is_empty() {
+            let mut lease = self.inlet.lease(&incoming)?;
+            let (piece, rest) = data.split_at(lease.size());
+            lease.bytes_mut().copy_from_slice(piece);
+            self.inlet.publish(&mut incoming, lease)?;
+            data = rest;
+        }
+        Ok(())
+    }
+
+    /// A packet that breaks a rule fails the migration.
+    fn fail_with<T>(&self, result: Result<T>) -> Result<T> {
+        if let Err(error) = &result
+            && !error.is_cancelled()
+        {
+            self.inlet.load().fail(error.clone());
+        }
+        result
+    }
+}
+
+/// Where a leased packet's data is.
+enum Memory {
+    None,
+    Pool(Lease<Arc<Pool>>),
+    Own(Vec<u8>),
+}
+
+/// A packet's memory, to be filled and then published. Dropping it gives it back.
+#[must_use = "a packet that is not published is missing"]
+pub struct PacketLease<'a> {
+    publisher: &'a mut Publisher,
+    incoming: Incoming,
+    memory: Memory,
+}
+
+impl<'a> PacketLease<'a> {
+    fn new(publisher: &'a mut Publisher, incoming: Incoming, memory: Memory) -> Self {
+        Self {
+            publisher,
+            incoming,
+            memory,
+        }
+    }
+
+    /// The packet's data, to be filled: all of it.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        match &mut self.memory {
+            Memory::None => &mut [],
+            Memory::Pool(lease) => lease.bytes_mut(),
+            Memory::Own(bytes) => bytes,
+        }
+    }
+
+    /// Publishes the packet.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Publisher::push`].
+    pub fn publish(self) -> Result<()> {
+        let Self {
+            publisher,
+            mut incoming,
+            memory,
+        } = self;
+        let published = match memory {
+            Memory::Pool(lease) => publisher
+                .inlet
+                .admit(&incoming)
+                .and_then(|()| publisher.inlet.publish(&mut incoming, lease)),
+            Memory::Own(bytes) => publisher.push_data(incoming, &bytes),
+            Memory::None => publisher.push_data(incoming, &[]),
+        };
+        publisher.fail_with(published)
+    }
+}
+
+impl fmt::Debug for PacketLease<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PacketLease").finish_non_exhaustive()
+    }
+}
+
+impl Drop for Publisher {
+    fn drop(&mut self) {
+        self.inlet.load().close_input();
+    }
+}
+
+impl fmt::Debug for Publisher {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Publisher").finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,280 @@
+//! The source's session: see the [module above](super).
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    os::fd::{AsFd, BorrowedFd},
+    sync::mpsc,
+    time::Instant,
+};
+
+use vfio_migration_uring::Waker;
+
+use super::{Common, Parts, Report, builder_methods, host};
+use crate::{
+    channel::{Channel, Sender, Terms},
+    device::{Device, buffer_len},
+    driver::{Driver, Handle},
+    error::{Error, ErrorKind, Phase, Result},
+    reorder::waiters::RECHECK,
+    save::{self, Save, SaveDevice},
+    settings::Settings,
+    stats::{ChannelCounters, Stats},
+    sync::{Arc, Mutex, lock},
+    task::{Crew, Task, TaskKind},
+};
+
+/// Builds a [`SaveSession`].
+#[derive(Debug, Default)]
+#[must_use = "nothing happens before it is started"]
+pub struct SaveBuilder(Parts);
+
+impl SaveBuilder {
+    builder_methods!();
+
+    /// Allocates all memory, starts all threads, and sets every device to STOP_COPY, all at once;
+    /// each is read from when it is there.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Config`] for settings that cannot be, or no device or channel;
+    /// [`ErrorKind::Host`] for what the host does not have; a device's refusal. Devices are put back
+    /// to RUNNING and dropped.
+    pub fn start(self) -> Result<SaveSession> {
+        let mut parts = self.0;
+        let mut devices = std::mem::take(&mut parts.devices);
+        let channels = std::mem::take(&mut parts.channels);
+        let count = u32::try_from(channels.len()).unwrap_or(u32::MAX);
+        if count == 0 || count > 255 {
+            let kind = ErrorKind::Config("a save has 1 to 255 channels");
+            return Err(Error::new(kind, Phase::Setup));
+        }
+        let limit = parts.settings.device_limit(devices.len())?;
+        let mut sized = Vec::with_capacity(devices.len());
+        for device in &mut devices {
+            let len = parts.settings.data_len;
+            let len = len.unwrap_or_else(|| buffer_len(device.data_size().ok()));
+            sized.push((device.id().clone(), len));
+        }
+        let largest = sized.iter().map(|(_, len)| *len).max().unwrap_or(0);
+        let memory = parts.settings.save_memory(limit, largest)?;
+        let waker = Waker::new().map_err(host)?;
+        let (ring, backend) = parts.ring(limit, waker.clone())?;
+        let terms = parts.terms(count);
+        let limits = parts.limits();
+        let handle = Arc::new(Handle::new(waker));
+        let grace = parts.settings.grace;
+        let save = Arc::new(Save::new(sized, memory.pool, handle.clone(), grace));
+        let session = SaveSession {
+            common: Arc::new(Common {
+                crew: Arc::new(Crew::new(parts.spawner)?),
+                returned: Mutex::new(BTreeMap::new()),
+                channels: Mutex::new(Vec::new()),
+                backend,
+                budget: memory.budget,
+                grace,
+                no_progress: parts.settings.no_progress,
+            }),
+            save: save.clone(),
+            joined: false,
+        };
+        for channel in &channels {
+            save.verdict.add(channel.hangup().map_err(host)?);
+        }
+        let driver = Driver::new(handle.clone(), ring, limits);
+        let failing = save.clone();
+        Common::spawn_driver(
+            &session.common.crew,
+            driver,
+            handle,
+            save.collector.clone(),
+            || {},
+            move |error| {
+                failing.fail(error);
+            },
+        )?;
+        let (sender, results) = mpsc::channel();
+        for (shared, device) in save.devices.iter().zip(devices) {
+            session.spawn_device(shared.clone(), device, sender.clone())?;
+        }
+        drop(sender);
+        for (number, channel) in (0..).zip(channels) {
+            session.spawn_channel(number, channel, terms)?;
+        }
+        session.common.set_up(&results, save.devices.len())?;
+        Ok(session)
+    }
+}
+
+/// A save under way: the source's side of a migration.
+///
+/// See [`LoadSession`] for an example of both. Dropping it cancels, and waits as
+/// [`SaveSession::join`] does.
+#[must_use = "dropping a session cancels it"]
+pub struct SaveSession {
+    common: Arc<Common>,
+    save: Arc<Save>,
+    joined: bool,
+}
+
+impl SaveSession {
+    /// Begins to build one.
+    pub fn builder() -> SaveBuilder {
+        SaveBuilder::default()
+    }
+
+    fn spawn_device(
+        &self,
+        shared: Arc<SaveDevice>,
+        device: Device,
+        set_up: mpsc::Sender<Result<()>>,
+    ) -> Result<()> {
+        let (save, common) = (self.save.clone(), self.common.clone());
+        let ending = (self.save.clone(), shared.clone());
+        let ordinal = shared.ordinal();
+        Crew::spawn(
+            &self.common.crew,
+            TaskKind::Device(shared.id.clone()),
+            format!("vfio-mig-dev{ordinal}"),
+            move || {
+                let mut device = device;
+                let result = save::serve_device(&save, &shared, &mut device, |result| {
+                    // Nobody listens any more where another device's set-up has failed.
+                    let _gone = set_up.send(result);
+                });
+                if let Err(error) = &result {
+                    save.fail(error.clone());
+                }
+                common.give_back(ordinal, device, result);
+            },
+            move |error| {
+                let (save, shared) = ending;
+                if let Some(error) = error {
+                    save.fail(error);
+                }
+                shared.control.end();
+            },
+        )
+    }
+
+    fn spawn_channel(&self, number: u32, channel: Channel, terms: Terms) -> Result<()> {
+        let counters = Arc::new(ChannelCounters::default());
+        lock(&self.common.channels).push(counters.clone());
+        let save = self.save.clone();
+        let ending = self.save.clone();
+        let id = u8::try_from(number).expect("the builder bounds their number");
+        Crew::spawn(
+            &self.common.crew,
+            TaskKind::Channel(number),
+            format!("vfio-mig-ch{number}"),
+            move || {
+                let sender = Sender::new(channel, number);
+                if let Err(error) = save::serve_channel(&save, sender, &terms, id, &counters) {
+                    save.fail(error);
+                }
+            },
+            move |error| {
+                if let Some(error) = error {
+                    ending.fail(error);
+                }
+            },
+        )
+    }
+
+    /// Cancels: should-quit. Returns at once; devices are put back to RUNNING.
+    pub fn cancel(&self) {
+        self.save.fail(Error::cancelled(Phase::Save));
+    }
+
+    /// Fails the session for a reason of the embedder's: its main channel's, say.
+    pub fn fail(&self, error: Error) {
+        self.save.fail(error);
+    }
+
+    /// Why it failed, once it has.
+    #[must_use]
+    pub fn failure(&self) -> Option<Error> {
+        self.save.verdict.failure()
+    }
+
+    /// Whether everything has been sent, or the session has failed and its threads have ended.
+    #[must_use]
+    pub fn is_finished(&self) -> bool {
+        self.common.crew.at_work() <= 1
+    }
+
+    /// The counters as they are.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        let devices = &self.save.devices;
+        let late: u64 = devices.iter().map(|device| device.control.late()).sum();
+        let devices = devices
+            .iter()
+            .map(|device| device.counters.snapshot(&device.id));
+        let mut stats = self
+            .common
+            .stats(devices.collect(), &self.save.pool, &self.save.driver);
+        stats.late_wakeups += self.save.queue.late() + late;
+        stats
+    }
+
+    /// Waits until everything is sent, and gives the devices back: in STOP_COPY
+    /// ([`Report::stop_devices`]), or put back to RUNNING where the save failed.
+    pub fn join(mut self) -> Report {
+        self.end()
+    }
+
+    /// Ends what is still under way, and gives the devices back, within the grace time.
+    pub fn cleanup(self) -> Report {
+        if !self.is_finished() {
+            self.cancel();
+        }
+        self.join()
+    }
+
+    fn end(&mut self) -> Report {
+        self.joined = true;
+        let crew = &self.common.crew;
+        let failed_at = || self.save.verdict.failed_at();
+        self.common.wait_for_end(failed_at, || crew.at_work() <= 1);
+        self.save.driver.close();
+        let short = Some(Instant::now() + self.common.grace + 2 * RECHECK);
+        crew.wait(short, || crew.is_idle().then_some(()));
+        crew.join();
+        let stats = self.stats();
+        let ids = self.save.devices.iter();
+        let ids = ids.map(|device| (device.ordinal(), device.id.clone()));
+        let result = self.failure().map_or(Ok(()), Err);
+        let mut report = self.common.report(ids.collect(), result, stats);
+        if report.result.is_err() {
+            report.put_back();
+        }
+        report
+    }
+}
+
+impl Drop for SaveSession {
+    fn drop(&mut self) {
+        if !self.joined {
+            self.cancel();
+            let _report = self.end();
+        }
+    }
+}
+
+impl AsFd for SaveSession {
+    /// An eventfd that becomes readable when a device or a thread has ended, for an event loop.
+    /// Read its 8 bytes, then look at [`SaveSession::is_finished`] and [`SaveSession::failure`].
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.common.crew.event().as_fd()
+    }
+}
+
+impl fmt::Debug for SaveSession {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SaveSession")
+            .field("save", &self.save)
+            .field("failure", &self.failure())
+            .finish_non_exhaustive()
+    }
+}
