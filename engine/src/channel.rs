@@ -29,8 +29,10 @@ use std::{
 
 use crate::{
     error::{Error, ErrorKind, Phase, Result, Violation},
-    load::{Incoming, Inlet},
-    wire::{self, Frame, Framer, Hello, PageSize, Step},
+    lane::Buffer,
+    stats::ChannelCounters,
+    verdict::Hangup,
+    wire::{self, Frame, Framer, Hello, PacketHeader, PageSize, Step},
 };
 
 /// How much a channel reads ahead of what it needs, at most.
@@ -59,9 +61,6 @@ pub trait RamSink: Send {
     /// Fail the migration.
     fn sync(&mut self, header: &[u8]) -> io::Result<()>;
 }
-
-/// Ends the waits of a channel's thread, from any other.
-pub(crate) type Hangup = Box<dyn Fn() + Send + Sync>;
 
 /// One connection of a migration, not yet in use.
 ///
@@ -275,6 +274,38 @@ pub(crate) struct Terms {
 
 // --------------------------------------------------------------------------------- receive
 
+/// Where a channel's packets go: announce, lease, fill, publish; and announce again.
+pub(crate) trait Inlet {
+    /// A packet on its way in.
+    type Packet;
+
+    /// Checks a packet of this name, header and length of data, before any of it is received.
+    fn announce(
+        &mut self,
+        name: (&[u8], u32),
+        header: PacketHeader,
+        data_len: usize,
+    ) -> Result<Self::Packet>;
+
+    /// How many bytes of its data have not been published.
+    fn remaining(&self, packet: &Self::Packet) -> usize;
+
+    /// Memory for those, or for the first of them. Waits for it.
+    fn lease(&mut self, packet: &Self::Packet) -> Result<Buffer>;
+
+    /// Publishes what a lease was filled with.
+    fn publish(&mut self, packet: &mut Self::Packet, filled: Buffer) -> Result<()>;
+
+    /// Publishes a packet without data.
+    fn publish_empty(&mut self, packet: &mut Self::Packet) -> Result<()>;
+
+    /// Gives up memory that is not in use: before a wait of unknown length.
+    fn rest(&mut self);
+
+    /// The channel's counters.
+    fn counters(&self) -> &ChannelCounters;
+}
+
 /// A channel's receiving side, on its thread.
 pub(crate) struct Receiver {
     channel: Channel,
@@ -324,9 +355,9 @@ impl Receiver {
 
     /// Receives packets until the peer ends the channel, and hands them on: receive → decode →
     /// publish. `greeted` says which channel id the hello had.
-    pub(crate) fn run(
+    pub(crate) fn run<I: Inlet>(
         mut self,
-        inlet: &mut Inlet,
+        inlet: &mut I,
         greeted: impl FnOnce(u8) -> Result<()>,
     ) -> Result<()> {
         self.hello(greeted)?;
@@ -337,7 +368,7 @@ impl Receiver {
             .map_err(|error| self.broken(error))?;
         loop {
             let mut need = wire::PREFIX_LEN;
-            if !self.fill(need, Some(inlet))? {
+            if !self.fill(need, Some(&mut || inlet.rest()))? {
                 return Ok(());
             }
             // Ends: each round asks for more, up to the largest header.
@@ -356,10 +387,12 @@ impl Receiver {
                     } => {
                         let name = (packet.header.idstr, packet.header.instance);
                         let len = packet.data_len as usize;
-                        let incoming = inlet.announce(name, packet.packet, len)?;
-                        inlet.admit(&incoming)?;
+                        let packet = inlet
+                            .announce(name, packet.packet, len)
+                            .map_err(|error| self.name(error))?;
                         self.filled.start += header_len;
-                        self.device_state(inlet, incoming)?;
+                        self.device_state(inlet, packet)
+                            .map_err(|error| self.name(error))?;
                         break;
                     }
                     Step::Frame {
@@ -368,7 +401,7 @@ impl Receiver {
                         payload_len,
                     } => {
                         let sync = matches!(frame, Frame::Sync { .. });
-                        self.ram(inlet, sync, header_len, payload_len)?;
+                        self.ram(inlet.counters(), sync, header_len, payload_len)?;
                         break;
                     }
                 }
@@ -422,8 +455,8 @@ impl Receiver {
 
     /// Has at least `need` bytes staged. False where the stream ends before the first of them; an
     /// error where it ends inside. `resting` is given where this is a packet's begin, before which
-    /// a channel may wait for as long as the peer likes.
-    fn fill(&mut self, need: usize, mut resting: Option<&mut Inlet>) -> Result<bool> {
+    /// a channel may wait for as long as the peer likes, and is called before it does.
+    fn fill(&mut self, need: usize, mut resting: Option<&mut dyn FnMut()>) -> Result<bool> {
         if self.filled.is_empty() {
             self.filled = 0..0;
         }
@@ -435,10 +468,10 @@ impl Receiver {
         // Ends: with bytes, the stream's end, or its time-out.
         while self.filled.len() < need {
             if self.filled.is_empty()
-                && let Some(inlet) = resting.as_mut()
+                && let Some(rest) = resting.as_mut()
                 && !self.channel.stream.is_readable()
             {
-                inlet.rest();
+                rest();
             }
             let end = (self.filled.start + need.max(self.ahead)).min(self.staging.len());
             let bytes = &mut self.staging[self.filled.end..end];
@@ -464,8 +497,8 @@ impl Receiver {
         Ok(true)
     }
 
-    fn device_state(&mut self, inlet: &mut Inlet, mut packet: Incoming) -> Result<()> {
-        let large = packet.remaining() >= LARGE;
+    fn device_state<I: Inlet>(&mut self, inlet: &mut I, mut packet: I::Packet) -> Result<()> {
+        let large = inlet.remaining(&packet) >= LARGE;
         self.ahead = if large {
             wire::DEVICE_PACKET_LEN
         } else {
@@ -473,13 +506,13 @@ impl Receiver {
         };
         inlet.counters().packets.add(1);
         inlet.counters().bytes.add(wire::DEVICE_PACKET_LEN as u64);
-        if packet.remaining() == 0 {
+        if inlet.remaining(&packet) == 0 {
             return inlet.publish_empty(&mut packet);
         }
         // Each round publishes a byte at least.
-        while packet.remaining() > 0 {
-            let mut lease = inlet.lease(&packet).map_err(|error| self.name(error))?;
-            let last = lease.size() == packet.remaining();
+        while inlet.remaining(&packet) > 0 {
+            let mut lease = inlet.lease(&packet)?;
+            let last = lease.size() == inlet.remaining(&packet);
             self.receive(lease.bytes_mut(), if last { self.ahead } else { 0 })?;
             inlet.publish(&mut packet, lease)?;
         }
@@ -524,13 +557,19 @@ impl Receiver {
     }
 
     /// Hands a packet that is not device state to the sink, and skips what that leaves.
-    fn ram(&mut self, inlet: &Inlet, sync: bool, header_len: usize, len: u32) -> Result<()> {
+    fn ram(
+        &mut self,
+        counters: &ChannelCounters,
+        sync: bool,
+        header_len: usize,
+        len: u32,
+    ) -> Result<()> {
         let header = self.staging[self.filled.start..self.filled.start + header_len].to_vec();
         self.filled.start += header_len;
         let counter = if sync {
-            &inlet.counters().syncs
+            &counters.syncs
         } else {
-            &inlet.counters().ram_packets
+            &counters.ram_packets
         };
         counter.add(1);
         let mut sink = self.channel.sink.take();

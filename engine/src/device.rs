@@ -106,7 +106,7 @@ enum Failure {
 ///
 /// Every error names the device; an error of a change of state also both states
 /// ([`Error::states`]) and the errno. A device whose reset has failed is lost: that call and every
-/// later one says [`ErrorKind::Lost`]. One whose callback has panicked says
+/// later one says [`ErrorKind::Lost`]. One that has panicked in a change of state says
 /// [`ErrorKind::Panicked`] to everything until a reset, with which the next
 /// [`Device::set_state`] begins.
 ///
@@ -553,15 +553,17 @@ impl Device {
         Error::new(ErrorKind::Device, phase).on_device(&self.id)
     }
 
-    /// A call that changes no state.
+    /// A call that changes no state. A panic in it does not either: where the device stands is
+    /// known, and a guest's running device is not reset because a query went wrong.
     fn query<R>(
         &mut self,
         phase: Phase,
         f: impl FnOnce(&mut dyn MigrationDevice) -> io::Result<R>,
     ) -> Result<R> {
         self.usable()?;
-        self.call(f)
-            .map_err(|failure| self.wrap(failure, ErrorKind::Device, phase))
+        let result = self.call(f);
+        self.health = Health::Good;
+        result.map_err(|failure| self.wrap(failure, ErrorKind::Device, phase))
     }
 
     fn wrap(&self, failure: Failure, kind: ErrorKind, phase: Phase) -> Error {

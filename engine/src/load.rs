@@ -29,6 +29,7 @@ use crossbeam_epoch::{Collector, Guard, LocalHandle};
 use vfio_migration_uring::{Completion, Fd, Ring};
 
 use crate::{
+    channel::Inlet,
     device::{Device, Recover},
     driver::{Context, Flow, Handle, Pump},
     error::{Error, ErrorKind, Phase, Result, Violation},
@@ -37,7 +38,7 @@ use crate::{
     reorder::{
         control::Control,
         cursor::{Cursor, Inbox, Next},
-        pool::{Lease, Packer, Pool, PoolLayout},
+        pool::{Packer, Pool, PoolLayout},
         slot::{Packet, Payload, Publish},
         waiters::{RECHECK, Waiters},
     },
@@ -275,29 +276,18 @@ pub(crate) struct Incoming {
     first: bool,
 }
 
-impl Incoming {
-    pub(crate) fn remaining(&self) -> usize {
-        self.remaining
-    }
-}
-
 /// What a thread that brings packets has of its own: `!Sync`, one for each.
-pub(crate) struct Inlet {
+pub(crate) struct LoadInlet {
     load: Arc<Load>,
     epoch: LocalHandle,
     packer: Packer<Arc<Pool>>,
     /// The device of the packet before: most packets are for the same.
     recent: Option<Arc<LoadDevice>>,
     counters: Arc<ChannelCounters>,
-    channel: Option<u32>,
 }
 
-impl Inlet {
-    pub(crate) fn new(
-        load: Arc<Load>,
-        counters: Arc<ChannelCounters>,
-        channel: Option<u32>,
-    ) -> Self {
+impl LoadInlet {
+    pub(crate) fn new(load: Arc<Load>, counters: Arc<ChannelCounters>) -> Self {
         let epoch = load.collector.register();
         let packer = Packer::new(load.pool.clone());
         Self {
@@ -306,14 +296,6 @@ impl Inlet {
             packer,
             recent: None,
             counters,
-            channel,
-        }
-    }
-
-    fn name(&self, error: Error) -> Error {
-        match self.channel {
-            Some(channel) => error.on_channel(channel),
-            None => error,
         }
     }
 
@@ -356,13 +338,13 @@ impl Inlet {
         let wire::PacketHeader { index, config } = header;
         let device = self
             .device(idstr, instance)
-            .map_err(|error| self.name(error.at_index(index)))?;
+            .map_err(|error| error.at_index(index))?;
         let max = self.load.settings.max_packet;
         let len = data_len.saturating_add(wire::PACKET_HEADER_LEN);
         if len > max as usize {
             let len = u32::try_from(len).unwrap_or(u32::MAX);
             let violation = Violation::PacketTooLarge { len, max };
-            return Err(self.name(device.refuse(violation, index)));
+            return Err(device.refuse(violation, index));
         }
         Ok(Incoming {
             device,
@@ -381,7 +363,7 @@ impl Inlet {
     pub(crate) fn admit(&self, packet: &Incoming) -> Result<()> {
         let (device, index) = (&packet.device, packet.index);
         let admitted = device.inbox.admit(index, packet.config);
-        admitted.map_err(|violation| self.name(device.refuse(violation, index)))?;
+        admitted.map_err(|violation| device.refuse(violation, index))?;
         trace::load_state_device_buffer_incoming(&device.id, index);
         Ok(())
     }
@@ -389,7 +371,7 @@ impl Inlet {
     /// Memory for the rest of a packet, or for as much of it as can be had: at most a
     /// buffer, and for the packet that the device needs next at the least its reserve. `None` where
     /// there is none now.
-    pub(crate) fn try_lease(&mut self, packet: &Incoming) -> Result<Option<Lease<Arc<Pool>>>> {
+    pub(crate) fn try_lease(&mut self, packet: &Incoming) -> Result<Option<Buffer>> {
         if let Some(error) = self.stopped(&packet.device) {
             return Err(error);
         }
@@ -413,8 +395,8 @@ impl Inlet {
         }))
     }
 
-    /// As [`Inlet::try_lease`], waiting for it. Ends with memory, or the packet's or the load's end.
-    pub(crate) fn lease(&mut self, packet: &Incoming) -> Result<Lease<Arc<Pool>>> {
+    /// As [`LoadInlet::try_lease`], waiting for it. Ends with memory, or the packet's or the load's end.
+    pub(crate) fn lease(&mut self, packet: &Incoming) -> Result<Buffer> {
         if let Some(lease) = self.try_lease(packet)? {
             return Ok(lease);
         }
@@ -435,7 +417,7 @@ impl Inlet {
     }
 
     /// Publishes what a lease of this packet was filled with.
-    pub(crate) fn publish(&mut self, packet: &mut Incoming, lease: Lease<Arc<Pool>>) -> Result<()> {
+    pub(crate) fn publish(&mut self, packet: &mut Incoming, lease: Buffer) -> Result<()> {
         let len = lease.size();
         let filled = Packet {
             payload: Payload::Piece(lease.into_piece()),
@@ -469,7 +451,7 @@ impl Inlet {
             Publish::Published => {}
             Publish::Duplicate(filled) | Publish::Full(filled) => {
                 self.recycle(filled);
-                return Err(self.name(device.refuse(Violation::DuplicateIndex, index)));
+                return Err(device.refuse(Violation::DuplicateIndex, index));
             }
             Publish::Closed(filled) => {
                 self.recycle(filled);
@@ -521,19 +503,48 @@ impl Inlet {
             .map(|_| Error::cancelled(Phase::Receive).on_device(&device.id))
     }
 
-    /// Gives up memory that is not in use: before a wait of unknown length.
-    pub(crate) fn rest(&mut self) {
-        self.packer.release();
-    }
-
-    /// This thread's counters.
-    pub(crate) fn counters(&self) -> &ChannelCounters {
-        &self.counters
-    }
-
     /// The load that it brings packets for.
     pub(crate) fn load(&self) -> &Arc<Load> {
         &self.load
+    }
+}
+
+impl Inlet for LoadInlet {
+    type Packet = Incoming;
+
+    fn announce(
+        &mut self,
+        name: (&[u8], u32),
+        header: wire::PacketHeader,
+        data_len: usize,
+    ) -> Result<Incoming> {
+        let packet = self.announce(name, header, data_len)?;
+        self.admit(&packet)?;
+        Ok(packet)
+    }
+
+    fn remaining(&self, packet: &Incoming) -> usize {
+        packet.remaining
+    }
+
+    fn lease(&mut self, packet: &Incoming) -> Result<Buffer> {
+        self.lease(packet)
+    }
+
+    fn publish(&mut self, packet: &mut Incoming, filled: Buffer) -> Result<()> {
+        self.publish(packet, filled)
+    }
+
+    fn publish_empty(&mut self, packet: &mut Incoming) -> Result<()> {
+        self.publish_empty(packet)
+    }
+
+    fn rest(&mut self) {
+        self.packer.release();
+    }
+
+    fn counters(&self) -> &ChannelCounters {
+        &self.counters
     }
 }
 

@@ -17,14 +17,15 @@
 //! | map  | [`Router::insert`], [`Router::remove`] | [`Router::get`] | the snapshot's contents |
 #![expect(unsafe_code, reason = "dereferences an epoch-protected snapshot")]
 
-use std::{
-    fmt,
-    sync::atomic::Ordering::{AcqRel, Acquire},
-};
+use std::fmt;
 
 use crossbeam_epoch::{Atomic, Collector, Guard, Owned};
 
-use crate::sync::{Arc, Mutex, lock};
+use crate::sync::{
+    Arc, Mutex,
+    atomic::Ordering::{AcqRel, Acquire},
+    lock,
+};
 
 struct Entry<T> {
     idstr: Box<[u8]>,

@@ -9,7 +9,10 @@ use std::{
     time::Instant,
 };
 
-use crate::{channel::Hangup, error::Error};
+use crate::error::Error;
+
+/// Ends the waits of a channel's thread, from any other.
+pub(crate) type Hangup = Box<dyn Fn() + Send + Sync>;
 
 /// A session's first failure.
 #[derive(Default)]

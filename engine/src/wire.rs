@@ -21,14 +21,16 @@
 
 mod framer;
 mod ram;
+mod tag;
 
 pub use self::{
     framer::{Frame, Framer, Located, Step, Walk},
     ram::{PageSize, RAM_BYTES_PER_PACKET, RAM_HEADER_LEN, RamHeader, encode_sync},
+    tag::{TAG_LEN, Tag, config_body, wrap_config},
 };
 
 use crate::{
-    error::{Error, Phase, Result, Violation},
+    error::{Error, Result, Violation},
     id::DeviceId,
 };
 
@@ -65,9 +67,6 @@ pub const INVALID_INDEX: u32 = u32::MAX;
 pub const DEFAULT_MAX_PACKET: u32 = 12 + (4 << 20);
 /// The least that the maximum may be set to, in bytes: a peer's largest packet.
 pub const LEAST_MAX_PACKET: u32 = 12 + (1 << 20);
-
-/// The length of one tag, in bytes.
-pub const TAG_LEN: usize = 8;
 
 /// [`PACKET_HEADER_LEN`] as the wire counts it.
 const PACKET_HEADER_SIZE: u32 = 12;
@@ -266,9 +265,9 @@ impl DeviceKey {
         Self::from_parts(id.idstr().as_bytes(), id.instance())
     }
 
-    /// `idstr` has no NUL and at most [`DeviceId::MAX_IDSTR`] bytes: a device's own, or one cut
-    /// from a checked header.
+    /// `idstr` has at most [`DeviceId::MAX_IDSTR`] bytes: a device's own, or a checked header's.
     fn from_parts(idstr: &[u8], instance: u32) -> Self {
+        let idstr = until_nul(idstr);
         let mut bytes = [0; Self::LEN];
         bytes[..idstr.len()].copy_from_slice(idstr);
         put(&mut bytes, Self::IDSTR_LEN, instance.to_be_bytes());
@@ -405,6 +404,17 @@ impl<'a> DeviceStateHeader<'a> {
         bytes
     }
 
+    /// The length in bytes of the packet's data, which comes behind a [`PacketHeader`].
+    ///
+    /// # Errors
+    ///
+    /// [`Violation::PacketTooShort`] where there is no room for a [`PacketHeader`].
+    pub fn data_len(&self) -> Result<u32> {
+        self.len
+            .checked_sub(PACKET_HEADER_SIZE)
+            .ok_or_else(|| self.refuse(Violation::PacketTooShort(self.len)))
+    }
+
     /// The device's key.
     ///
     /// # Panics
@@ -487,14 +497,14 @@ impl<'a> DevicePacket<'a> {
     ///
     /// # Errors
     ///
-    /// Those of [`DeviceStateHeader::decode`], of [`DevicePacket::data_len`], and of
+    /// Those of [`DeviceStateHeader::decode`], of [`DeviceStateHeader::data_len`], and of
     /// [`PacketHeader::decode`], the latter two naming the device.
     pub fn decode(bytes: &'a [u8; DEVICE_PACKET_LEN], max_packet: u32) -> Result<Self> {
         let (first, second) = bytes
             .split_first_chunk()
             .expect("288 bytes begin with 276 bytes");
         let header = DeviceStateHeader::decode(first, max_packet)?;
-        let data_len = Self::data_len(&header)?;
+        let data_len = header.data_len()?;
         let packet =
             PacketHeader::decode(&field(second, 0)).map_err(|error| match header.key().id() {
                 Some(id) => error.on_device(&id),
@@ -505,18 +515,6 @@ impl<'a> DevicePacket<'a> {
             packet,
             data_len,
         })
-    }
-
-    /// How many bytes of data the packet of this header has.
-    ///
-    /// # Errors
-    ///
-    /// [`Violation::PacketTooShort`] where there is no room for a [`PacketHeader`].
-    pub fn data_len(header: &DeviceStateHeader<'_>) -> Result<u32> {
-        header
-            .len
-            .checked_sub(PACKET_HEADER_SIZE)
-            .ok_or_else(|| header.refuse(Violation::PacketTooShort(header.len)))
     }
 }
 
@@ -552,85 +550,6 @@ pub fn encode_packet(
     let packet = PacketHeader { index, config };
     put(&mut bytes, DEVICE_STATE_HEADER_LEN, packet.encode());
     bytes
-}
-
-/// The 64-bit words that delimit a device's data, on the main channel and in a config packet.
-#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
-#[repr(u64)]
-#[non_exhaustive]
-pub enum Tag {
-    /// Ends a piece.
-    EndOfState = 0xffff_ffff_ef10_0001,
-    /// The config's bytes come next, then [`Tag::EndOfState`].
-    Config = 0xffff_ffff_ef10_0002,
-    /// The migration has been set up; [`Tag::EndOfState`] comes next.
-    Setup = 0xffff_ffff_ef10_0003,
-    /// A length comes next, be64, and then that many bytes for the data fd.
-    Data = 0xffff_ffff_ef10_0004,
-    /// Ends a piece: the device's initial data has been sent.
-    InitDataSent = 0xffff_ffff_ef10_0005,
-    /// Ends a piece: what the config depends on has been loaded.
-    ConfigLoadReady = 0xffff_ffff_ef10_0006,
-}
-
-impl Tag {
-    /// Reads a tag; `None` where there is no such tag.
-    #[must_use]
-    pub fn decode(bytes: [u8; TAG_LEN]) -> Option<Self> {
-        let value = u64::from_be_bytes(bytes);
-        [
-            Self::EndOfState,
-            Self::Config,
-            Self::Setup,
-            Self::Data,
-            Self::InitDataSent,
-            Self::ConfigLoadReady,
-        ]
-        .into_iter()
-        .find(|tag| tag.value() == value)
-    }
-
-    /// The tag's bytes.
-    #[must_use]
-    pub const fn encode(self) -> [u8; TAG_LEN] {
-        self.value().to_be_bytes()
-    }
-
-    /// The tag's value.
-    #[must_use]
-    pub const fn value(self) -> u64 {
-        self as u64
-    }
-}
-
-/// The config's bytes in a config packet's data: what stands between its two tags.
-///
-/// Whether the loader takes all of them is for the caller to see: [`Violation::ConfigTrailing`].
-///
-/// ```
-/// use vfio_migration::wire::{config_body, wrap_config};
-///
-/// assert_eq!(config_body(&wrap_config(b"config"))?, b"config");
-/// assert!(config_body(b"config").is_err());
-/// # Ok::<(), vfio_migration::Error>(())
-/// ```
-///
-/// # Errors
-///
-/// [`Violation::ConfigFraming`], in [`Phase::Config`].
-pub fn config_body(data: &[u8]) -> Result<&[u8]> {
-    let refuse = |what| Error::protocol(Violation::ConfigFraming(what)).in_phase(Phase::Config);
-    let body = data
-        .strip_prefix(&Tag::Config.encode())
-        .ok_or_else(|| refuse("no DEV_CONFIG_STATE at its front"))?;
-    body.strip_suffix(&Tag::EndOfState.encode())
-        .ok_or_else(|| refuse("no END_OF_STATE at its end"))
-}
-
-/// A config packet's data: the config's bytes between their two tags.
-#[must_use]
-pub fn wrap_config(config: &[u8]) -> Vec<u8> {
-    [&Tag::Config.encode(), config, &Tag::EndOfState.encode()].concat()
 }
 
 #[cfg(test)]

@@ -27,8 +27,9 @@ use crate::state::{DeviceState, MigrationFlags, PrecopyInfo};
 ///
 /// # Panics
 ///
-/// A panic in any of these is caught, becomes [`ErrorKind::Panicked`](crate::ErrorKind::Panicked) for this device alone, and
-/// the device counts as needing a reset. (Not in a build with `panic = "abort"`.)
+/// A panic in any of these is caught, and becomes [`ErrorKind::Panicked`](crate::ErrorKind::Panicked)
+/// for this device alone; one in a change of state leaves the device in need of a reset. (Not in a
+/// build with `panic = "abort"`.)
 pub trait MigrationDevice: Send {
     /// What the device can do: GET of `VFIO_DEVICE_FEATURE_MIGRATION`. Called once.
     ///

@@ -65,7 +65,7 @@ pub use self::{
 use self::{
     handle::{Shared, lock},
     image::{mix, part},
-    session::{Loaded, Session},
+    session::{Loaded, Room, Session},
 };
 use super::{MigrationDevice, StateEvent};
 use crate::state::{DeviceState, MigrationFlags, PrecopyInfo};
@@ -105,6 +105,8 @@ pub struct SimDevice {
     session: Option<Session>,
     /// The whole image in a file, where the stream is a memory file.
     filled: Option<(Image, File)>,
+    /// For the next load.
+    room: Option<Room>,
     /// How many changes have matched each of the faults for them.
     matched: Vec<u64>,
     shared: Arc<Mutex<Shared>>,
@@ -135,6 +137,7 @@ impl SimDevice {
             control: None,
             initial_left: 0,
             dirty_left: 0,
+            precopy_read: 0,
             precopy_v2: false,
             reinit: false,
             calls: HashMap::new(),
@@ -144,6 +147,7 @@ impl SimDevice {
         Ok(Self {
             session: None,
             filled: None,
+            room: None,
             matched: vec![0; config.faults.transitions.len()],
             shared: Arc::new(Mutex::new(shared)),
             config,
@@ -162,7 +166,7 @@ impl SimDevice {
     /// # Errors
     ///
     /// The kernel's, where it has no memory.
-    pub fn prefill(&mut self) -> io::Result<()> {
+    pub fn prefill_save(&mut self) -> io::Result<()> {
         if self.config.stream != Stream::Memfd {
             return Ok(());
         }
@@ -173,6 +177,18 @@ impl SimDevice {
             self.filled = None; // not both at once
             self.filled = Some((image, session::filled(image, len)?));
         }
+        Ok(())
+    }
+
+    /// Gets the memory for the next load now, as much as [`SimConfig::len`] says, for a bench that
+    /// does not want to measure page faults. Without effect where the stream is a pipe or a socket.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's, where it has no memory.
+    pub fn prefill_load(&mut self) -> io::Result<()> {
+        self.room = None; // not both at once
+        self.room = Some(Room::new(&self.config, true)?);
         Ok(())
     }
 
@@ -280,11 +296,15 @@ impl SimDevice {
             shared.image = image;
             shared.digest = Some(digest);
         } else if to == DeviceState::Resuming {
-            let (session, theirs) = Session::load(&self.config)?;
+            let room = match self.room.take() {
+                Some(room) => room,
+                None => Room::new(&self.config, false)?,
+            };
+            let (session, theirs) = Session::load(&self.config, room)?;
             self.begin(session);
             fd = Some(theirs);
         } else if to.is_saving() && !from.is_saving() {
-            self.prefill()?;
+            self.prefill_save()?;
             let image = self.shared().image;
             let limit = if to.is_precopy() {
                 self.config.precopy_initial.min(image.len())
@@ -297,6 +317,7 @@ impl SimDevice {
             let mut shared = self.shared();
             shared.initial_left = if to.is_precopy() { limit } else { 0 };
             shared.dirty_left = 0;
+            shared.precopy_read = 0;
             shared.reinit = false;
             fd = Some(theirs);
         } else if to == DeviceState::StopCopy
@@ -392,9 +413,12 @@ impl MigrationDevice for SimDevice {
         self.enter(Callback::DataSize)?;
         let shared = self.shared();
         Ok(self.config.data_size.unwrap_or_else(|| {
-            let read = shared.control.as_ref().filter(|_| shared.state.is_saving());
-            let read = read.map_or(0, |control| control.bytes());
-            shared.image.len() - read.min(shared.image.len())
+            let read = if shared.state.is_saving() {
+                shared.precopy_read
+            } else {
+                0
+            };
+            shared.image.len() - read
         }))
     }
 
@@ -433,6 +457,7 @@ impl MigrationDevice for SimDevice {
         let of_initial = shared.initial_left.min(n as u64);
         shared.initial_left -= of_initial;
         shared.dirty_left -= n as u64 - of_initial;
+        shared.precopy_read += n as u64;
         Ok(n)
     }
 

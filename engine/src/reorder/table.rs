@@ -27,17 +27,17 @@
 //! | unlink  | `Table::retire`, the exchange    | every walk's load of the head  | the next segment's contents |
 #![expect(unsafe_code, reason = "dereferences epoch-protected segments")]
 
-use std::{
-    fmt,
-    sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release},
-};
+use std::fmt;
 
 use crossbeam_epoch::{Atomic, Collector, Guard, Owned, Shared};
 use crossbeam_utils::CachePadded;
 
 use crate::{
     reorder::slot::{Packet, Slot},
-    sync::atomic::AtomicU32,
+    sync::atomic::{
+        AtomicU32,
+        Ordering::{AcqRel, Acquire, Relaxed, Release},
+    },
 };
 
 /// How many slots a segment has. Small under loom, so that models cross segments.

@@ -17,7 +17,7 @@ use crate::{
     driver::{Driver, Handle},
     error::{Error, ErrorKind, Phase, Result, Violation},
     id::DeviceId,
-    load::{self, Inlet, Load, LoadDevice, LoadSettings, Route},
+    load::{self, Load, LoadDevice, LoadInlet, LoadSettings, Route},
     reorder::waiters::RECHECK,
     settings::Settings,
     stats::{ChannelCounters, Stats},
@@ -319,7 +319,7 @@ impl LoadSession {
             format!("vfio-mig-ch{number}"),
             move || {
                 let receiver = Receiver::new(channel, number, terms);
-                let mut inlet = Inlet::new(load.clone(), counters, Some(number));
+                let mut inlet = LoadInlet::new(load.clone(), counters);
                 let result = receiver.run(&mut inlet, |id| greet(&greeted, id));
                 drop(inlet);
                 if let Err(error) = result {
@@ -340,7 +340,7 @@ impl LoadSession {
     pub fn publisher(&self) -> Publisher {
         let counters = Arc::new(ChannelCounters::default());
         self.load.open_input();
-        Publisher::new(Inlet::new(self.load.clone(), counters, None))
+        Publisher::new(LoadInlet::new(self.load.clone(), counters))
     }
 
     /// Says that no further channel will be added.

@@ -5,9 +5,8 @@ use std::fmt;
 use crate::{
     error::{Error, Result, Violation},
     id::DeviceId,
-    load::{Incoming, Inlet},
-    reorder::pool::{Lease, Pool},
-    sync::Arc,
+    lane::Buffer,
+    load::{Incoming, LoadInlet},
     wire,
 };
 
@@ -34,12 +33,12 @@ use crate::{
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub struct Publisher {
-    inlet: Inlet,
+    inlet: LoadInlet,
 }
 
 impl Publisher {
     /// `inlet` counts as an open input until this is dropped.
-    pub(super) const fn new(inlet: Inlet) -> Self {
+    pub(super) const fn new(inlet: LoadInlet) -> Self {
         Self { inlet }
     }
 
@@ -182,7 +181,7 @@ impl Publisher {
 /// Where a leased packet's data is.
 enum Memory {
     None,
-    Pool(Lease<Arc<Pool>>),
+    Pool(Buffer),
     Own(Vec<u8>),
 }
 

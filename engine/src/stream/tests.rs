@@ -96,7 +96,7 @@ fn events_are_laid_out_as_on_the_wire() {
 }
 
 #[test]
-fn truncation_is_an_error_at_every_byte_but_two() {
+fn truncation_is_an_error_at_every_byte_but_before_the_description() {
     let events = events();
     let bytes = written(&events);
     let eof = written(&events[..events.len() - 1]).len();

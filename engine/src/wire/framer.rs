@@ -115,7 +115,7 @@ impl Framer {
             return Ok(Step::More(DEVICE_STATE_HEADER_LEN));
         };
         // Looked at on its own, for too short a packet has no second header to wait for.
-        DevicePacket::data_len(&DeviceStateHeader::decode(header, self.max_packet)?)?;
+        DeviceStateHeader::decode(header, self.max_packet)?.data_len()?;
         let Some(both) = bytes.first_chunk() else {
             return Ok(Step::More(DEVICE_PACKET_LEN));
         };

@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::error::ErrorKind;
+use crate::error::{ErrorKind, Phase};
 
 fn key() -> DeviceKey {
     DeviceKey::new(&DeviceId::new("0000:00:03.0/vfio", 0).expect("a good name"))
@@ -108,6 +108,12 @@ fn what_stands_behind_the_first_nul_is_no_part_of_the_name() {
     assert_eq!(packet.header.key(), key());
     let raw = field::<{ DeviceKey::LEN }>(&bytes, PREFIX_LEN);
     assert_eq!(DeviceKey::decode(&raw).expect("a good key"), key());
+
+    let made = DeviceStateHeader {
+        idstr: b"0000:00:03.0/vfio\0x",
+        ..packet.header
+    };
+    assert_eq!(made.key(), key());
 
     bytes[PREFIX_LEN + 255] = b'x';
     let refusal = refused(DevicePacket::decode(&bytes, DEFAULT_MAX_PACKET));

@@ -44,7 +44,8 @@ pub struct SimConfig {
     pub precopy_initial: u64,
     /// The length of its config in bytes. 256 by default.
     pub config_len: u32,
-    /// What it estimates as the size of its state. What is left of it, by default.
+    /// What it estimates as the size of its state. By default all that has not been read in
+    /// PRE_COPY.
     pub data_size: Option<u64>,
     /// The size of the pipe's or socket's buffer in bytes, as far as the host goes along.
     /// 1 MiB by default.

@@ -6,9 +6,9 @@
 //! | stream | saving, past `fail_at` | loading, past `fail_at` | more than the state | short transfers |
 //! |---|---|---|---|---|
 //! | `Pipe` | the end, too early | `EPIPE` | `EPIPE`, or STOP refused | reads; writes where the writer does not block |
-//! | `Socket` | `ECONNRESET` | `EPIPE` | `EPIPE`, or STOP refused | the same |
+//! | `Socket` | `ECONNRESET` | `ECONNRESET` or `EPIPE` | the same, or STOP refused | the same |
 //! | `PlainWrite` | as `Pipe` | short, then `EIO` | short, then `EIO` | at the fault |
-//! | `Memfd` | the end, too early | short, then `EPERM` | STOP refused | at the fault |
+//! | `Memfd` | the end, too early | short (by pages), then `EPERM` | STOP refused | at the fault |
 //!
 //! A stall holds a `Pipe` or a `Socket`; the two others have no thread that could stall.
 

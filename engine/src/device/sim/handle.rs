@@ -44,6 +44,8 @@ pub(super) struct Shared {
     pub(super) control: Option<Arc<Control>>,
     pub(super) initial_left: u64,
     pub(super) dirty_left: u64,
+    /// What has been read of them.
+    pub(super) precopy_read: u64,
     pub(super) precopy_v2: bool,
     pub(super) reinit: bool,
     pub(super) calls: HashMap<Callback, u64>,
@@ -98,7 +100,8 @@ impl SimHandle {
     }
 
     /// How many bytes have gone through the data fd in this session, or in the last one. For a
-    /// pipe or a socket that is through the device's end of it.
+    /// pipe or a socket that is through the device's end of it, and while the session goes on it may
+    /// be behind by what the device's thread has just moved.
     #[must_use]
     pub fn bytes(&self) -> u64 {
         let (control, bytes) = {

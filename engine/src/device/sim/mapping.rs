@@ -65,6 +65,16 @@ impl Mapping {
         self.start
     }
 
+    /// Has all its pages now, and not as they are written.
+    pub(super) fn populate(&self) -> io::Result<()> {
+        let Some(Region { base, len }) = self.region else {
+            return Ok(());
+        };
+        // SAFETY: as in `protect`; this faults the pages in and changes no byte.
+        unsafe { madvise(base, len, MmapAdvise::MADV_POPULATE_WRITE) }?;
+        Ok(())
+    }
+
     fn protect(&self, access: ProtFlags) -> io::Result<()> {
         let Some(Region { base, len }) = self.region else {
             return Ok(());

@@ -18,7 +18,7 @@
 use std::{
     cmp,
     fs::{File, OpenOptions},
-    io::{self, Seek, SeekFrom, Write},
+    io::{self, Read, Seek, SeekFrom, Write},
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::{fs::FileExt, net::UnixStream},
@@ -54,6 +54,47 @@ pub(super) const CHUNK: usize = 256 << 10;
 pub(super) struct Loaded {
     pub(super) image: Image,
     pub(super) digest: u64,
+}
+
+/// Where a load goes.
+#[derive(Debug, Default)]
+pub(super) enum Room {
+    /// To the device's thread, which keeps nothing.
+    #[default]
+    None,
+    Memory(Mapping),
+    File(File),
+}
+
+impl Room {
+    /// Room for one load. With `pages` its memory is had now, and not as it is written.
+    pub(super) fn new(config: &SimConfig, pages: bool) -> io::Result<Self> {
+        let len = config.image().len();
+        let fail_at = config.faults.fail_at;
+        match config.stream {
+            Stream::Pipe | Stream::Socket => Ok(Self::None),
+            Stream::PlainWrite => {
+                let mapping = Mapping::new(fail_at.map_or(len, |at| at.min(len)))?;
+                if pages {
+                    mapping.populate()?;
+                }
+                Ok(Self::Memory(mapping))
+            }
+            Stream::Memfd => {
+                let file = memfd()?;
+                if pages {
+                    // Written, not just allocated: the pages of a guest are had by touching them.
+                    io::copy(&mut io::repeat(0).take(len), &mut &file)?;
+                    (&mut &file).rewind()?;
+                }
+                if let Some(room) = fail_at {
+                    file.set_len(room)?;
+                    fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_GROW))?;
+                }
+                Ok(Self::File(file))
+            }
+        }
+    }
 }
 
 /// A session, with what ends it. See the module.
@@ -95,10 +136,10 @@ impl Session {
         Ok((Self::of_thread(control, thread), theirs))
     }
 
-    /// Begins to load.
-    pub(super) fn load(config: &SimConfig) -> io::Result<(Self, OwnedFd)> {
-        match config.stream {
-            Stream::Pipe | Stream::Socket => {
+    /// Begins to load, into `room` where the stream wants one.
+    pub(super) fn load(config: &SimConfig, room: Room) -> io::Result<(Self, OwnedFd)> {
+        match room {
+            Room::None => {
                 let (ours, theirs) = wire(config, Direction::Load)?;
                 let control = Control::new(0, None)?;
                 let mut worker = Worker::new(config, ours, &control);
@@ -107,10 +148,7 @@ impl Session {
                     .spawn(move || worker.load())?;
                 Ok((Self::of_thread(control, thread), theirs))
             }
-            Stream::PlainWrite => {
-                let room = config.image().len();
-                let room = config.faults.fail_at.map_or(room, |at| at.min(room));
-                let mapping = Mapping::new(room)?;
+            Room::Memory(mapping) => {
                 let mut file = OpenOptions::new()
                     .read(true)
                     .write(true)
@@ -119,12 +157,7 @@ impl Session {
                 let control = Control::new(0, Some((file.try_clone()?, mapping.start())))?;
                 Ok((Self::of_file(control, Some(mapping)), file.into()))
             }
-            Stream::Memfd => {
-                let file = memfd()?;
-                if let Some(room) = config.faults.fail_at {
-                    file.set_len(room)?;
-                    fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_GROW))?;
-                }
+            Room::File(file) => {
                 let control = Control::new(0, Some((file.try_clone()?, 0)))?;
                 Ok((Self::of_file(control, None), file.into()))
             }
