@@ -477,7 +477,9 @@ impl<F: Flow> Driver<F> {
 
     /// The ring is broken: nothing can be reaped any more.
     fn give_up(mut self, error: &std::io::Error) {
-        let errno = error.raw_os_error().unwrap_or(nix::libc::EIO);
+        let errno = error
+            .raw_os_error()
+            .unwrap_or(nix::errno::Errno::EIO as i32);
         for at in 0..self.seats.len() {
             if let Seat::Active { ending, flow, .. } = &mut self.seats[at] {
                 let why = Error::new(ErrorKind::Host, Phase::Load)

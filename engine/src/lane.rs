@@ -22,6 +22,7 @@
 
 use std::{io, mem, sync::Arc, time::Instant};
 
+use nix::errno::Errno;
 use vfio_migration_uring::{Completion, Fd, Link, Op, Ring, Token};
 
 use crate::{
@@ -251,15 +252,13 @@ impl Lane {
                 }
                 (Err(error), _) => error,
             };
-            match error.raw_os_error() {
-                Some(libc_errno::EINTR | libc_errno::EAGAIN)
-                    if self.idle_retries < MAX_IDLE_RETRIES =>
-                {
+            match error.raw_os_error().map(Errno::from_raw) {
+                Some(Errno::EINTR | Errno::EAGAIN) if self.idle_retries < MAX_IDLE_RETRIES => {
                     self.idle_retries += 1;
                     step.buffer = Some(buffer);
                     break Ok(step);
                 }
-                Some(libc_errno::ECANCELED) if self.cancelled => return Progress::Cancelled,
+                Some(Errno::ECANCELED) if self.cancelled => return Progress::Cancelled,
                 _ => break Err((step.index, error)),
             }
         };
@@ -318,9 +317,4 @@ impl Lane {
         mem::forget(self.fd.clone());
         self.outstanding
     }
-}
-
-/// The errnos that a lane tells apart.
-mod libc_errno {
-    pub(super) use nix::libc::{EAGAIN, ECANCELED, EINTR};
 }

@@ -554,7 +554,11 @@ pub(crate) fn serve_device(
         }
         config.and(wait_for_driver(save, shared))
     });
-    let errno = |error: &Error| -error.raw_os_error().unwrap_or(nix::libc::ECANCELED);
+    let errno = |error: &Error| {
+        -error
+            .raw_os_error()
+            .unwrap_or(nix::errno::Errno::ECANCELED as i32)
+    };
     let ret = result.as_ref().map_or_else(errno, |()| 0);
     trace::save_complete_precopy_thread_end(&shared.id, ret);
     result

@@ -361,7 +361,11 @@ impl LoadSession {
     pub fn write_iterable(&self, id: &DeviceId, bytes: &[u8]) -> Result<()> {
         let result = load::write_iterable(&*self.device(id)?, bytes);
         let ret = result.as_ref().map_or_else(
-            |error| -error.raw_os_error().unwrap_or(nix::libc::EINVAL),
+            |error| {
+                -error
+                    .raw_os_error()
+                    .unwrap_or(nix::errno::Errno::EINVAL as i32)
+            },
             |()| 0,
         );
         trace::load_state_device_data(id, bytes.len() as u64, ret);
