@@ -52,6 +52,7 @@ use crate::{
     sync::{Arc, Mutex, lock},
     task::{Crew, Spawner, TaskKind},
     trace,
+    verdict::Verdict,
 };
 
 /// What the host could not give.
@@ -277,10 +278,16 @@ impl Common {
         }
     }
 
-    fn report(&self, ids: Vec<(u32, DeviceId)>, result: Result<()>, stats: Stats) -> Report {
+    /// Has a failure end the waits here at once.
+    fn notify_of(&self, verdict: &Verdict) {
+        let crew = self.crew.clone();
+        verdict.add(Box::new(move || crew.notify()));
+    }
+
+    /// The devices that have come back, and those that have not.
+    fn devices(&self, ids: Vec<(u32, DeviceId)>) -> Vec<DeviceReport> {
         let mut returned = lock(&self.returned);
-        let devices = ids
-            .into_iter()
+        ids.into_iter()
             .map(|(ordinal, id)| match returned.remove(&ordinal) {
                 Some(Returned { device, result }) => {
                     let stuck = matches!(&result, Err(error) if *error.kind() == ErrorKind::Stuck);
@@ -296,10 +303,13 @@ impl Common {
                     device: None,
                 },
             })
-            .collect();
+            .collect()
+    }
+
+    fn report(&self, ids: Vec<(u32, DeviceId)>, result: Result<()>, stats: Stats) -> Report {
         Report {
             result,
-            devices,
+            devices: self.devices(ids),
             stats,
             abandoned_threads: self.crew.at_work(),
         }

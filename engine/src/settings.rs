@@ -46,7 +46,8 @@ pub struct Settings {
     pub channels: u32,
     /// The VM's uuid, as every hello says it. All zero where it has none.
     pub uuid: [u8; 16],
-    /// The most devices at one time. Unless set: those given to the builder.
+    /// The most devices over the session's life, those that were removed included. Unless set:
+    /// those given to the builder.
     pub max_devices: Option<u32>,
     /// Load: whether each device's config waits for its notice on the main channel. Both ends must
     /// agree. Off.

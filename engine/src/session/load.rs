@@ -10,7 +10,9 @@ use std::{
 
 use vfio_migration_uring::Waker;
 
-use super::{Common, Parts, Report, Returned, builder_methods, host, publisher::Publisher};
+use super::{
+    Common, DeviceReport, Parts, Report, Returned, builder_methods, host, publisher::Publisher,
+};
 use crate::{
     channel::{Channel, Receiver, Terms},
     device::Device,
@@ -95,6 +97,7 @@ impl LoadBuilder {
             greeted: Arc::new(Mutex::new(Vec::new())),
             joined: false,
         };
+        session.common.notify_of(&load.verdict);
         // The one input that stands for the channels still to come.
         load.open_input();
         let driver = Driver::new(handle.clone(), ring, limits);
@@ -444,7 +447,21 @@ impl LoadSession {
         stats
     }
 
+    /// Waits until every device is loaded, or the session has failed, and gives the devices back:
+    /// what downtime waits for. The channels may still be open; [`LoadSession::join`] waits for
+    /// their end, and its report has no devices then.
+    pub fn wait_devices(&self) -> Vec<DeviceReport> {
+        let failed_at = || self.load.verdict.failed_at();
+        self.common.wait_for_end(failed_at, || self.devices_ended());
+        let ids = std::mem::take(&mut lock(&self.ids).devices);
+        self.common.devices(ids)
+    }
+
     /// Waits for the end, and gives the devices back.
+    ///
+    /// The end is that every device is loaded and every channel has ended: a source closes its
+    /// channels, but it may do so only when the destination has told it of its success.
+    /// [`LoadSession::wait_devices`] comes before that.
     pub fn join(mut self) -> Report {
         self.end()
     }

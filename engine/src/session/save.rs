@@ -16,6 +16,7 @@ use crate::{
     device::{Device, buffer_len},
     driver::{Driver, Handle},
     error::{Error, ErrorKind, Phase, Result},
+    id::DeviceId,
     reorder::waiters::RECHECK,
     save::{self, Save, SaveDevice},
     settings::Settings,
@@ -50,8 +51,12 @@ impl SaveBuilder {
             return Err(Error::new(kind, Phase::Setup));
         }
         let limit = parts.settings.device_limit(devices.len())?;
-        let mut sized = Vec::with_capacity(devices.len());
+        let mut sized: Vec<(DeviceId, usize)> = Vec::with_capacity(devices.len());
         for device in &mut devices {
+            if sized.iter().any(|(id, _)| id == device.id()) {
+                let kind = ErrorKind::Config("two devices of one name");
+                return Err(Error::new(kind, Phase::Setup).on_device(device.id()));
+            }
             let len = parts.settings.data_len;
             let len = len.unwrap_or_else(|| buffer_len(device.data_size().ok()));
             sized.push((device.id().clone(), len));
@@ -78,6 +83,7 @@ impl SaveBuilder {
             save: save.clone(),
             joined: false,
         };
+        session.common.notify_of(&save.verdict);
         for channel in &channels {
             save.verdict.add(channel.hangup().map_err(host)?);
         }
