@@ -191,9 +191,14 @@ fn run<B: Buffer>(entry: &mut Entry<B>, interrupt: &Waker) -> io::Result<usize> 
         syscall::entry(entry.op.fd().as_raw_fd(), syscall::wanted(&entry.op)),
         syscall::entry(interrupt.as_raw_fd(), libc::POLLIN),
     ];
+    // The first look does not wait: what would wait for ever must be told apart first.
+    let mut timeout = Some(Duration::ZERO);
     loop {
-        syscall::poll(&mut polled, None)?;
-        let [file, interrupted] = polled.map(|entry| entry.revents);
+        syscall::poll(&mut polled, timeout)?;
+        let [mut file, interrupted] = polled.map(|entry| entry.revents);
+        if file == 0 && timeout.take().is_some() && syscall::is_refused(&entry.op) {
+            file = libc::POLLERR;
+        }
         if file != 0
             && let Step::Ended(result) = progress.step(&mut entry.op, file)
         {

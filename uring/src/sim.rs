@@ -366,8 +366,17 @@ impl<B: Buffer> SimRing<B> {
             polled.push(syscall::entry(self.waker.as_raw_fd(), libc::POLLIN));
         }
         syscall::poll(&mut polled, timeout)?;
-        polled.truncate(self.chains.len());
-        Ok(polled.iter().map(|entry| entry.revents).collect())
+        let revents = self.chains.iter().zip(&polled).map(|(chain, polled)| {
+            let refused = polled.revents == 0
+                && matches!(chain.first, First::Waiting)
+                && syscall::is_refused(&chain.ops[0].1);
+            if refused {
+                libc::POLLERR
+            } else {
+                polled.revents
+            }
+        });
+        Ok(revents.collect())
     }
 
     /// Executes the first operation of a chain as far as it goes.

@@ -9,24 +9,28 @@
 //! ```
 //!
 //! The caller polls for [`wanted`] events first and steps only when some are there, so that the
-//! wait is one that it can end. A step does not block then, with two exceptions that nothing in
-//! user space can mend: a driver that always says ready and sits in its read or write all the same,
-//! and a file whose bytes or room somebody else took between the poll and the step.
+//! wait is one that it can end. A step does not block then, also not when somebody else has taken a
+//! pipe's or a socket's bytes or room in between: there it asks for as much as can be had at once.
+//! A driver that says it is ready and sits in its read or write all the same can be asked for
+//! nothing better; the step then takes as long as the driver does.
 #![expect(unsafe_code, reason = "system calls on a buffer's raw memory")]
 
 use std::{
     io,
     os::fd::{AsFd, AsRawFd, RawFd},
-    ptr,
+    ptr, slice,
     time::Duration,
 };
 
-use nix::sys::stat::{SFlag, fstat};
+use nix::{
+    fcntl::{FcntlArg, OFlag, fcntl},
+    sys::stat::{SFlag, fstat},
+};
 
 use crate::{Buffer, Link, Op};
 
-/// What fits into a pipe that says it is writable: `PIPE_BUF`, one page on every architecture
-/// whose pages are not larger. Sockets that say so have more room than that.
+/// What fits into a pipe that says it is writable: a page, and none is smaller. For kernels that
+/// cannot write to a pipe without waiting (before Linux 6.5).
 const PIECE: usize = 4096;
 
 /// How far an operation has come.
@@ -36,8 +40,8 @@ pub(crate) struct Progress {
     moved: usize,
     /// Where to stop: what was requested, or less to cut it short.
     limit: usize,
-    /// Whether a write goes in pieces that cannot block.
-    pieces: bool,
+    /// Whether it reads from or writes to a pipe or a socket, which others may use too.
+    shared: bool,
     /// Whether a receive or a send goes on until all is moved.
     all: bool,
 }
@@ -55,34 +59,40 @@ pub(crate) enum Step {
 impl Progress {
     /// Starts `op`, which will move `limit` bytes at most.
     pub(crate) fn new<B: Buffer>(op: &Op<B>, link: Link, limit: usize) -> Self {
-        let pieces = match op {
-            Op::Write { fd, .. } | Op::WriteVectored { fd, .. } => is_pipe_or_socket(fd),
-            _ => false,
+        let shared = match op {
+            Op::Read { fd, .. }
+            | Op::ReadVectored { fd, .. }
+            | Op::Write { fd, .. }
+            | Op::WriteVectored { fd, .. } => {
+                matches!(kind(fd), Some(SFlag::S_IFIFO | SFlag::S_IFSOCK))
+            }
+            Op::Recv { .. } | Op::Send { .. } | Op::Poll { .. } => false,
         };
         Self {
             moved: 0,
             limit: limit.min(op.requested()),
-            pieces,
+            shared,
             all: link == Link::Next,
         }
     }
 
     /// Does what can be done now, when `poll(2)` has just said `revents`.
     pub(crate) fn step<B: Buffer>(&mut self, op: &mut Op<B>, revents: i16) -> Step {
+        let (start, end) = (self.moved, self.limit);
         match op {
             Op::Poll { .. } => Step::Ended(Ok(usize::from(revents.cast_unsigned()))),
-            Op::Read { .. } | Op::ReadVectored { .. } => Step::Ended(transfer(op, 0, self.limit)),
-            Op::Write { .. } | Op::WriteVectored { .. } if !self.pieces => {
-                Step::Ended(transfer(op, 0, self.limit))
+            Op::Recv { .. } | Op::Send { .. } => self.advance(transfer(op, start, end), self.all),
+            _ if !self.shared => Step::Ended(transfer(op, start, end)),
+            Op::Read { .. } | Op::ReadVectored { .. } => {
+                let moved = transfer_at_once(op, start, end)
+                    .unwrap_or_else(|Unsupported| transfer(op, start, end));
+                self.advance(moved, false)
             }
+            // As a write that waits would, this one goes on until all is written.
             Op::Write { .. } | Op::WriteVectored { .. } => {
-                let end = self.limit.min(self.moved + PIECE);
-                let moved = transfer(op, self.moved, end);
+                let moved = transfer_at_once(op, start, end)
+                    .unwrap_or_else(|Unsupported| transfer(op, start, end.min(start + PIECE)));
                 self.advance(moved, true)
-            }
-            Op::Recv { .. } | Op::Send { .. } => {
-                let moved = transfer(op, self.moved, self.limit);
-                self.advance(moved, self.all)
             }
         }
     }
@@ -165,11 +175,23 @@ pub(crate) fn canceled() -> io::Error {
     io::Error::from_raw_os_error(libc::ECANCELED)
 }
 
-fn is_pipe_or_socket(fd: impl AsFd) -> bool {
-    fstat(fd).is_ok_and(|stat| {
-        let kind = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
-        kind == SFlag::S_IFIFO || kind == SFlag::S_IFSOCK
-    })
+/// Whether the file will refuse the operation at once, whatever `poll(2)` is still waiting for: the
+/// end of a pipe that one writes to never becomes readable. For those that poll did not find ready.
+pub(crate) fn is_refused<B>(op: &Op<B>) -> bool {
+    let wrong = match op {
+        Op::Read { .. } | Op::ReadVectored { .. } => OFlag::O_WRONLY,
+        Op::Write { .. } | Op::WriteVectored { .. } => OFlag::O_RDONLY,
+        Op::Recv { fd, .. } | Op::Send { fd, .. } => return kind(fd) != Some(SFlag::S_IFSOCK),
+        Op::Poll { .. } => return false,
+    };
+    fcntl(op.fd(), FcntlArg::F_GETFL)
+        .is_ok_and(|flags| OFlag::from_bits_retain(flags) & OFlag::O_ACCMODE == wrong)
+}
+
+/// What kind of file it is.
+fn kind(fd: impl AsFd) -> Option<SFlag> {
+    let stat = fstat(fd).ok()?;
+    Some(SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT)
 }
 
 /// Moves the bytes from `start` to `end` of an operation's buffers, counted across all of them,
@@ -212,6 +234,48 @@ fn transfer<B: Buffer>(op: &mut Op<B>, start: usize, end: usize) -> io::Result<u
         Op::Poll { .. } => return Ok(0),
     };
     usize::try_from(moved).map_err(|_negative| io::Error::last_os_error())
+}
+
+/// This kernel or this file cannot do it.
+struct Unsupported;
+
+/// [`transfer`] of what can be moved at once, by a read or a write.
+fn transfer_at_once<B: Buffer>(
+    op: &mut Op<B>,
+    start: usize,
+    end: usize,
+) -> Result<io::Result<usize>, Unsupported> {
+    let moved = match op {
+        Op::Read { fd, .. } | Op::ReadVectored { fd, .. } => {
+            let fd = fd.as_raw_fd();
+            let (vectors, count) = parts(buffers(op), start, end);
+            // SAFETY: as for the vectored read of `transfer`.
+            unsafe { libc::preadv2(fd, vectors.as_ptr(), count, -1, libc::RWF_NOWAIT) }
+        }
+        Op::Write { fd, .. } | Op::WriteVectored { fd, .. } => {
+            let fd = fd.as_raw_fd();
+            let (vectors, count) = parts(buffers(op), start, end);
+            // SAFETY: as for the vectored read of `transfer`.
+            unsafe { libc::pwritev2(fd, vectors.as_ptr(), count, -1, libc::RWF_NOWAIT) }
+        }
+        Op::Recv { .. } | Op::Send { .. } | Op::Poll { .. } => return Err(Unsupported),
+    };
+    match usize::try_from(moved).map_err(|_negative| io::Error::last_os_error()) {
+        Err(error) if error.kind() == io::ErrorKind::Unsupported => Err(Unsupported),
+        moved => Ok(moved),
+    }
+}
+
+/// An operation's buffers, be they one.
+fn buffers<B: Buffer>(op: &mut Op<B>) -> &mut [B] {
+    match op {
+        Op::Read { buffer, .. }
+        | Op::Write { buffer, .. }
+        | Op::Recv { buffer, .. }
+        | Op::Send { buffer, .. } => slice::from_mut(buffer),
+        Op::ReadVectored { buffers, .. } | Op::WriteVectored { buffers, .. } => buffers,
+        Op::Poll { .. } => &mut [],
+    }
 }
 
 /// The part of a buffer between two positions, each cut to the buffer's end.
