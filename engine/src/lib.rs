@@ -1,4 +1,22 @@
 //! Loads and saves VFIO device state: out of order on many channels, in order on each device.
+//!
+//! A VMM gives its devices ([`Device`], made from a [`MigrationDevice`]) and its connections
+//! ([`Channel`]) to a [`LoadSession`] on the destination or a [`SaveSession`] on the source, tells it
+//! when the switchover starts, and gets the devices back in a [`Report`].
+//!
+//! ```text
+//!                  channel side (many threads)          device side (one driver thread)
+//!                ┌─────────────────────────────────┬──────────────────────────────────────────┐
+//!   load         │ receive → decode → publish ─────┼──▶ take → submit → complete → recycle ─┐ │
+//!                │     ▲                           │                                        │ │
+//!                │     └──────── lease ◀───────────┼────────────────────────────────────────┘ │
+//!                ├─────────────────────────────────┼──────────────────────────────────────────┤
+//!   save         │ send ← take ◀───────────────────┼─── publish ← encode ← complete ← submit  │
+//!                │   └────────── recycle ──────────┼──────────────────────────────▶ lease ┘   │
+//!                └─────────────────────────────────┴──────────────────────────────────────────┘
+//! ```
+//!
+//! [`wire`], [`section`] and [`stream`] are the formats, usable without the rest.
 
 #[cfg(all(loom, not(crossbeam_loom)))]
 compile_error!("`--cfg loom` without `--cfg crossbeam_loom` models the slots but not the epochs");
@@ -53,3 +71,8 @@ pub use crate::{
 pub mod internals {
     pub use crate::reorder::{control, cursor, doorbell, pool, queue, slot, table, waiters};
 }
+
+/// The README's examples compile.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;

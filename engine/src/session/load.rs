@@ -167,7 +167,7 @@ impl IdsInUse {
 /// };
 ///
 /// let id = DeviceId::new("0000:00:03.0/vfio", 0)?;
-/// let config = SimConfig { size: 3 << 20, seed: 7, ..SimConfig::default() };
+/// let config = SimConfig { len: 3 << 20, seed: 7, ..SimConfig::default() };
 /// let source = SimDevice::new(config.clone())?;
 /// let destination = SimDevice::new(SimConfig { seed: 8, ..config })?;
 /// let (saved, loaded) = (source.handle(), destination.handle());

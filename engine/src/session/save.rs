@@ -114,7 +114,7 @@ impl SaveBuilder {
 
 /// A save under way: the source's side of a migration.
 ///
-/// See [`LoadSession`] for an example of both. Dropping it cancels, and waits as
+/// See [`LoadSession`](crate::LoadSession) for an example of both. Dropping it cancels, and waits as
 /// [`SaveSession::join`] does.
 #[must_use = "dropping a session cancels it"]
 pub struct SaveSession {
