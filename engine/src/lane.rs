@@ -20,7 +20,7 @@
 //! The driver thread alone uses a lane. The lane holds a clone of the device's data fd, and gives it
 //! up when it is dropped, unless the kernel still has an operation: see [`Lane::abandon`].
 
-use std::{io, mem, sync::Arc, time::Instant};
+use std::{io, mem, time::Instant};
 
 use nix::errno::Errno;
 use vfio_migration_uring::{Completion, Fd, Link, Op, Ring, Token};
@@ -28,6 +28,7 @@ use vfio_migration_uring::{Completion, Fd, Link, Op, Ring, Token};
 use crate::{
     reorder::pool::{Lease, Pool},
     stats::DeviceCounters,
+    sync::Arc,
 };
 
 /// A buffer as rings take it.
