@@ -70,6 +70,14 @@ pub use crate::{
 #[doc(hidden)]
 pub mod internals {
     pub use crate::reorder::{control, cursor, doorbell, pool, queue, slot, table, waiters};
+
+    pub mod router {
+        pub use crate::router::Router;
+    }
+
+    pub mod stats {
+        pub use crate::stats::DeviceCounters;
+    }
 }
 
 /// The README's examples compile.

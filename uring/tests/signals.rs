@@ -6,7 +6,7 @@ use std::{
     os::unix::{net::UnixStream, thread::JoinHandleExt},
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicUsize, Ordering::Relaxed},
     },
     thread,
     time::Duration,
@@ -57,41 +57,37 @@ fn signals_end_no_wait_and_break_no_operation() {
         let (one, other) = UnixStream::pair().unwrap();
         let fd: Fd = Arc::new(one.into());
         let before = HANDLED.load(Relaxed);
-        let stop = Arc::new(AtomicBool::new(false));
-        let user = thread::spawn({
-            let stop = stop.clone();
-            move || {
-                for _ in 0..20 {
-                    let op = Op::Recv {
-                        fd: fd.clone(),
-                        buffer: vec![0; 4],
-                    };
-                    ring.push(Token(0), op, Link::End).unwrap();
-                    let woken = ring.wait(None).unwrap();
-                    let completion = ring.reap();
-                    assert_ne!(woken, completion.is_some(), "neither or both");
-                    let completion = completion.unwrap_or_else(|| {
-                        ring.cancel(Token(0));
-                        assert!(!ring.wait(None).unwrap());
-                        ring.reap().unwrap()
-                    });
-                    match completion.result {
-                        Ok(moved) => assert_eq!(moved, 4),
-                        Err(error) => assert_eq!(error.raw_os_error(), Some(libc::ECANCELED)),
+        let user = thread::spawn(move || {
+            for _ in 0..20 {
+                let op = Op::Recv {
+                    fd: fd.clone(),
+                    buffer: vec![0; 4],
+                };
+                ring.push(Token(0), op, Link::End).unwrap();
+                let woken = ring.wait(Some(LONG)).unwrap();
+                let mut completion = ring.reap();
+                // Both, where they came together; never neither.
+                assert!(woken || completion.is_some(), "a signal ended the wait");
+                let completion = loop {
+                    if let Some(completion) = completion {
+                        break completion;
                     }
+                    ring.cancel(Token(0));
+                    ring.wait(Some(LONG)).unwrap();
+                    completion = ring.reap();
+                };
+                match completion.result {
+                    Ok(moved) => assert_eq!(moved, 4),
+                    Err(error) => assert_eq!(error.raw_os_error(), Some(libc::ECANCELED)),
                 }
-                // Relaxed: only asks the other thread to stop.
-                stop.store(true, Relaxed);
             }
         });
         let mut other = other;
         let mut round = 0;
-        while !stop.load(Relaxed) {
+        while !user.is_finished() {
             for _ in 0..10 {
-                if !user.is_finished() {
-                    // The thread has not been joined, so its handle is valid.
-                    let _exited = pthread_kill(user.as_pthread_t(), Signal::SIGUSR1);
-                }
+                // The thread has not been joined, so its handle is valid.
+                let _exited = pthread_kill(user.as_pthread_t(), Signal::SIGUSR1);
                 thread::sleep(Duration::from_micros(200));
             }
             round += 1;
@@ -120,7 +116,7 @@ fn a_send_that_nobody_will_receive_kills_nobody() {
             buffer: vec![0; 4],
         };
         ring.push(Token(0), op, Link::End).unwrap();
-        ring.wait(None).unwrap();
+        ring.wait(Some(LONG)).unwrap();
         let error = ring.reap().unwrap().result.unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EPIPE), "{backend}");
     }
