@@ -79,27 +79,43 @@ mod shadow {
 mod shadow {
     use std::ops::Range;
 
-    use loom::cell::UnsafeCell;
+    use loom::{alloc::Track, cell::UnsafeCell};
 
     /// One loom cell for each granule of memory that is shared by ranges. Whoever reads or writes
-    /// a range says so here, and loom checks it against everybody else's.
+    /// a range says so here, and loom checks it against everybody else's. To free the memory is to
+    /// write all of it; not to free it is a leak that loom reports.
     #[derive(Debug)]
-    pub(crate) struct Shadow(Box<[UnsafeCell<()>]>);
+    pub(crate) struct Shadow {
+        cells: Box<[UnsafeCell<()>]>,
+        _leaks: Track<()>,
+    }
 
     impl Shadow {
         pub(crate) fn new(granules: usize) -> Self {
-            Self((0..granules).map(|_| UnsafeCell::new(())).collect())
+            Self {
+                cells: (0..granules).map(|_| UnsafeCell::new(())).collect(),
+                _leaks: Track::new(()),
+            }
         }
 
         pub(crate) fn read(&self, granules: Range<usize>) {
-            for cell in &self.0[granules] {
+            for cell in &self.cells[granules] {
                 cell.with(|_| ());
             }
         }
 
         pub(crate) fn write(&self, granules: Range<usize>) {
-            for cell in &self.0[granules] {
+            for cell in &self.cells[granules] {
                 cell.with_mut(|_| ());
+            }
+        }
+    }
+
+    impl Drop for Shadow {
+        fn drop(&mut self) {
+            // A model that fails already must not fail twice: that would abort the run.
+            if !std::thread::panicking() {
+                self.write(0..self.cells.len());
             }
         }
     }

@@ -11,6 +11,7 @@
 
 use std::{
     fs, io,
+    ops::Range,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     thread,
@@ -381,13 +382,36 @@ fn mutants() -> Vec<Mutant> {
         }
         for &(of, name, find, replace) in CHANGES {
             if of == module {
-                let found = text[..end].matches(find).count();
-                assert_eq!(found, 1, "{module}: «{name}» must find its text once");
-                add(name.to_owned(), text.replacen(find, replace, 1));
+                let found = find_code(&text[..end], find);
+                let [place] = &found[..] else {
+                    panic!(
+                        "{module}: «{name}» must find its text once, not {}",
+                        found.len()
+                    );
+                };
+                let mut changed = text.clone();
+                changed.replace_range(place.clone(), replace);
+                add(name.to_owned(), changed);
             }
         }
     }
     all
+}
+
+/// Where `code` stands in `text`, however both are laid out.
+fn find_code(text: &str, code: &str) -> Vec<Range<usize>> {
+    let wanted: Vec<char> = code.chars().filter(|c| !c.is_whitespace()).collect();
+    let have: Vec<(usize, char)> = text
+        .char_indices()
+        .filter(|(_, c)| !c.is_whitespace())
+        .collect();
+    have.windows(wanted.len())
+        .filter(|window| window.iter().map(|(_, c)| c).eq(&wanted))
+        .map(|window| {
+            let (last, c) = window[window.len() - 1];
+            window[0].0..last + c.len_utf8()
+        })
+        .collect()
 }
 
 /// What an ordering can be weakened to.

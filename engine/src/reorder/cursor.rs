@@ -258,13 +258,15 @@ impl Cursor {
         }
     }
 
-    /// Whether there is something to take after all. After [`Doorbell::lie_down`].
+    /// Whether there is something to take after all, be it the closing. After
+    /// [`Doorbell::lie_down`].
     #[must_use]
     pub fn is_ready(&self, inbox: &Inbox, guard: &Guard) -> bool {
-        inbox
-            .table
-            .slot(self.next, guard)
-            .is_some_and(|slot| slot.is_ready())
+        match inbox.table.slot(self.next, guard) {
+            Some(slot) => slot.is_ready(),
+            // A closed table never puts the segment in place: there is no slot that could say so.
+            None => inbox.table.is_closed(guard),
+        }
     }
 }
 

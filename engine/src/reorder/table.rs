@@ -34,10 +34,14 @@ use crossbeam_utils::CachePadded;
 
 use crate::{
     reorder::slot::{Packet, Slot},
+<<<<<<< ours
     sync::atomic::{
         AtomicU32,
         Ordering::{AcqRel, Acquire, Relaxed, Release},
     },
+=======
+    sync::{Shadow, atomic::AtomicU32},
+>>>>>>> theirs
 };
 
 /// How many slots a segment has. Small under loom, so that models cross segments.
@@ -52,6 +56,8 @@ struct Segment {
     remaining: AtomicU32,
     next: Atomic<Segment>,
     slots: [Slot; SEGMENT as usize],
+    /// The whole segment, as one granule: every walk reads it, freeing it writes it.
+    shadow: Shadow,
 }
 
 impl Segment {
@@ -61,7 +67,14 @@ impl Segment {
             remaining: AtomicU32::new(SEGMENT),
             next: Atomic::null(),
             slots: std::array::from_fn(|_| Slot::new()),
+            shadow: Shadow::new(1),
         }
+    }
+
+    /// Tells the models that the caller looks at this segment.
+    fn visited(&self) -> &Self {
+        self.shadow.read(0..1);
+        self
     }
 
     /// The segment behind this one, put in place if need be; `None` where the list is closed, or
@@ -84,7 +97,7 @@ impl Segment {
             };
         }
         // SAFETY: linked segments are freed only through `defer_destroy`, after `guard`.
-        unsafe { next.as_ref() }
+        unsafe { next.as_ref() }.map(Self::visited)
     }
 }
 
@@ -117,7 +130,7 @@ impl Table {
         let head = self.head.load(Acquire, guard);
         // SAFETY: the head is never null, and a segment that was the head under `guard` is freed
         // only after it.
-        (head, unsafe { head.deref() })
+        (head, unsafe { head.deref() }.visited())
     }
 
     /// The slot of `index`, its segment put in place if need be. `None` where the table is closed
@@ -150,7 +163,7 @@ impl Table {
             // link edge, acquire side.
             let next = segment.next.load(Acquire, guard);
             // SAFETY: as in `next_or_link`.
-            segment = unsafe { next.as_ref() }?;
+            segment = unsafe { next.as_ref() }?.visited();
             distance -= SEGMENT;
         }
         Some(segment)
@@ -207,7 +220,7 @@ impl Table {
             let next = segment.next.load(Acquire, guard);
             // SAFETY: as in `next_or_link`.
             match unsafe { next.as_ref() } {
-                Some(linked) => segment = linked,
+                Some(linked) => segment = linked.visited(),
                 None => return next.tag() == CLOSED,
             }
         }
@@ -235,7 +248,7 @@ impl Table {
             };
             // SAFETY: as in `next_or_link`.
             match unsafe { next.as_ref() } {
-                Some(linked) => segment = linked,
+                Some(linked) => segment = linked.visited(),
                 // Somebody else has closed it.
                 None => return,
             }
