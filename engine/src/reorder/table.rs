@@ -34,14 +34,13 @@ use crossbeam_utils::CachePadded;
 
 use crate::{
     reorder::slot::{Packet, Slot},
-<<<<<<< ours
-    sync::atomic::{
-        AtomicU32,
-        Ordering::{AcqRel, Acquire, Relaxed, Release},
+    sync::{
+        Shadow,
+        atomic::{
+            AtomicU32,
+            Ordering::{AcqRel, Acquire, Relaxed, Release},
+        },
     },
-=======
-    sync::{Shadow, atomic::AtomicU32},
->>>>>>> theirs
 };
 
 /// How many slots a segment has. Small under loom, so that models cross segments.
