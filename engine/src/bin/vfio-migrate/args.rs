@@ -1,0 +1,106 @@
+//! What several commands' arguments have in common: sizes, times, the backend.
+//!
+//! Pure functions that turn a text into a value, or into a message for whoever typed it.
+
+use std::time::Duration;
+
+use clap::ValueEnum;
+use vfio_migration::Backend;
+
+/// What moves the bytes in and out of the devices.
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+pub(crate) enum BackendArg {
+    /// io_uring where the host has it, threads otherwise.
+    #[default]
+    Auto,
+    /// io_uring, or fail.
+    Uring,
+    /// A thread for each device, with plain reads and writes.
+    Blocking,
+}
+
+impl From<BackendArg> for Backend {
+    fn from(backend: BackendArg) -> Self {
+        match backend {
+            BackendArg::Auto => Self::Auto,
+            BackendArg::Uring => Self::Uring,
+            BackendArg::Blocking => Self::Blocking,
+        }
+    }
+}
+
+/// Reads a size: `4096`, `64KiB`, `1.5GiB`, `16M`. All prefixes are powers of 1024.
+pub(crate) fn size(text: &str) -> Result<u64, String> {
+    parse_size::Config::new()
+        .with_binary()
+        .parse_size(text)
+        .map_err(|error| format!("{error}; a size is like 4096, 64KiB, 1.5GiB"))
+}
+
+/// Reads a size of something that is held in memory, and is not empty.
+pub(crate) fn memory(text: &str) -> Result<usize, String> {
+    match usize::try_from(size(text)?) {
+        Ok(0) => Err("at least 1 byte".into()),
+        // What an allocation can have at most.
+        Ok(len) if isize::try_from(len).is_ok() => Ok(len),
+        _ => Err("more than this machine can address".into()),
+    }
+}
+
+/// Reads a packet's size: of its data, without headers.
+pub(crate) fn packet(text: &str) -> Result<usize, String> {
+    let len = memory(text)?;
+    if len > MAX_PACKET {
+        return Err("a packet has less than 16 MiB".into());
+    }
+    Ok(len)
+}
+
+/// What the engine's buffers have room for, headers included, less those headers.
+const MAX_PACKET: usize = (16 << 20) - 4096;
+
+/// Reads a time in seconds: `60`, `0.5`.
+pub(crate) fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text
+        .parse()
+        .map_err(|_| "a time is a number of seconds, like 60 or 0.5")?;
+    match Duration::try_from_secs_f64(seconds) {
+        Ok(time) if (SHORTEST..=LONGEST).contains(&time) => Ok(time),
+        _ => Err("a time is between 0.05 and 1000000 seconds".into()),
+    }
+}
+
+const SHORTEST: Duration = Duration::from_millis(50);
+const LONGEST: Duration = Duration::from_secs(1_000_000);
+
+/// A size for people.
+pub(crate) fn show(bytes: u64) -> String {
+    indicatif::BinaryBytes(bytes).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        assert_eq!(size("0"), Ok(0));
+        assert_eq!(size("4096"), Ok(4096));
+        assert_eq!(size("64KiB"), Ok(64 << 10));
+        assert_eq!(size("1G"), Ok(1 << 30));
+        assert_eq!(size("1.5 MiB"), Ok(3 << 19));
+        for wrong in ["", "x", "-1", "1ZB", "17179869184GiB", "1 kg"] {
+            assert!(size(wrong).is_err(), "{wrong}");
+        }
+        assert!(memory("0").is_err());
+        assert!(packet("16MiB").is_err());
+    }
+
+    #[test]
+    fn times() {
+        assert_eq!(seconds("0.5"), Ok(Duration::from_millis(500)));
+        for wrong in ["", "0", "-1", "NaN", "inf", "1e30", "1s"] {
+            assert!(seconds(wrong).is_err(), "{wrong}");
+        }
+    }
+}

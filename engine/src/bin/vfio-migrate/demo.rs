@@ -1,0 +1,416 @@
+//! `demo`: simulated devices migrate within this process, over loopback TCP.
+//!
+//! ```text
+//!   SimDevice ─▶ SaveSession ══ N × TCP over 127.0.0.1 ══▶ LoadSession ─▶ SimDevice
+//!       │                                                                     │
+//!       └──────── state and config digests, when all is over: equal? ─────────┘
+//! ```
+//!
+//! Both sessions run on their own threads; the main thread draws, and looks for Ctrl-C and for a
+//! failure of one side, which ends the other.
+
+use std::{
+    net::{TcpListener, TcpStream},
+    os::fd::AsFd,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, bail, ensure};
+use serde::Serialize;
+use vfio_migration::{
+    Backend, Device, DeviceId, DeviceStats, ErrorKind, LoadSession, Report, SaveSession, Settings,
+    sim::{SimConfig, SimDevice, SimHandle},
+};
+
+use crate::{
+    Interrupted, Usage,
+    args::{self, BackendArg, show},
+    interrupt, network,
+    output::{self, rate, time},
+    progress::Progress,
+};
+
+/// Migrate simulated devices within this process, and compare
+///
+/// A source and a destination run side by side and are connected by TCP over loopback. At the end
+/// each destination's state and config are compared with its source's; `verified` is printed only
+/// where all are equal.
+///
+/// The table says of each device:
+///   bytes, packets   what went over the channels: the state in pieces, and the config
+///   time, GB/s       from the switchover's start to the last byte in the destination
+///   starved          the destination had nothing to write: the next packet was not there
+///   blocked          the source could not read on: all of its memory was on its way
+///   writing          writes into the destination were under way
+#[derive(Debug, clap::Args)]
+#[command(verbatim_doc_comment)]
+pub(crate) struct Options {
+    /// How many devices
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    devices: u32,
+    /// The size of each device's state (at least the 24 bytes of its header)
+    #[arg(long, value_name = "SIZE", default_value = "256MiB", value_parser = args::size)]
+    state: u64,
+    /// How many connections
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=255))]
+    channels: u32,
+    /// The most data in a packet
+    #[arg(long, value_name = "SIZE", default_value = "1MiB", value_parser = args::packet)]
+    packet: usize,
+    /// The memory that packets may wait in, of the source and of the destination each
+    ///
+    /// Unless given 32MiB, or what two packets of each device take where that is more. The least
+    /// is 4KiB for each device, and one packet with its headers.
+    #[arg(long, value_name = "SIZE", value_parser = args::memory)]
+    budget: Option<usize>,
+    /// What moves the bytes in and out of the devices
+    #[arg(long, value_enum, default_value_t)]
+    backend: BackendArg,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            devices: 4,
+            state: 256 << 20,
+            channels: 4,
+            packet: 1 << 20,
+            budget: None,
+            backend: BackendArg::Auto,
+            json: false,
+        }
+    }
+}
+
+impl Options {
+    fn settings(&self) -> Settings {
+        let mut settings = Settings::default();
+        settings.backend = Backend::from(self.backend);
+        settings.budget = self.budget;
+        settings.data_len = Some(self.packet);
+        settings.channels = self.channels;
+        let packet = u32::try_from(self.packet).unwrap_or(u32::MAX);
+        settings.max_packet = settings.max_packet.max(packet.saturating_add(12));
+        settings
+    }
+}
+
+/// One device, seen from both sides.
+struct Pair {
+    id: DeviceId,
+    source: SimHandle,
+    destination: SimHandle,
+}
+
+impl Pair {
+    /// What differs, if anything does.
+    fn difference(&self) -> Option<&'static str> {
+        let (source, destination) = (&self.source, &self.destination);
+        if !destination.has_loaded() {
+            Some("was not loaded")
+        } else if source.digest() != destination.digest() {
+            Some("has another state than its source")
+        } else if source.config_digest() != destination.config_digest() {
+            Some("has another config than its source")
+        } else {
+            None
+        }
+    }
+}
+
+/// A device's row.
+#[derive(Serialize)]
+struct Row {
+    device: String,
+    state_bytes: u64,
+    /// Over the channels, the packets' 12-byte headers and the config included.
+    bytes: u64,
+    packets: u64,
+    seconds: f64,
+    gb_per_second: f64,
+    starved_seconds: f64,
+    blocked_seconds: f64,
+    writing_seconds: f64,
+    /// The split of the downtime, on both sides.
+    source_stop_copy_seconds: f64,
+    resuming_seconds: f64,
+    config_seconds: f64,
+    stop_seconds: f64,
+    verified: bool,
+    /// What is wrong where it is not.
+    #[serde(skip)]
+    difference: Option<&'static str>,
+    #[serde(skip)]
+    times: Times,
+}
+
+#[derive(Clone, Copy)]
+struct Times {
+    transfer: Duration,
+    starved: Duration,
+    blocked: Duration,
+    writing: Duration,
+}
+
+impl Row {
+    fn new(pair: &Pair, saved: &DeviceStats, loaded: &DeviceStats) -> Self {
+        let times = Times {
+            transfer: loaded.phases.transfer,
+            starved: loaded.starved,
+            blocked: saved.starved,
+            writing: loaded.transfers.total,
+        };
+        let state_bytes = pair.source.image().len();
+        let difference = pair.difference();
+        Self {
+            device: pair.id.to_string(),
+            state_bytes,
+            bytes: loaded.bytes,
+            packets: loaded.packets,
+            seconds: times.transfer.as_secs_f64(),
+            gb_per_second: rate(state_bytes, times.transfer),
+            starved_seconds: times.starved.as_secs_f64(),
+            blocked_seconds: times.blocked.as_secs_f64(),
+            writing_seconds: times.writing.as_secs_f64(),
+            source_stop_copy_seconds: saved.phases.set_state.as_secs_f64(),
+            resuming_seconds: loaded.phases.set_state.as_secs_f64(),
+            config_seconds: loaded.phases.config.as_secs_f64(),
+            stop_seconds: loaded.phases.stop.as_secs_f64(),
+            verified: difference.is_none(),
+            difference,
+            times,
+        }
+    }
+
+    fn cells(&self) -> Vec<String> {
+        vec![
+            self.device.clone(),
+            self.bytes.to_string(),
+            self.packets.to_string(),
+            time(self.times.transfer),
+            format!("{:.2}", self.gb_per_second),
+            time(self.times.starved),
+            time(self.times.blocked),
+            time(self.times.writing),
+        ]
+    }
+}
+
+#[derive(Serialize)]
+struct Totals {
+    devices: usize,
+    channels: usize,
+    state_bytes: u64,
+    bytes: u64,
+    packets: u64,
+    seconds: f64,
+    gb_per_second: f64,
+    budget: u64,
+    held_high: u64,
+    late_wakeups: u64,
+}
+
+#[derive(Serialize)]
+struct Output {
+    backend: &'static str,
+    devices: Vec<Row>,
+    totals: Totals,
+    verified: bool,
+}
+
+impl Output {
+    fn text(&self) -> String {
+        let rows: Vec<_> = self.devices.iter().map(Row::cells).collect();
+        let mut text = output::table(
+            &[
+                "device", "bytes", "packets", "time", "GB/s", "starved", "blocked", "writing",
+            ],
+            &rows,
+        );
+        let Totals {
+            state_bytes,
+            seconds,
+            gb_per_second,
+            budget,
+            held_high,
+            channels,
+            ..
+        } = self.totals;
+        text.push_str(&format!(
+            "\n{} in {seconds:.2} s, {gb_per_second:.2} GB/s, {channels} channels, backend {}; \
+             the destination held at most {} of its budget of {}\n",
+            show(state_bytes),
+            self.backend,
+            show(held_high),
+            show(budget),
+        ));
+        text
+    }
+}
+
+fn pairs(options: &Options) -> anyhow::Result<Vec<(Pair, Device, Device)>> {
+    let pair = |number: u32| {
+        // As a PCI bus would name them.
+        let (bus, slot) = (number / 32, number % 32);
+        let id = DeviceId::new(format!("0000:{bus:02x}:{slot:02x}.0/vfio"), 0)?;
+        let device = |seed| {
+            SimDevice::new(SimConfig {
+                seed,
+                len: options.state,
+                ..SimConfig::default()
+            })
+        };
+        let source = device(u64::from(number) + 1)?;
+        // Another state before, or what follows would prove nothing.
+        let destination = device(u64::from(number) + (1 << 32))?;
+        let pair = Pair {
+            id: id.clone(),
+            source: source.handle(),
+            destination: destination.handle(),
+        };
+        let source = Device::new(id.clone(), Box::new(source))?;
+        let destination = Device::new(id, Box::new(destination))?;
+        Ok((pair, source, destination))
+    };
+    (0..options.devices).map(pair).collect()
+}
+
+fn connect(listener: &TcpListener) -> anyhow::Result<(TcpStream, TcpStream)> {
+    // Loopback: the listener's backlog takes it at once.
+    let near = TcpStream::connect(listener.local_addr()?)?;
+    let (far, _) = listener.accept()?;
+    near.set_nodelay(true)?;
+    Ok((near, far))
+}
+
+/// What is to be said of both sides' ends: the failure that caused the other's.
+fn failure(saved: Report, loaded: Report) -> anyhow::Result<(Report, Report)> {
+    let follows = |kind: &ErrorKind| {
+        matches!(
+            kind,
+            ErrorKind::Channel | ErrorKind::Cancelled | ErrorKind::Missing | ErrorKind::Protocol(_)
+        )
+    };
+    match (&saved.result, &loaded.result) {
+        (Ok(()), Ok(())) => Ok((saved, loaded)),
+        (Err(save), Err(load)) if follows(save.kind()) && !load.is_cancelled() => {
+            Err(load.clone()).context("destination")
+        }
+        (Err(error), _) => Err(error.clone()).context("source"),
+        (_, Err(error)) => Err(error.clone()).context("destination"),
+    }
+}
+
+fn migrate(options: &Options) -> anyhow::Result<(Vec<Pair>, Report, Report, Duration)> {
+    let settings = options.settings();
+    let mut save = SaveSession::builder().settings(settings.clone());
+    let mut load = LoadSession::builder().settings(settings);
+    let mut pairs_only = Vec::new();
+    for (pair, source, destination) in pairs(options)? {
+        pairs_only.push(pair);
+        save = save.device(source);
+        load = load.device(destination);
+    }
+    let listener = TcpListener::bind(("127.0.0.1", 0)).context("cannot listen on loopback")?;
+    for _ in 0..options.channels {
+        let (near, far) = connect(&listener).context("cannot connect over loopback")?;
+        save = save.channel(near);
+        load = load.channel(far);
+    }
+    let load = load.start().context("destination")?;
+    let save = save.start().context("source")?;
+    load.switchover_start();
+    let began = Instant::now();
+    let lens = pairs_only
+        .iter()
+        .map(|pair| (pair.id.clone(), Some(pair.source.image().len())));
+    let lens: Vec<_> = lens.collect();
+    let progress = Progress::new(!options.json, &lens);
+    let mut ended = None;
+    while !(load.is_finished() && save.is_finished()) {
+        if load.is_finished() {
+            ended.get_or_insert_with(|| began.elapsed());
+        }
+        if interrupt::requested() || save.failure().is_some() || load.failure().is_some() {
+            save.cancel();
+            load.cancel();
+        }
+        if let Some(progress) = &progress {
+            progress.update(&load.stats());
+        }
+        network::tick(&[load.as_fd(), save.as_fd()], &[])?;
+    }
+    let took = ended.unwrap_or_else(|| began.elapsed());
+    if let Some(progress) = &progress {
+        progress.update(&load.stats());
+    }
+    drop(progress);
+    let mut saved = save.join();
+    let loaded = load.join();
+    // Out of downtime.
+    saved.stop_devices();
+    if interrupt::requested() && (saved.result.is_err() || loaded.result.is_err()) {
+        bail!(Interrupted);
+    }
+    let (saved, loaded) = failure(saved, loaded)?;
+    Ok((pairs_only, saved, loaded, took))
+}
+
+/// Runs `demo`.
+pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
+    if options.state.checked_mul(options.devices.into()).is_none() {
+        bail!(Usage(
+            "--devices times --state is more than 2^64 bytes".into()
+        ));
+    }
+    let in_order = interrupt::in_order();
+    let (pairs, saved, loaded, took) = migrate(options)?;
+    drop(in_order);
+    let mut rows = Vec::new();
+    for (pair, (saved, loaded)) in
+        (pairs.iter()).zip(saved.stats.devices.iter().zip(&loaded.stats.devices))
+    {
+        ensure!(
+            saved.device == pair.id && loaded.device == pair.id,
+            "the sessions' devices are not in the order given"
+        );
+        rows.push(Row::new(pair, saved, loaded));
+    }
+    let state_bytes = rows.iter().map(|row| row.state_bytes).sum();
+    let totals = Totals {
+        devices: rows.len(),
+        channels: loaded.stats.channels.len(),
+        state_bytes,
+        bytes: rows.iter().map(|row| row.bytes).sum(),
+        packets: rows.iter().map(|row| row.packets).sum(),
+        seconds: took.as_secs_f64(),
+        gb_per_second: rate(state_bytes, took),
+        budget: loaded.stats.budget,
+        held_high: loaded.stats.held_high,
+        late_wakeups: saved.stats.late_wakeups + loaded.stats.late_wakeups,
+    };
+    let verified = rows.len() == pairs.len() && rows.iter().all(|row| row.verified);
+    let output = Output {
+        backend: loaded.stats.backend,
+        devices: rows,
+        totals,
+        verified,
+    };
+    if options.json {
+        output::print_json(&output)?;
+    } else {
+        output::print(&output.text())?;
+    }
+    for row in &output.devices {
+        if let Some(difference) = row.difference {
+            bail!("not verified: device {} {difference}", row.device);
+        }
+    }
+    if !options.json {
+        output::print("verified\n")?;
+    }
+    Ok(())
+}

@@ -1,0 +1,108 @@
+//! `inspect`: the packets of captured multifd channels, a line for each.
+//!
+//! ```text
+//!   file ──▶ Walker ──▶ a line ──▶ stdout
+//! ```
+//!
+//! Runs on the main thread alone.
+
+use std::{
+    fmt::Write as _,
+    io::{self, BufWriter, Write},
+    path::PathBuf,
+};
+
+use anyhow::bail;
+use vfio_migration::wire::{FLAG_DEVICE_STATE, FLAG_SYNC, PACKET_FLAG_CONFIG, PageSize};
+
+use crate::{
+    capture::{self, Packet, Walker, What},
+    output::{Stdout, hex},
+};
+
+/// Show the packets of captured multifd channels, one line each
+///
+/// A FILE is what one multifd connection of QEMU carried from the source to the destination. Each
+/// line says where the packet begins (in bytes), what it is, its flags, and the size of what
+/// follows its headers; of a device's packet also the device, the instance id and the idx.
+///
+///   hello   the channel's beginning: its id and the VM's uuid
+///   sync    a SYNC packet
+///   ram     a RAM packet: pages sent and zero pages, and the RAM block's name
+///   device  a piece of a device's state
+///   config  a device's config, always its last packet
+#[derive(Debug, clap::Args)]
+#[command(verbatim_doc_comment)]
+pub(crate) struct Options {
+    /// A captured multifd channel
+    #[arg(required = true, value_name = "FILE")]
+    files: Vec<PathBuf>,
+    /// The page size of the VM's architecture, on which the size of RAM and SYNC packets depends
+    #[arg(long, value_name = "SIZE", default_value = "4KiB", value_parser = capture::page_size)]
+    page_size: PageSize,
+}
+
+fn line(packet: &Packet) -> String {
+    let mut line = format!("{:>12}  ", packet.offset);
+    let size = packet.payload;
+    // A String takes whatever is written.
+    let _infallible = match &packet.what {
+        What::Hello(hello) => write!(
+            line,
+            "hello   flags -         channel {} uuid {} size {size}",
+            hello.id,
+            hex(&hello.uuid)
+        ),
+        What::Sync { packet_num } => write!(
+            line,
+            "sync    flags {FLAG_SYNC:#06x}    number {packet_num} size {size}"
+        ),
+        What::Ram {
+            flags,
+            pages,
+            zero_pages,
+            block,
+        } => write!(
+            line,
+            "ram     flags {flags:#06x}    pages {pages} zero {zero_pages} block {block:?} size {size}"
+        ),
+        What::Device { key, index, config } => {
+            let (kind, inner) = if *config {
+                ("config", PACKET_FLAG_CONFIG)
+            } else {
+                ("device", 0)
+            };
+            let idstr = String::from_utf8_lossy(key.idstr());
+            let instance = key.instance();
+            write!(
+                line,
+                "{kind}  flags {FLAG_DEVICE_STATE:#06x}/{inner:#x} {idstr:?} instance {instance} \
+                 idx {index} size {size}"
+            )
+        }
+    };
+    line
+}
+
+/// Runs `inspect`.
+pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
+    let mut output = BufWriter::new(io::stdout().lock());
+    for path in &options.files {
+        let mut walker = Walker::open(path, options.page_size)?;
+        if options.files.len() > 1 {
+            writeln!(output, "{}:", path.display()).map_err(Stdout)?;
+        }
+        loop {
+            match walker.step() {
+                Ok(Some(packet)) => writeln!(output, "{}", line(&packet)).map_err(Stdout)?,
+                Ok(None) => break,
+                Err(damage) => {
+                    output.flush().map_err(Stdout)?;
+                    bail!("{}: {damage}", path.display());
+                }
+            }
+        }
+    }
+    output.flush().map_err(Stdout)?;
+    Ok(())
+}

@@ -1,0 +1,181 @@
+//! The command `vfio-migrate`: moves the migration state of devices, and looks at what was moved.
+//!
+//! ```text
+//!   demo               source ══ loopback TCP ══▶ destination     one process, simulated devices
+//!   send ── receive    source ══ TCP or unix ═══▶ destination     two processes
+//!   replay             captured channels ───────▶ destination     the state, out of a capture
+//!   inspect            a captured channel ──────▶ its packets     one line for each
+//! ```
+//!
+//! | file | what |
+//! |---|---|
+//! | `demo`, `send`, `receive`, `replay`, `inspect` | a subcommand each |
+//! | `main_channel` | what `send` and `receive` say to each other beside the packets |
+//! | `network` | addresses, connections, listeners |
+//! | `device`, `file`, `observed` | the devices of a `SPEC`, and what is known of them afterwards |
+//! | `capture` | a captured channel's packets and where they stand |
+//! | `output`, `progress`, `args`, `interrupt` | tables and JSON, bars, sizes and times, Ctrl-C |
+//!
+//! # Threads
+//!
+//! Each subcommand runs on the main thread, which watches over its sessions and over Ctrl-C; the
+//! sessions have threads of their own. `send` and `receive` have one more, which reads the main
+//! channel; one waits for signals. Every wait ends with what it is for, a time that an option sets,
+//! or Ctrl-C.
+//!
+//! # How it ends
+//!
+//! Status 0: done. 1: it failed, and one line on stderr says why. 2: it was used wrongly. 130: it
+//! was interrupted. What went through is on stdout, everything else on stderr.
+
+mod args;
+mod capture;
+mod demo;
+mod device;
+mod file;
+mod inspect;
+mod interrupt;
+mod main_channel;
+mod network;
+mod observed;
+mod output;
+mod progress;
+mod receive;
+mod replay;
+mod send;
+
+use std::{fmt, io, process::ExitCode};
+
+use clap::{Parser, Subcommand};
+use vfio_migration::{Error, ErrorKind, Phase};
+
+/// Moves the migration state of VFIO devices, in QEMU's wire format.
+///
+/// Without a command it runs `demo`: 4 simulated devices of 256 MiB each migrate within this
+/// process, over 4 connections, and the destination's state is compared with the source's.
+#[derive(Debug, Parser)]
+#[command(version, after_help = EXAMPLES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Demo(demo::Options),
+    Send(send::Options),
+    Receive(receive::Options),
+    Replay(replay::Options),
+    Inspect(inspect::Options),
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  See it work:
+    vfio-migrate
+    vfio-migrate demo --devices 64 --state 8MiB --channels 16
+
+  From one machine to another; begin with the destination:
+    vfio-migrate receive --listen 0.0.0.0:4444 --device sim:id=gpu0
+    vfio-migrate send --to host2:4444 --device sim:id=gpu0,size=1GiB,seed=7
+
+  The state out of a capture of QEMU's multifd channels:
+    vfio-migrate replay --out state/ 01-c2s.bin 02-c2s.bin
+    vfio-migrate inspect 01-c2s.bin
+
+Sizes are like 4096, 64KiB, 1.5GiB; K, M, G are powers of 1024 too. Times are in seconds.
+`vfio-migrate COMMAND --help` explains a command.
+
+Exit status: 0 done, 1 failed (one line on stderr says why), 2 wrong use, 130 interrupted.
+VFIO_MIGRATE_LOG=vfio_migration=debug (or =trace) logs the engine's events to stderr.";
+
+/// Arguments that cannot be, found when they were looked at together.
+#[derive(Debug)]
+struct Usage(String);
+
+impl fmt::Display for Usage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Usage {}
+
+/// Ctrl-C, after everything has been put in order.
+#[derive(Debug)]
+struct Interrupted;
+
+impl fmt::Display for Interrupted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("interrupted")
+    }
+}
+
+impl std::error::Error for Interrupted {}
+
+/// Whether it was the user's arguments that the engine refused.
+fn is_usage(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        cause.is::<Usage>()
+            || cause.downcast_ref().is_some_and(|error: &Error| {
+                error.phase() == Phase::Setup && matches!(error.kind(), ErrorKind::Config(_))
+            })
+    })
+}
+
+/// Whether whoever reads our output has gone: `inspect … | head`.
+fn is_closed_pipe(error: &anyhow::Error) -> bool {
+    error
+        .downcast_ref()
+        .is_some_and(|error: &output::Stdout| error.0.kind() == io::ErrorKind::BrokenPipe)
+}
+
+fn log() -> anyhow::Result<()> {
+    use tracing_subscriber::{filter::Targets, layer::SubscriberExt, util::SubscriberInitExt};
+    let Ok(filter) = std::env::var("VFIO_MIGRATE_LOG") else {
+        return Ok(());
+    };
+    let filter: Targets = filter
+        .parse()
+        .map_err(|error| Usage(format!("VFIO_MIGRATE_LOG: {error}")))?;
+    tracing_subscriber::registry()
+        .with(tracing_subscriber::fmt::layer().with_writer(io::stderr))
+        .with(filter)
+        .try_init()?;
+    Ok(())
+}
+
+fn run(command: Command) -> anyhow::Result<()> {
+    log()?;
+    // Before there is any other thread, so that all of them leave the signals to that one.
+    interrupt::watch()?;
+    match command {
+        Command::Demo(options) => demo::run(&options),
+        Command::Send(options) => send::run(&options),
+        Command::Receive(options) => receive::run(&options),
+        Command::Replay(options) => replay::run(&options),
+        Command::Inspect(options) => inspect::run(&options),
+    }
+}
+
+fn main() -> ExitCode {
+    let command = Cli::parse()
+        .command
+        .unwrap_or_else(|| Command::Demo(demo::Options::default()));
+    let Err(error) = run(command) else {
+        return ExitCode::SUCCESS;
+    };
+    if is_closed_pipe(&error) {
+        return ExitCode::SUCCESS;
+    }
+    // One line, whatever a peer's bytes or a path may hold.
+    let text = format!("{error:#}").replace(['\n', '\r'], " ");
+    eprintln!("vfio-migrate: {text}");
+    ExitCode::from(if is_usage(&error) {
+        2
+    } else if error.downcast_ref::<Interrupted>().is_some() {
+        interrupt::STATUS
+    } else {
+        1
+    })
+}

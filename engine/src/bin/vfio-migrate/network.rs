@@ -1,0 +1,395 @@
+//! Addresses, connections and listeners, TCP and unix alike; and the commands' one way to wait.
+//!
+//! ```text
+//!   source        connect(ADDR) ──▶ Connection ──▶ Channel, or the main channel
+//!   destination   Listener ── accept ──▶ Connection ── peek ──▶ which of both?
+//! ```
+//!
+//! Used from the command's main thread; a [`Connection`] may be written to and shut down by one
+//! thread while another reads from it. A peer that vanished without a word is found by TCP's
+//! keepalive; what ends each wait besides is given to it.
+
+use std::{
+    fmt, fs, io,
+    io::{Read, Write},
+    net::{Shutdown, TcpListener, TcpStream, ToSocketAddrs},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd},
+        unix::net::{UnixListener, UnixStream},
+    },
+    path::PathBuf,
+    str::FromStr,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, anyhow, bail};
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::socket::{MsgFlags, recv, setsockopt, sockopt},
+};
+use vfio_migration::Channel;
+
+use crate::{Interrupted, interrupt};
+
+/// How long a loop waits before it looks around again.
+pub(crate) const TICK: Duration = Duration::from_millis(50);
+
+/// Waits until a session's event or another fd is ready, but no longer than a tick.
+pub(crate) fn tick(sessions: &[BorrowedFd<'_>], others: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let fds = sessions.iter().chain(others);
+    let mut fds: Vec<_> = fds.map(|fd| PollFd::new(*fd, PollFlags::POLLIN)).collect();
+    let timeout = PollTimeout::try_from(TICK).unwrap_or(PollTimeout::MAX);
+    match poll(&mut fds, timeout) {
+        Ok(_) | Err(Errno::EINTR) => {}
+        Err(errno) => return Err(errno.into()),
+    }
+    for (fd, polled) in sessions.iter().zip(&fds) {
+        if polled.any() == Some(true) {
+            // Nobody else reads it, so it is still there.
+            nix::unistd::read(fd, &mut [0; 8])?;
+        }
+    }
+    Ok(())
+}
+
+/// Where to listen, or to connect to.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(crate) enum Address {
+    /// `HOST:PORT`.
+    Tcp(String),
+    /// A socket's path.
+    Unix(PathBuf),
+}
+
+impl FromStr for Address {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Some(path) = text.strip_prefix("unix:") {
+            return if path.is_empty() {
+                Err("a path follows unix:".into())
+            } else {
+                Ok(Self::Unix(path.into()))
+            };
+        }
+        let address = text.strip_prefix("tcp:").unwrap_or(text);
+        match address.rsplit_once(':') {
+            Some((host, port)) if !host.is_empty() && port.parse::<u16>().is_ok() => {
+                Ok(Self::Tcp(address.into()))
+            }
+            _ => Err("an address is HOST:PORT, like 192.0.2.1:4444, or unix:PATH".into()),
+        }
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => f.write_str(address),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+/// One connection.
+#[derive(Debug)]
+pub(crate) enum Connection {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+macro_rules! either {
+    ($self:expr, $socket:ident => $call:expr) => {
+        match $self {
+            Self::Tcp($socket) => $call,
+            Self::Unix($socket) => $call,
+        }
+    };
+}
+
+impl Connection {
+    /// Has small things sent at once, a vanished peer noticed within `timeout`, and no read or
+    /// write last longer.
+    fn tune(self, timeout: Duration) -> io::Result<Self> {
+        self.set_timeout(timeout)?;
+        if let Self::Tcp(socket) = &self {
+            socket.set_nodelay(true)?;
+            let seconds = u32::try_from(timeout.as_secs() / 4).unwrap_or(u32::MAX);
+            let seconds = seconds.clamp(1, 3600);
+            setsockopt(socket, sockopt::KeepAlive, &true)?;
+            setsockopt(socket, sockopt::TcpKeepIdle, &seconds)?;
+            setsockopt(socket, sockopt::TcpKeepInterval, &seconds)?;
+            setsockopt(socket, sockopt::TcpKeepCount, &3)?;
+            let millis = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX);
+            setsockopt(socket, sockopt::TcpUserTimeout, &millis)?;
+        }
+        Ok(self)
+    }
+
+    fn set_timeout(&self, timeout: Duration) -> io::Result<()> {
+        either!(self, socket => {
+            socket.set_read_timeout(Some(timeout))?;
+            socket.set_write_timeout(Some(timeout))
+        })
+    }
+
+    /// Another handle of the same connection.
+    pub(crate) fn try_clone(&self) -> io::Result<Self> {
+        Ok(match self {
+            Self::Tcp(socket) => Self::Tcp(socket.try_clone()?),
+            Self::Unix(socket) => Self::Unix(socket.try_clone()?),
+        })
+    }
+
+    /// Ends one direction or both, and every wait for it in other threads.
+    pub(crate) fn shutdown(&self, how: Shutdown) {
+        // Already closed by the peer is as good.
+        let _closed = either!(self, socket => socket.shutdown(how));
+    }
+
+    /// The first four bytes that come, which stay there; fewer where the peer closes before.
+    pub(crate) fn peek(&self, timeout: Duration) -> io::Result<Option<[u8; 4]>> {
+        let deadline = Instant::now() + timeout;
+        let mut bytes = [0; 4];
+        // Ends: with the bytes, the peer's end, or the deadline.
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            self.wait_readable(left.min(TICK))?;
+            let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+            match recv(self.as_fd().as_raw_fd(), &mut bytes, flags) {
+                Ok(4) => return Ok(Some(bytes)),
+                Ok(0) => return Ok(None),
+                // Some of them: `poll` would not wait for the rest.
+                Ok(_) => thread::sleep(Duration::from_millis(1)),
+                Err(Errno::EAGAIN | Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+            if interrupt::requested() {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
+        }
+    }
+
+    /// Waits for bytes, or the end; says whether one is there.
+    pub(crate) fn wait_readable(&self, timeout: Duration) -> io::Result<bool> {
+        let mut fds = [PollFd::new(self.as_fd(), PollFlags::POLLIN)];
+        let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX);
+        match poll(&mut fds, timeout) {
+            Ok(count) => Ok(count > 0),
+            Err(Errno::EINTR) => Ok(false),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// Says that nothing more will be sent, and waits a little for the peer to have read what was:
+    /// a connection that is closed with bytes unread loses them on the way.
+    pub(crate) fn linger(&mut self, patience: Duration) {
+        self.shutdown(Shutdown::Write);
+        let deadline = Instant::now() + patience;
+        let mut buffer = [0; 4096];
+        while let left = deadline.saturating_duration_since(Instant::now())
+            && !left.is_zero()
+            && matches!(self.wait_readable(left), Ok(true))
+            && matches!(self.read(&mut buffer), Ok(1..))
+        {}
+    }
+}
+
+impl Read for Connection {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        either!(self, socket => socket.read(bytes))
+    }
+}
+
+impl Write for Connection {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        either!(self, socket => socket.write(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl AsFd for Connection {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        either!(self, socket => socket.as_fd())
+    }
+}
+
+impl From<Connection> for Channel {
+    fn from(connection: Connection) -> Self {
+        match connection {
+            Connection::Tcp(socket) => socket.into(),
+            Connection::Unix(socket) => socket.into(),
+        }
+    }
+}
+
+fn connect_once(address: &Address, patience: Duration) -> io::Result<Connection> {
+    match address {
+        Address::Unix(path) => UnixStream::connect(path).map(Connection::Unix),
+        Address::Tcp(address) => {
+            let mut failure = io::ErrorKind::NotFound.into();
+            for address in address.to_socket_addrs()? {
+                match TcpStream::connect_timeout(&address, patience) {
+                    Ok(socket) => return Ok(Connection::Tcp(socket)),
+                    Err(error) => failure = error,
+                }
+            }
+            Err(failure)
+        }
+    }
+}
+
+/// Connects; where nobody listens yet, tries again until `patience` is over.
+pub(crate) fn connect(
+    address: &Address,
+    patience: Duration,
+    timeout: Duration,
+) -> anyhow::Result<Connection> {
+    let deadline = Instant::now() + patience;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        match connect_once(address, left.max(TICK)) {
+            Ok(connection) => {
+                return connection
+                    .tune(timeout)
+                    .context("cannot set up a connection");
+            }
+            Err(error) => {
+                let may_come = matches!(
+                    error.kind(),
+                    io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound
+                );
+                if !may_come || left.is_zero() {
+                    return Err(anyhow!(error).context(format!("cannot connect to {address}")));
+                }
+            }
+        }
+        if interrupt::requested() {
+            bail!(Interrupted);
+        }
+        thread::sleep(TICK.min(left));
+    }
+}
+
+/// Accepts connections.
+#[derive(Debug)]
+pub(crate) enum Listener {
+    Tcp(TcpListener),
+    Unix(UnixListener, PathBuf),
+}
+
+impl Listener {
+    /// Begins to listen. A unix socket that a process has left behind is replaced.
+    pub(crate) fn bind(address: &Address) -> anyhow::Result<Self> {
+        let bind = || -> io::Result<Self> {
+            match address {
+                Address::Tcp(address) => {
+                    let listener = TcpListener::bind(address)?;
+                    listener.set_nonblocking(true)?;
+                    Ok(Self::Tcp(listener))
+                }
+                Address::Unix(path) => {
+                    let listener = match UnixListener::bind(path) {
+                        Err(error)
+                            if error.kind() == io::ErrorKind::AddrInUse
+                                && UnixStream::connect(path).is_err_and(|error| {
+                                    error.kind() == io::ErrorKind::ConnectionRefused
+                                }) =>
+                        {
+                            fs::remove_file(path)?;
+                            UnixListener::bind(path)?
+                        }
+                        other => other?,
+                    };
+                    listener.set_nonblocking(true)?;
+                    Ok(Self::Unix(listener, path.clone()))
+                }
+            }
+        };
+        bind().with_context(|| format!("cannot listen on {address}"))
+    }
+
+    /// Where it listens: with the port that the host has chosen, where that was 0.
+    pub(crate) fn address(&self) -> String {
+        match self {
+            Self::Tcp(listener) => listener
+                .local_addr()
+                .map_or_else(|_| "TCP".into(), |address| address.to_string()),
+            Self::Unix(_, path) => format!("unix:{}", path.display()),
+        }
+    }
+
+    /// A connection, if one has come.
+    pub(crate) fn accept(&self, timeout: Duration) -> anyhow::Result<Option<Connection>> {
+        let accepted = match self {
+            Self::Tcp(listener) => listener.accept().map(|(socket, _)| Connection::Tcp(socket)),
+            Self::Unix(listener, _) => listener
+                .accept()
+                .map(|(socket, _)| Connection::Unix(socket)),
+        };
+        match accepted {
+            Ok(connection) => Ok(Some(connection.tune(timeout)?)),
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::WouldBlock
+                        | io::ErrorKind::Interrupted
+                        | io::ErrorKind::ConnectionAborted
+                ) =>
+            {
+                Ok(None)
+            }
+            Err(error) => Err(anyhow!(error).context("cannot accept a connection")),
+        }
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Tcp(listener) => listener.as_fd(),
+            Self::Unix(listener, _) => listener.as_fd(),
+        }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Self::Unix(_, path) = self {
+            // Somebody may have been quicker.
+            let _gone = fs::remove_file(path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses() {
+        let tcp = |text: &str| Ok(Address::Tcp(text.into()));
+        assert_eq!("host:1".parse(), tcp("host:1"));
+        assert_eq!("tcp:[::1]:4444".parse(), tcp("[::1]:4444"));
+        assert_eq!("unix:/a:b".parse(), Ok(Address::Unix("/a:b".into())));
+        for wrong in [
+            "",
+            "host",
+            "host:",
+            ":1",
+            "host:65536",
+            "unix:",
+            "host:http",
+        ] {
+            assert!(wrong.parse::<Address>().is_err(), "{wrong}");
+        }
+    }
+}

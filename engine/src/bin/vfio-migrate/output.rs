@@ -1,0 +1,198 @@
+//! What the commands print: tables for people, JSON for programs.
+//!
+//! ```text
+//!   Moved, a device's part of send, receive, replay ──▶ a few lines, or an object
+//!   rows of text ──▶ table() ──▶ columns
+//! ```
+//!
+//! Called from the command's main thread.
+
+use std::{
+    fmt,
+    io::{self, Write},
+    time::Duration,
+};
+
+use serde::Serialize;
+
+use crate::args::show;
+
+/// stdout could not be written to.
+#[derive(Debug)]
+pub(crate) struct Stdout(pub(crate) io::Error);
+
+impl fmt::Display for Stdout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("cannot write the output")
+    }
+}
+
+impl std::error::Error for Stdout {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.0)
+    }
+}
+
+/// Prints a text, whole lines.
+pub(crate) fn print(text: &str) -> anyhow::Result<()> {
+    let mut stdout = io::stdout().lock();
+    stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush())
+        .map_err(Stdout)?;
+    Ok(())
+}
+
+/// Prints one JSON object.
+pub(crate) fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
+    let mut text = serde_json::to_string_pretty(value)?;
+    text.push('\n');
+    print(&text)
+}
+
+/// Aligns rows under their header: the first column to the left, all others to the right.
+pub(crate) fn table(header: &[&str], rows: &[Vec<String>]) -> String {
+    let cells = |row: &[String]| row.iter().map(|cell| cell.chars().count()).collect();
+    let mut widths: Vec<usize> = header.iter().map(|cell| cell.chars().count()).collect();
+    for row in rows {
+        let lens: Vec<usize> = cells(row);
+        for (width, len) in widths.iter_mut().zip(lens) {
+            *width = len.max(*width);
+        }
+    }
+    let header: Vec<String> = header.iter().map(|cell| (*cell).to_owned()).collect();
+    let mut text = String::new();
+    for row in std::iter::once(&header).chain(rows) {
+        let mut line = String::new();
+        for (at, (cell, width)) in row.iter().zip(&widths).enumerate() {
+            let cell = if at == 0 {
+                format!("{cell:width$}")
+            } else {
+                format!("  {cell:>width$}")
+            };
+            line.push_str(&cell);
+        }
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+/// A time for people.
+pub(crate) fn time(time: Duration) -> String {
+    match time.as_micros() {
+        0..1_000 => format!("{} us", time.as_micros()),
+        1_000..1_000_000 => format!("{:.1} ms", time.as_secs_f64() * 1e3),
+        _ => format!("{:.2} s", time.as_secs_f64()),
+    }
+}
+
+/// GB/s, of 10^9 bytes.
+#[expect(clippy::cast_precision_loss, reason = "for people")]
+pub(crate) fn rate(bytes: u64, time: Duration) -> f64 {
+    if time.is_zero() {
+        0.0
+    } else {
+        bytes as f64 / time.as_secs_f64() / 1e9
+    }
+}
+
+/// Bytes as hexadecimal digits.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// What moved of one device.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Moved {
+    pub(crate) idstr: String,
+    pub(crate) instance: u32,
+    /// The config packet included.
+    pub(crate) packets: u64,
+    pub(crate) state_bytes: u64,
+    pub(crate) state_sha256: String,
+    /// The config packet's data: framing tags included.
+    pub(crate) config_bytes: u64,
+    pub(crate) config_sha256: String,
+}
+
+impl Moved {
+    /// A paragraph for people.
+    pub(crate) fn text(&self) -> String {
+        let Self {
+            idstr,
+            instance,
+            packets,
+            state_bytes,
+            config_bytes,
+            ..
+        } = self;
+        format!(
+            "{idstr:?}, instance {instance}: {packets} packets\n  \
+             state   {:>12} bytes  sha256 {}\n  \
+             config  {:>12} bytes  sha256 {}\n",
+            state_bytes, self.state_sha256, config_bytes, self.config_sha256
+        )
+    }
+}
+
+/// A peer's whole transfer.
+#[derive(Debug, Serialize)]
+pub(crate) struct Transfer {
+    /// `send` or `receive`.
+    pub(crate) role: &'static str,
+    pub(crate) devices: Vec<Moved>,
+    pub(crate) channels: usize,
+    pub(crate) backend: &'static str,
+    /// From the switchover's start to the last device's end.
+    pub(crate) seconds: f64,
+    /// 10^9 bytes of state in a second.
+    pub(crate) gb_per_second: f64,
+}
+
+impl Transfer {
+    pub(crate) fn print(&self, json: bool) -> anyhow::Result<()> {
+        if json {
+            return print_json(self);
+        }
+        let mut text: String = self.devices.iter().map(Moved::text).collect();
+        let bytes: u64 = self.devices.iter().map(|device| device.state_bytes).sum();
+        text.push_str(&format!(
+            "{}: {} devices, {}, {:.2} s, {:.2} GB/s, {} channels, backend {}\n",
+            if self.role == "send" {
+                "sent"
+            } else {
+                "received"
+            },
+            self.devices.len(),
+            show(bytes),
+            self.seconds,
+            self.gb_per_second,
+            self.channels,
+            self.backend,
+        ));
+        print(&text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_are_aligned() {
+        let rows = [["long name", "1"], ["b", "1000"]];
+        let rows = rows.map(|row| row.map(String::from).to_vec());
+        assert_eq!(
+            table(&["a", "n"], &rows),
+            "a             n\nlong name     1\nb          1000\n"
+        );
+    }
+
+    #[test]
+    fn times_have_a_unit() {
+        assert_eq!(time(Duration::from_micros(999)), "999 us");
+        assert_eq!(time(Duration::from_millis(12)), "12.0 ms");
+        assert_eq!(time(Duration::from_secs(3)), "3.00 s");
+    }
+}
