@@ -51,7 +51,7 @@ pub(crate) fn watch() -> anyhow::Result<()> {
             match *state {
                 State::Busy => *state = State::Asked,
                 State::Idle | State::Asked => {
-                    eprintln!("vfio-migrate: interrupted");
+                    crate::output::say("interrupted");
                     std::process::exit(STATUS.into());
                 }
             }

@@ -168,9 +168,7 @@ fn main() -> ExitCode {
     if is_closed_pipe(&error) {
         return ExitCode::SUCCESS;
     }
-    // One line, whatever a peer's bytes or a path may hold.
-    let text = format!("{error:#}").replace(['\n', '\r'], " ");
-    eprintln!("vfio-migrate: {text}");
+    output::say(&format!("{error:#}"));
     ExitCode::from(if is_usage(&error) {
         2
     } else if error.downcast_ref::<Interrupted>().is_some() {

@@ -1,1 +1,302 @@
-//! stub
+//! What `send` and `receive` say to each other beside the packets: the main channel.
+//!
+//! ```text
+//!   source                                                             destination
+//!     QEVM, configuration, open return path  ──────────────────────▶
+//!     START of each device: SETUP, END       ──────────────────────▶   the same devices?
+//!     ping                                   ──────────────────────▶
+//!                                            ◀──────────────────────   pong: all are RESUMING
+//!     N multifd channels, to the same address ═════════════════════▶
+//!     command 11, switchover start           ──────────────────────▶   loads begin
+//!     END, FULL of each device: empty        ──────────────────────▶   (or: config load ready)
+//!     ping, once a second                    ──────────────────────▶
+//!                                            ◀──────────────────────   pong, once a second
+//!     EOF, description: all has been sent    ──────────────────────▶
+//!                                            ◀──────────────────────   shut 0: all is loaded
+//! ```
+//!
+//! Everything is in QEMU's framing. The pings and pongs are for one thing besides: a peer that
+//! says nothing for the time-out has stopped. Whoever fails says why, in a command or a reply of
+//! its own number ([`REASON`]), before it closes; a destination then says shut 1. Such a number is
+//! unknown to a QEMU, which takes it for a failure: and so it is.
+//!
+//! # Threads
+//!
+//! Each side reads with a thread of its own, which ends with the other side's last word, with its
+//! end, or when the main thread shuts the connection down. On the destination both threads write,
+//! behind a lock; on the source the main thread alone.
+
+use std::{
+    io::Write,
+    sync::{
+        Mutex, PoisonError,
+        mpsc::{self, Receiver, RecvTimeoutError, TryRecvError},
+    },
+    time::Duration,
+};
+
+use anyhow::{anyhow, bail};
+use vfio_migration::{
+    DeviceId, ErrorKind, Phase, section,
+    stream::{Command, Event, Reply, Section, SectionKind, Writer},
+};
+
+use crate::network::{Connection, TICK};
+
+/// The number of the command, and of the reply, whose payload says why a side has failed.
+pub(crate) const REASON: u16 = 0x7666;
+
+/// How often a side says that it is still there.
+pub(crate) const HEARTBEAT: Duration = Duration::from_secs(1);
+
+/// How long a side that was failed by a connection waits to hear why from its peer.
+pub(crate) const EXPLANATION: Duration = Duration::from_millis(500);
+
+/// How long a side waits for its last words to be read.
+pub(crate) const LINGER: Duration = Duration::from_secs(2);
+
+/// The longest reason that is sent or shown, in bytes.
+const MAX_REASON: usize = 1000;
+
+fn reason(error: &anyhow::Error) -> Vec<u8> {
+    let mut text = format!("{error:#}").into_bytes();
+    text.truncate(MAX_REASON);
+    text
+}
+
+/// A peer's reason: whatever it is, printable and on one line.
+pub(crate) fn show_reason(payload: &[u8]) -> String {
+    let text = String::from_utf8_lossy(&payload[..payload.len().min(MAX_REASON)]);
+    text.chars()
+        .map(|char| if char.is_control() { ' ' } else { char })
+        .collect()
+}
+
+/// Whether an engine's error is one that its peer may know more about.
+pub(crate) fn is_the_peers(error: &vfio_migration::Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::Channel | ErrorKind::Missing | ErrorKind::Protocol(_)
+    )
+}
+
+/// The error with which a session is told that its main channel has failed.
+pub(crate) fn main_failed() -> vfio_migration::Error {
+    vfio_migration::Error::new(ErrorKind::Channel, Phase::Section)
+}
+
+/// One error out of the engine's and the main channel's.
+pub(crate) fn join(
+    engine: Option<vfio_migration::Error>,
+    main: Option<anyhow::Error>,
+) -> anyhow::Result<()> {
+    let told =
+        |error: &vfio_migration::Error| error.phase() == Phase::Section && error.device().is_none();
+    match (engine, main) {
+        (None, None) => Ok(()),
+        (Some(engine), None) => Err(anyhow!(engine)),
+        (Some(engine), Some(main)) if !told(&engine) => Err(both(anyhow!(engine), &main)),
+        (_, Some(main)) => Err(main),
+    }
+}
+
+/// An error, and what was heard besides; unless that is the same again, told by the peer.
+pub(crate) fn both(error: anyhow::Error, besides: &anyhow::Error) -> anyhow::Error {
+    let (text, more) = (format!("{error:#}"), format!("{besides:#}"));
+    if more.contains(&text) {
+        error
+    } else {
+        anyhow!("{text}; {more}")
+    }
+}
+
+// ------------------------------------------------------------------------------- destination
+
+/// The destination's words to the source.
+#[derive(Debug)]
+pub(crate) struct ReturnPath(Mutex<Connection>);
+
+impl ReturnPath {
+    pub(crate) const fn new(connection: Connection) -> Self {
+        Self(Mutex::new(connection))
+    }
+
+    pub(crate) fn reply(&self, reply: &Reply) -> vfio_migration::Result<()> {
+        let mut connection = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        reply.write(&mut *connection)
+    }
+
+    /// Says that the destination has failed, and why.
+    pub(crate) fn refuse(&self, error: &anyhow::Error) {
+        let why = Reply::Other {
+            kind: REASON,
+            payload: reason(error),
+        };
+        // The source may be gone; it is over in either case.
+        let _said = self.reply(&why).and_then(|()| self.reply(&Reply::Shut(1)));
+    }
+}
+
+// ------------------------------------------------------------------------------------ source
+
+/// The source's words to the destination.
+#[derive(Debug)]
+pub(crate) struct Words(Writer<Connection>);
+
+impl Words {
+    /// Opens the main channel.
+    pub(crate) fn open(connection: Connection) -> anyhow::Result<Self> {
+        let mut writer = Writer::open(connection)?;
+        let name = "vfio-migrate".into();
+        writer.write(&Event::Configuration { name })?;
+        writer.write(&Event::Command(Command::OpenReturnPath))?;
+        Ok(Self(writer))
+    }
+
+    pub(crate) fn command(&mut self, command: Command) -> vfio_migration::Result<()> {
+        self.0.write(&Event::Command(command))
+    }
+
+    /// A section of each device, with its body.
+    pub(crate) fn sections<'a>(
+        &mut self,
+        kind: SectionKind,
+        devices: impl Iterator<Item = &'a DeviceId>,
+        body: impl Fn(&mut section::Writer<&mut Connection>) -> vfio_migration::Result<()>,
+    ) -> vfio_migration::Result<()> {
+        for (id, owner) in (0..).zip(devices) {
+            self.0.write(&Event::Section(Section {
+                kind,
+                id,
+                owner: owner.clone(),
+                version: 1,
+            }))?;
+            body(&mut section::Writer::new(self.0.body()))?;
+            self.0.footer(id)?;
+        }
+        Ok(())
+    }
+
+    /// The end of the VM's state.
+    pub(crate) fn end(&mut self, description: Vec<u8>) -> anyhow::Result<()> {
+        self.0.write(&Event::Eof)?;
+        self.0.write(&Event::Description(description))?;
+        self.0.body().flush()?;
+        Ok(())
+    }
+
+    /// Says that the source has failed, and why.
+    pub(crate) fn give_up(&mut self, error: &anyhow::Error) {
+        // The destination may be gone; it is over in either case.
+        let _said = self.command(Command::Other {
+            command: REASON,
+            payload: reason(error),
+        });
+    }
+}
+
+/// What the source's reading thread has read.
+#[derive(Debug)]
+pub(crate) enum Heard {
+    Reply(Reply),
+    /// And nothing will follow.
+    Gone(anyhow::Error),
+}
+
+/// Reads the return path to its end: the source's reading thread.
+pub(crate) fn listen(mut connection: Connection, timeout: Duration, to: &mpsc::Sender<Heard>) {
+    loop {
+        let heard = match Reply::read(&mut connection) {
+            Ok(Some(reply)) => Heard::Reply(reply),
+            Ok(None) => Heard::Gone(anyhow!("the destination has gone away")),
+            Err(error) if timed_out(&error) => Heard::Gone(anyhow!(
+                "nothing was heard from the destination for {} s",
+                timeout.as_secs_f64()
+            )),
+            Err(error) => Heard::Gone(anyhow!(error).context("the destination has gone away")),
+        };
+        let last = matches!(heard, Heard::Gone(_) | Heard::Reply(Reply::Shut(_)));
+        if to.send(heard).is_err() || last {
+            return;
+        }
+    }
+}
+
+/// Whether the connection stood still for its time-out.
+pub(crate) fn timed_out(error: &vfio_migration::Error) -> bool {
+    error.raw_os_error() == Some(nix::libc::EAGAIN)
+}
+
+/// What the destination has said.
+#[derive(Debug)]
+pub(crate) struct Replies {
+    heard: Receiver<Heard>,
+    why: Option<String>,
+    /// Whether the devices are RESUMING.
+    pub(crate) ponged: bool,
+    /// Whether the destination has all.
+    pub(crate) done: bool,
+}
+
+impl Replies {
+    pub(crate) const fn new(heard: Receiver<Heard>) -> Self {
+        Self {
+            heard,
+            why: None,
+            ponged: false,
+            done: false,
+        }
+    }
+
+    fn take_in(&mut self, heard: Heard) -> anyhow::Result<()> {
+        match heard {
+            Heard::Reply(Reply::Pong(PING)) => self.ponged = true,
+            Heard::Reply(Reply::Shut(0)) => self.done = true,
+            Heard::Reply(Reply::Shut(_)) => match self.why.take() {
+                Some(why) => bail!("the destination has failed: {why}"),
+                None => bail!("the destination has failed, and does not say why"),
+            },
+            Heard::Reply(Reply::Other {
+                kind: REASON,
+                payload,
+            }) => self.why = Some(show_reason(&payload)),
+            Heard::Reply(_) => {}
+            Heard::Gone(_) if self.done => {}
+            Heard::Gone(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    /// Takes in what has been said, after a tick at the latest.
+    ///
+    /// An error where the destination has failed, or is gone.
+    pub(crate) fn wait(&mut self) -> anyhow::Result<()> {
+        match self.heard.recv_timeout(TICK) {
+            Ok(heard) => self.take_in(heard)?,
+            Err(RecvTimeoutError::Timeout) => return Ok(()),
+            Err(RecvTimeoutError::Disconnected) => {
+                if !self.done {
+                    bail!("the destination has gone away");
+                }
+                return Ok(());
+            }
+        }
+        self.look()
+    }
+
+    /// As [`Replies::wait`], at once.
+    pub(crate) fn look(&mut self) -> anyhow::Result<()> {
+        loop {
+            match self.heard.try_recv() {
+                Ok(heard) => self.take_in(heard)?,
+                Err(TryRecvError::Empty | TryRecvError::Disconnected) => return Ok(()),
+            }
+        }
+    }
+}
+
+/// The value of the ping that asks whether the destination is ready.
+pub(crate) const PING: u32 = 1;
+
+/// The value of those that say that the source is still there.
+pub(crate) const STILL_HERE: u32 = 2;

@@ -122,8 +122,6 @@ impl Connection {
             setsockopt(socket, sockopt::TcpKeepIdle, &seconds)?;
             setsockopt(socket, sockopt::TcpKeepInterval, &seconds)?;
             setsockopt(socket, sockopt::TcpKeepCount, &3)?;
-            let millis = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX);
-            setsockopt(socket, sockopt::TcpUserTimeout, &millis)?;
         }
         Ok(self)
     }

@@ -43,6 +43,14 @@ pub(crate) fn print(text: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Says something on stderr: one line, whatever a peer's bytes or a path may hold, and in one piece,
+/// for two processes often share a terminal.
+pub(crate) fn say(text: &str) {
+    let line = format!("vfio-migrate: {}\n", text.replace(['\n', '\r'], " "));
+    // Who does not listen misses it.
+    let _lost = io::stderr().write_all(line.as_bytes());
+}
+
 /// Prints one JSON object.
 pub(crate) fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
     let mut text = serde_json::to_string_pretty(value)?;

@@ -1,7 +1,562 @@
-//! stub
-/// receive
+//! `receive`: the destination's side of a migration between two processes.
+//!
+//! ```text
+//!   listen ─▶ main channel ─▶ LoadSession, RESUMING ─▶ the same devices? ─▶ pong
+//!     ─▶ N channels ─▶ switchover start ─▶ all loaded, devices STOP ─▶ EOF ─▶ shut 0 ─▶ what came
+//! ```
+//!
+//! See `main_channel` for what is said. The first connection that says `QEVM` is the main channel,
+//! those with the multifd magic are channels; anybody else is shown the door.
+//!
+//! # Threads
+//!
+//! One thread reads the main channel and tells the session what it says. The main thread accepts
+//! connections, says once a second that it is still there, and ends both, the reader by shutting
+//! the main channel's reading side down.
+
+use std::{
+    collections::HashSet,
+    io::Read,
+    net::Shutdown,
+    os::fd::AsFd,
+    sync::OnceLock,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, anyhow, bail, ensure};
+use vfio_migration::{
+    Device, DeviceId, Error, LoadSession, Report, Settings, Violation,
+    section::{self, SectionSink, Tag},
+    stream::{Command, Event, MAIN_MAGIC, Reader, Reply},
+    wire::MULTIFD_MAGIC,
+};
+
+use crate::{
+    Interrupted,
+    args::{self, BackendArg},
+    device::{self, Spec, Subject},
+    interrupt,
+    main_channel::{
+        self, EXPLANATION, HEARTBEAT, LINGER, REASON, ReturnPath, STILL_HERE, is_the_peers,
+        main_failed, show_reason,
+    },
+    network::{self, Address, Connection, Listener, TICK},
+    output::{Transfer, rate, say},
+    progress::Progress,
+};
+
+/// Receive devices' states from a `vfio-migrate send`
+///
+/// Listens on ADDR for one source, which connects a main channel and N multifd channels. When all
+/// devices are loaded it prints of each the packets, and the bytes and sha256 of the state and of
+/// the config (framing tags included), which are those that the source prints.
+///
+/// Whoever can connect can send: there is no authentication here. Let it listen where only the
+/// source can connect.
 #[derive(Debug, clap::Args)]
-pub(crate) struct Options {}
-pub(crate) fn run(_o: &Options) -> anyhow::Result<()> {
-    Ok(())
+#[command(after_long_help = device::HELP)]
+pub(crate) struct Options {
+    /// Where to listen: HOST:PORT (port 0: any that is free) or unix:PATH
+    #[arg(long, value_name = "ADDR")]
+    listen: Address,
+    /// A device, as below; once for each
+    #[arg(long = "device", value_name = "SPEC", required = true, num_args = 1..)]
+    devices: Vec<Spec>,
+    /// How many multifd channels: as many as the source makes
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=255))]
+    channels: u32,
+    /// The memory that packets may wait in [default: 32MiB, 1MiB for each device where that is more]
+    #[arg(long, value_name = "SIZE", value_parser = args::memory)]
+    budget: Option<usize>,
+    /// The largest packet that is accepted (at least 1MiB)
+    #[arg(long, value_name = "SIZE", default_value = "4MiB", value_parser = args::packet)]
+    max_packet: usize,
+    /// What moves the bytes into the devices
+    #[arg(long, value_enum, default_value_t)]
+    backend: BackendArg,
+    /// The configs are loaded only after everything else: as the source says
+    #[arg(long)]
+    config_after_iterables: bool,
+    /// How long nothing may move, or be heard of the source, in seconds
+    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = args::seconds)]
+    timeout: Duration,
+    /// How long to wait for a source to connect, in seconds
+    #[arg(long, value_name = "SECONDS", default_value = "600", value_parser = args::seconds)]
+    accept_timeout: Duration,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+impl Options {
+    fn settings(&self) -> Settings {
+        let mut settings = Settings::default();
+        settings.backend = self.backend.into();
+        settings.budget = self.budget;
+        settings.channels = self.channels;
+        let packet = u32::try_from(self.max_packet).unwrap_or(u32::MAX);
+        settings.max_packet = packet.saturating_add(12); // the header inside
+        settings.config_after_iterables = self.config_after_iterables;
+        settings.no_progress = self.timeout;
+        settings.hello_timeout = self.hello_timeout();
+        settings
+    }
+
+    /// How long a connection may take to say what it is.
+    fn hello_timeout(&self) -> Duration {
+        self.timeout.min(Duration::from_secs(10))
+    }
+}
+
+// -------------------------------------------------------------------------------- connections
+
+/// What a connection is.
+enum Caller {
+    Main(Connection),
+    Channel(Connection),
+}
+
+/// Takes connections in.
+struct Door<'a> {
+    options: &'a Options,
+    listener: Listener,
+    /// Channels that came before the main channel.
+    early: Vec<Connection>,
+}
+
+impl Door<'_> {
+    /// The next connection, if one has come.
+    fn answer(&self) -> anyhow::Result<Option<Caller>> {
+        let Some(connection) = self.listener.accept(self.options.timeout)? else {
+            return Ok(None);
+        };
+        let magic = match connection.peek(self.options.hello_timeout()) {
+            Ok(Some(magic)) => u32::from_be_bytes(magic),
+            Ok(None) => {
+                say("a connection that said nothing was closed");
+                return Ok(None);
+            }
+            Err(error) => {
+                say(&format!("a connection was closed: {error}"));
+                return Ok(None);
+            }
+        };
+        Ok(match magic {
+            MAIN_MAGIC => Some(Caller::Main(connection)),
+            MULTIFD_MAGIC => Some(Caller::Channel(connection)),
+            magic => {
+                say(&format!(
+                    "a connection that began with {magic:#010x} was closed: \
+                     neither a main channel nor a multifd channel"
+                ));
+                None
+            }
+        })
+    }
+
+    /// Waits for the main channel.
+    fn main(&mut self) -> anyhow::Result<Connection> {
+        let deadline = Instant::now() + self.options.accept_timeout;
+        loop {
+            match self.answer()? {
+                Some(Caller::Main(connection)) => return Ok(connection),
+                Some(Caller::Channel(connection)) => {
+                    ensure!(
+                        self.early.len() < self.options.channels as usize,
+                        "more than {} multifd channels and no main channel",
+                        self.options.channels
+                    );
+                    self.early.push(connection);
+                }
+                None => {}
+            }
+            if interrupt::requested() {
+                bail!(Interrupted);
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "no source has connected within {} s",
+                self.options.accept_timeout.as_secs_f64()
+            );
+            network::tick(&[], &[self.listener.as_fd()])?;
+        }
+    }
+
+    /// A multifd channel, if one has come.
+    fn channel(&mut self) -> anyhow::Result<Option<Connection>> {
+        if let Some(connection) = self.early.pop() {
+            return Ok(Some(connection));
+        }
+        match self.answer()? {
+            Some(Caller::Channel(connection)) => Ok(Some(connection)),
+            Some(Caller::Main(_)) => {
+                say("a second main channel was closed");
+                Ok(None)
+            }
+            None => Ok(None),
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------- main channel
+
+/// A device's sections, on their way to the session.
+struct Sink<'a> {
+    session: &'a LoadSession,
+    id: &'a DeviceId,
+    config_after_iterables: bool,
+}
+
+impl SectionSink for Sink<'_> {
+    fn write(&mut self, bytes: &[u8]) -> vfio_migration::Result<()> {
+        self.session.write_iterable(self.id, bytes)
+    }
+
+    fn config(&mut self, _input: &mut dyn Read) -> vfio_migration::Result<()> {
+        // It comes by multifd.
+        let violation = Violation::SectionTag(Tag::Config.value());
+        Err(Error::protocol(violation).on_device(self.id))
+    }
+
+    fn config_load_ready(&mut self) -> vfio_migration::Result<bool> {
+        if self.config_after_iterables {
+            self.session.config_load_ready(self.id)?;
+        }
+        Ok(self.config_after_iterables)
+    }
+}
+
+/// Reads the main channel: its thread.
+struct MainChannel<'a> {
+    options: &'a Options,
+    connection: &'a Connection,
+    path: &'a ReturnPath,
+    session: &'a LoadSession,
+    subjects: &'a [Subject],
+    /// When the switchover started.
+    switched: &'a OnceLock<Instant>,
+}
+
+impl MainChannel<'_> {
+    /// Waits for the source's next word.
+    fn wait(&self) -> anyhow::Result<()> {
+        let since = Instant::now();
+        while !self.connection.wait_readable(TICK)? {
+            // While packets are awaited the session is the judge: it knows which.
+            let loading = self.switched.get().is_some() && !self.session.is_finished();
+            let times = if loading { 2 } else { 1 };
+            ensure!(
+                since.elapsed() < self.options.timeout * times,
+                "nothing was heard from the source for {} s",
+                (self.options.timeout * times).as_secs_f64()
+            );
+        }
+        Ok(())
+    }
+
+    /// All devices of this side must be the source's.
+    fn compare(&self, named: &HashSet<DeviceId>) -> anyhow::Result<()> {
+        let lacking = self
+            .subjects
+            .iter()
+            .find(|subject| !named.contains(&subject.id));
+        match lacking {
+            Some(Subject { id, .. }) => {
+                bail!("device {id} is on the destination, but the source does not have it")
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn device(&self, owner: &DeviceId) -> anyhow::Result<&DeviceId> {
+        let mut ids = self.subjects.iter().map(|subject| &subject.id);
+        let found = ids.find(|id| *id == owner);
+        found.with_context(|| {
+            format!("device {owner} is on the source, but the destination does not have it")
+        })
+    }
+
+    /// Reads up to the end of the VM's state.
+    fn read(&self) -> anyhow::Result<()> {
+        let mut named = HashSet::new();
+        let mut ready = HashSet::new();
+        self.wait()?;
+        let mut reader = Reader::open(self.connection.try_clone()?)?;
+        loop {
+            self.wait()?;
+            match reader.next_event()? {
+                Some(Event::Section(section)) => {
+                    let id = self.device(&section.owner)?;
+                    named.insert(id.clone());
+                    let mut sink = Sink {
+                        session: self.session,
+                        id,
+                        config_after_iterables: self.options.config_after_iterables,
+                    };
+                    let piece = section::load_state(reader.body()?, &mut sink)
+                        .map_err(|error| error.on_device(id))?;
+                    reader.footer()?;
+                    if piece.end == Tag::ConfigLoadReady {
+                        ready.insert(id);
+                    }
+                }
+                Some(Event::Command(Command::Ping(value))) => {
+                    if value != STILL_HERE && !named.is_empty() {
+                        self.compare(&named)?;
+                    }
+                    self.path.reply(&Reply::Pong(value))?;
+                }
+                Some(Event::Command(Command::SwitchoverStart)) => {
+                    self.compare(&named)?;
+                    self.switched.get_or_init(Instant::now);
+                    self.session.switchover_start();
+                }
+                Some(Event::Command(Command::Other {
+                    command: REASON,
+                    payload,
+                })) => bail!("the source has failed: {}", show_reason(&payload)),
+                Some(Event::Configuration { .. } | Event::Command(_)) => {}
+                Some(Event::Eof) => break,
+                other => bail!("the main channel has {other:?} where it cannot be"),
+            }
+        }
+        ensure!(
+            self.switched.get().is_some(),
+            "the main channel has ended, and the switchover was never started"
+        );
+        if self.options.config_after_iterables
+            && let Some(subject) = self.subjects.iter().find(|it| !ready.contains(&it.id))
+        {
+            bail!(
+                "the main channel has ended without the word that device {}'s config may be \
+                 loaded",
+                subject.id
+            );
+        }
+        Ok(())
+    }
+
+    /// Reads, and fails the session where that fails.
+    fn run(&self) -> anyhow::Result<()> {
+        self.read().map_err(|error| {
+            let engine = error.downcast_ref::<Error>();
+            let engine = engine.filter(|error| error.device().is_some());
+            self.session
+                .fail(engine.cloned().unwrap_or_else(main_failed));
+            let truncated = |error: &Error| {
+                matches!(
+                    error.kind(),
+                    vfio_migration::ErrorKind::Protocol(Violation::SectionTruncated { .. })
+                        | vfio_migration::ErrorKind::Channel
+                )
+            };
+            if error.downcast_ref().is_some_and(truncated) {
+                error.context("the source has gone away")
+            } else {
+                error
+            }
+        })
+    }
+}
+
+// --------------------------------------------------------------------------------------- load
+
+/// The main thread's part, until all is loaded and the main channel has ended, or all has failed.
+struct Watch<'a> {
+    options: &'a Options,
+    session: &'a LoadSession,
+    path: &'a ReturnPath,
+    door: Door<'a>,
+    channels: u32,
+    deadline: Instant,
+    said: Instant,
+}
+
+impl Watch<'_> {
+    /// Takes in the channels that have come. `all` says that no more can come.
+    fn admit(&mut self, all: bool) -> anyhow::Result<()> {
+        let expected = self.options.channels;
+        // Ends: each round is a channel, and they are counted.
+        while let Some(connection) = self.door.channel()? {
+            ensure!(
+                self.channels < expected,
+                "the source makes more than {expected} multifd channels: --channels must be the \
+                 same on both sides"
+            );
+            self.session.add_channel(connection)?;
+            self.channels += 1;
+        }
+        ensure!(
+            self.channels == expected || !all,
+            "the source has made {} multifd channels, not {expected}: --channels must be the same \
+             on both sides",
+            self.channels
+        );
+        ensure!(
+            self.channels == expected || Instant::now() < self.deadline,
+            "{} of {expected} multifd channels have come within {} s",
+            self.channels,
+            self.options.timeout.as_secs_f64()
+        );
+        Ok(())
+    }
+
+    fn round(&mut self) -> anyhow::Result<()> {
+        self.admit(false)?;
+        if self.said.elapsed() >= HEARTBEAT {
+            self.said = Instant::now();
+            // Where the source is gone the reader says so, and better.
+            let _gone = self.path.reply(&Reply::Pong(STILL_HERE));
+        }
+        network::tick(&[self.session.as_fd()], &[self.door.listener.as_fd()])?;
+        Ok(())
+    }
+
+    fn run(
+        &mut self,
+        progress: Option<&Progress>,
+        is_read: impl Fn() -> bool,
+    ) -> anyhow::Result<Option<Instant>> {
+        let mut ended = None;
+        loop {
+            if self.session.is_finished() {
+                ended.get_or_insert_with(Instant::now);
+                if is_read() && self.session.failure().is_none() {
+                    // The source has said that all is sent: all its connections are made.
+                    self.admit(true)?;
+                    return Ok(ended);
+                }
+            }
+            if interrupt::requested() {
+                self.session.cancel();
+            }
+            if self.session.failure().is_some() {
+                // One channel too many may be why: the session could not know.
+                if self.channels == self.options.channels && !interrupt::requested() {
+                    self.admit(false)?;
+                }
+                return Ok(None);
+            }
+            if let Some(progress) = progress {
+                progress.update(&self.session.stats());
+            }
+            self.round()?;
+        }
+    }
+}
+
+fn load(
+    door: Door<'_>,
+    devices: Vec<Device>,
+    subjects: &[Subject],
+    main: &Connection,
+    path: &ReturnPath,
+) -> anyhow::Result<(Report, Duration)> {
+    let options = door.options;
+    let mut builder = LoadSession::builder().settings(options.settings());
+    for device in devices {
+        builder = builder.device(device);
+    }
+    let session = builder.start()?;
+    let switched = OnceLock::new();
+    let reader = MainChannel {
+        options,
+        connection: main,
+        path,
+        session: &session,
+        subjects,
+        switched: &switched,
+    };
+    let mut watch = Watch {
+        options,
+        session: &session,
+        path,
+        door,
+        channels: 0,
+        deadline: Instant::now() + options.timeout,
+        said: Instant::now(),
+    };
+    let names: Vec<_> = subjects
+        .iter()
+        .map(|subject| (subject.id.clone(), None))
+        .collect();
+    let progress = Progress::new(!options.json, &names);
+    let (watched, read) = thread::scope(|scope| {
+        let reading = scope.spawn(|| reader.run());
+        let watched = watch.run(progress.as_ref(), || reading.is_finished());
+        if watched.is_err() {
+            session.fail(main_failed());
+        }
+        // The source may know why a channel has failed.
+        let until = Instant::now() + EXPLANATION;
+        while session.failure().as_ref().is_some_and(is_the_peers)
+            && !reading.is_finished()
+            && Instant::now() < until
+        {
+            thread::sleep(Duration::from_millis(5));
+        }
+        // What the reader says after this is our own doing.
+        let by_itself = reading.is_finished();
+        main.shutdown(Shutdown::Read);
+        let read = reading
+            .join()
+            .unwrap_or_else(|_| Err(anyhow!("a thread panicked")));
+        (watched, read.err().filter(|_| by_itself))
+    });
+    drop(progress);
+    let report = session.join();
+    let ended = match watched {
+        Ok(ended) => ended,
+        Err(error) => return Err(error),
+    };
+    if interrupt::requested() && read.is_none() && report.result.is_err() {
+        bail!(Interrupted);
+    }
+    main_channel::join(report.result.as_ref().err().cloned(), read)?;
+    let ended = ended.unwrap_or_else(Instant::now);
+    let took = switched
+        .get()
+        .map_or(Duration::ZERO, |at| ended.saturating_duration_since(*at));
+    Ok((report, took))
+}
+
+/// Runs `receive`.
+pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
+    let _in_order = interrupt::in_order();
+    let (devices, subjects): (Vec<_>, Vec<_>) =
+        device::open(&options.devices, false)?.into_iter().unzip();
+    let listener = Listener::bind(&options.listen)?;
+    say(&format!("listening on {}", listener.address()));
+    let mut door = Door {
+        options,
+        listener,
+        early: Vec::new(),
+    };
+    let mut main = door.main()?;
+    let path = ReturnPath::new(main.try_clone()?);
+    let loaded = load(door, devices, &subjects, &main, &path);
+    match &loaded {
+        Ok(_) => {
+            if path.reply(&Reply::Shut(0)).is_err() {
+                say(&format!(
+                    "all is loaded, but the source does not know: it is gone"
+                ));
+            }
+        }
+        Err(error) => path.refuse(error),
+    }
+    main.linger(LINGER);
+    let (report, took) = loaded?;
+    let devices = device::describe(&subjects, &report.stats)?;
+    let bytes = devices.iter().map(|device| device.state_bytes).sum();
+    Transfer {
+        role: "receive",
+        devices,
+        channels: report.stats.channels.len(),
+        backend: report.stats.backend,
+        seconds: took.as_secs_f64(),
+        gb_per_second: rate(bytes, took),
+    }
+    .print(options.json)
 }

@@ -1,7 +1,339 @@
-//! stub
-/// send
+//! `send`: the source's side of a migration between two processes.
+//!
+//! ```text
+//!   connect ─▶ main channel: which devices ─▶ pong ─▶ N channels ─▶ SaveSession, STOP_COPY
+//!     ─▶ switchover start ─▶ all sent ─▶ EOF ─▶ shut 0 ─▶ devices STOP ─▶ what was moved
+//! ```
+//!
+//! See `main_channel` for what is said. A failure, here or there, puts the devices back to
+//! RUNNING. The main thread does everything but read the return path.
+
+use std::{
+    net::Shutdown,
+    os::fd::AsFd,
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, anyhow, bail};
+use vfio_migration::{
+    Device, DeviceState, Recover, Report, SaveSession, Settings,
+    stream::{Command, SectionKind},
+};
+
+use crate::{
+    Interrupted,
+    args::{self, BackendArg},
+    device::{self, Spec, Subject},
+    interrupt,
+    main_channel::{
+        self, EXPLANATION, HEARTBEAT, LINGER, PING, Replies, STILL_HERE, Words, is_the_peers,
+        main_failed,
+    },
+    network::{self, Address, Connection},
+    output::{Transfer, rate, say},
+    progress::Progress,
+};
+
+/// Send devices' states to a `vfio-migrate receive`
+///
+/// Connects a main channel and N multifd channels to ADDR, and sends every device's state and
+/// config over them. It succeeds when the destination has said that all is loaded; then it prints
+/// of each device the packets, and the bytes and sha256 of the state and of the config (framing
+/// tags included), which are those that the destination prints.
 #[derive(Debug, clap::Args)]
-pub(crate) struct Options {}
-pub(crate) fn run(_o: &Options) -> anyhow::Result<()> {
+#[command(after_long_help = device::HELP)]
+pub(crate) struct Options {
+    /// Where the destination listens: HOST:PORT or unix:PATH
+    #[arg(long, value_name = "ADDR")]
+    to: Address,
+    /// A device, as below; once for each
+    #[arg(long = "device", value_name = "SPEC", required = true, num_args = 1..)]
+    devices: Vec<Spec>,
+    /// How many multifd channels: as many as the destination expects
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=255))]
+    channels: u32,
+    /// The most data in a packet [default: the state's size, 64KiB to 1MiB]
+    #[arg(long, value_name = "SIZE", value_parser = args::packet)]
+    packet: Option<usize>,
+    /// The memory that packets may wait in
+    #[arg(long, value_name = "SIZE", value_parser = args::memory)]
+    budget: Option<usize>,
+    /// What moves the bytes out of the devices
+    #[arg(long, value_enum, default_value_t)]
+    backend: BackendArg,
+    /// The configs are loaded only after everything else: as the destination expects
+    #[arg(long)]
+    config_after_iterables: bool,
+    /// How long nothing may move, or be heard of the destination, in seconds
+    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = args::seconds)]
+    timeout: Duration,
+    /// How long to try to connect where nobody listens yet, in seconds
+    #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = args::seconds)]
+    connect_timeout: Duration,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+impl Options {
+    fn settings(&self) -> Settings {
+        let mut settings = Settings::default();
+        settings.backend = self.backend.into();
+        settings.budget = self.budget;
+        settings.data_len = self.packet;
+        settings.config_after_iterables = self.config_after_iterables;
+        settings.no_progress = self.timeout;
+        settings
+    }
+}
+
+/// Asks the destination whether it has the same devices, and is ready.
+fn greet(
+    options: &Options,
+    subjects: &[Subject],
+    words: &mut Words,
+    replies: &mut Replies,
+) -> anyhow::Result<()> {
+    words.sections(SectionKind::Start, ids(subjects), |body| {
+        body.setup()?;
+        body.end()
+    })?;
+    words.command(Command::Ping(PING))?;
+    let deadline = Instant::now() + options.timeout;
+    while !replies.ponged {
+        replies.wait()?;
+        if interrupt::requested() {
+            bail!(Interrupted);
+        }
+        if Instant::now() > deadline {
+            bail!(
+                "the destination was not ready within {} s",
+                options.timeout.as_secs_f64()
+            );
+        }
+    }
     Ok(())
+}
+
+fn ids(subjects: &[Subject]) -> impl Iterator<Item = &vfio_migration::DeviceId> {
+    subjects.iter().map(|subject| &subject.id)
+}
+
+/// Says that the loads may begin, and all that follows but the end.
+fn switch_over(options: &Options, subjects: &[Subject], words: &mut Words) -> anyhow::Result<()> {
+    words.command(Command::SwitchoverStart)?;
+    words.sections(SectionKind::End, ids(subjects), |body| body.dummy())?;
+    words.sections(SectionKind::Full, ids(subjects), |body| {
+        if options.config_after_iterables {
+            body.config_load_ready()
+        } else {
+            body.dummy()
+        }
+    })?;
+    Ok(())
+}
+
+/// Watches over the save until everything has been sent, or has failed.
+fn send_all(
+    options: &Options,
+    save: SaveSession,
+    subjects: &[Subject],
+    words: &mut Words,
+    replies: &mut Replies,
+) -> (Report, Option<anyhow::Error>) {
+    let lens: Vec<_> = subjects
+        .iter()
+        .map(|subject| (subject.id.clone(), subject.len))
+        .collect();
+    let progress = Progress::new(!options.json, &lens);
+    let mut main = switch_over(options, subjects, words).err();
+    let mut said = Instant::now();
+    while main.is_none() && !save.is_finished() && save.failure().is_none() {
+        if interrupt::requested() {
+            save.cancel();
+            break;
+        }
+        if let Some(progress) = &progress {
+            progress.update(&save.stats());
+        }
+        if said.elapsed() >= HEARTBEAT {
+            said = Instant::now();
+            if let Err(error) = words.command(Command::Ping(STILL_HERE)) {
+                main = Some(anyhow!(error).context("the destination has gone away"));
+            }
+        }
+        if let Err(error) = replies.look() {
+            main = Some(error);
+        }
+        if let Err(error) = network::tick(&[save.as_fd()], &[]) {
+            main = Some(anyhow!(error));
+        }
+    }
+    // Its peer may know why.
+    let until = Instant::now() + EXPLANATION;
+    while main.is_none()
+        && save.failure().as_ref().is_some_and(is_the_peers)
+        && Instant::now() < until
+    {
+        main = replies.wait().err();
+    }
+    if main.is_some() {
+        save.fail(main_failed());
+    }
+    (save.join(), main)
+}
+
+fn run_devices(report: &mut Report) {
+    for report in &mut report.devices {
+        if let Some(device) = &mut report.device {
+            // What fails here does not change what is reported.
+            let _running = device.set_state(DeviceState::Running, Recover::Reset);
+        }
+    }
+}
+
+/// Waits for the destination's last word.
+fn confirm(replies: &mut Replies) -> anyhow::Result<()> {
+    // Ends: with that word, the destination's silence for the time-out or its end, both of which
+    // the reading thread tells, or Ctrl-C.
+    while !replies.done {
+        replies.wait()?;
+        if interrupt::requested() && !replies.done {
+            bail!(Interrupted);
+        }
+    }
+    Ok(())
+}
+
+fn migrate(
+    options: &Options,
+    devices: Vec<Device>,
+    subjects: &[Subject],
+    words: &mut Words,
+    replies: &mut Replies,
+) -> anyhow::Result<(Report, Duration)> {
+    greet(options, subjects, words, replies)?;
+    let mut save = SaveSession::builder().settings(options.settings());
+    for device in devices {
+        save = save.device(device);
+    }
+    for _ in 0..options.channels {
+        save = save.channel(network::connect(&options.to, TRY_AGAIN, options.timeout)?);
+    }
+    let began = Instant::now();
+    let save = save.start()?;
+    let (mut report, main) = send_all(options, save, subjects, words, replies);
+    if interrupt::requested() && main.is_none() && report.result.is_err() {
+        bail!(Interrupted);
+    }
+    let result = std::mem::replace(&mut report.result, Ok(()));
+    main_channel::join(result.err(), main)
+        .and_then(|()| words.end(description(subjects, &report)?))
+        .and_then(|()| confirm(replies))
+        .inspect_err(|_| run_devices(&mut report))?;
+    let took = began.elapsed();
+    // Out of downtime.
+    report.stop_devices();
+    Ok((report, took))
+}
+
+/// How long a listener that was there a moment ago may take to be there again.
+const TRY_AGAIN: Duration = Duration::from_millis(200);
+
+/// What stands behind the end, for people.
+fn description(subjects: &[Subject], report: &Report) -> anyhow::Result<Vec<u8>> {
+    let devices = subjects.iter().zip(&report.stats.devices);
+    let devices = devices.map(|(subject, stats)| {
+        serde_json::json!({
+            "name": subject.id.idstr(),
+            "instance_id": subject.id.instance(),
+            "packets": stats.packets,
+            "bytes": stats.bytes,
+        })
+    });
+    let devices: Vec<_> = devices.collect();
+    Ok(serde_json::to_vec(
+        &serde_json::json!({ "devices": devices }),
+    )?)
+}
+
+/// Talks to the destination until all is over.
+fn talk(
+    options: &Options,
+    devices: Vec<Device>,
+    subjects: &[Subject],
+    main: &Connection,
+) -> anyhow::Result<(Report, Duration)> {
+    let mut last = main.try_clone().context("cannot use a connection")?;
+    let listening = main.try_clone().context("cannot use a connection")?;
+    let (sender, heard) = mpsc::channel();
+    let mut replies = Replies::new(heard);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let sender = sender;
+            main_channel::listen(listening, options.timeout, &sender);
+        });
+        let result = main
+            .try_clone()
+            .context("cannot use a connection")
+            .and_then(Words::open)
+            .and_then(|mut words| {
+                let result = migrate(options, devices, subjects, &mut words, &mut replies);
+                result.inspect_err(|error| words.give_up(error))
+            })
+            // What the destination said last may be why the words did not get through.
+            .map_err(|error| explain(error, &mut replies));
+        if result.is_err() {
+            last.linger(LINGER);
+        }
+        main.shutdown(Shutdown::Both);
+        result
+    })
+}
+
+/// A broken connection is explained by what the destination has said before.
+fn explain(error: anyhow::Error, replies: &mut Replies) -> anyhow::Error {
+    let broken = error
+        .downcast_ref::<vfio_migration::Error>()
+        .is_some_and(is_the_peers);
+    let until = Instant::now() + EXPLANATION;
+    while broken && Instant::now() < until {
+        if let Err(reason) = replies.wait() {
+            return main_channel::both(error, &reason);
+        }
+    }
+    error
+}
+
+/// Runs `send`.
+pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
+    let _in_order = interrupt::in_order();
+    let (devices, subjects): (Vec<_>, Vec<_>) =
+        device::open(&options.devices, true)?.into_iter().unzip();
+    let main = network::connect(&options.to, options.connect_timeout, options.timeout)?;
+    let (report, took) = talk(options, devices, &subjects, &main)?;
+    drop(main);
+    if let Some(error) = report
+        .devices
+        .iter()
+        .find_map(|device| device.result.as_ref().err())
+    {
+        say(&format!(
+            "all was sent, but afterwards: {:#}",
+            anyhow!(error.clone())
+        ));
+    }
+    let devices = device::describe(&subjects, &report.stats)?;
+    let bytes = devices.iter().map(|device| device.state_bytes).sum();
+    Transfer {
+        role: "send",
+        devices,
+        channels: report.stats.channels.len(),
+        backend: report.stats.backend,
+        seconds: took.as_secs_f64(),
+        gb_per_second: rate(bytes, took),
+    }
+    .print(options.json)
 }
