@@ -872,6 +872,8 @@ pub(crate) fn serve_device(
         && *error.kind() != ErrorKind::Stuck
         && device.state() == DeviceState::Resuming
     {
+        // Where the switchover never began the main channel's side still has the fd.
+        drop(lock(&shared.iterable).take());
         // A RESUMING session is ended only so. The first error is the one to report; a reset that
         // fails makes the device lost, and it says so from now on.
         let _lost = device.reset();

@@ -107,7 +107,9 @@ impl SaveBuilder {
         for (number, channel) in (0..).zip(channels) {
             session.spawn_channel(number, channel, terms)?;
         }
-        session.common.set_up(&results, save.devices.len())?;
+        // A channel may have failed meanwhile: then that is why a device's set-up was cancelled.
+        let set_up = session.common.set_up(&results, save.devices.len());
+        set_up.map_err(|error| session.failure().unwrap_or(error))?;
         Ok(session)
     }
 }
