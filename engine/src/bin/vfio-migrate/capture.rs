@@ -43,7 +43,7 @@ pub(crate) enum What {
         block: String,
     },
     Device {
-        key: DeviceKey,
+        key: Box<DeviceKey>,
         index: u32,
         config: bool,
     },
@@ -221,7 +221,7 @@ fn what(frame: &Frame<'_>) -> What {
             block: String::from_utf8_lossy(ram.ramblock).into_owned(),
         },
         Frame::DeviceState(packet) => What::Device {
-            key: packet.header.key(),
+            key: Box::new(packet.header.key()),
             index: packet.packet.index,
             config: packet.packet.config,
         },
@@ -245,7 +245,8 @@ impl fmt::Display for What {
 /// Where a device's packet stands.
 #[derive(Clone, Debug)]
 pub(crate) struct Place {
-    pub(crate) key: DeviceKey,
+    /// Which of [`Scan::keys`].
+    pub(crate) device: usize,
     pub(crate) index: u32,
     pub(crate) config: bool,
     pub(crate) offset: u64,
@@ -257,7 +258,9 @@ pub(crate) struct Scan {
     pub(crate) path: PathBuf,
     /// Unless the file ends before.
     pub(crate) hello: Option<Hello>,
-    /// The devices' packets, in their order.
+    /// The devices, in the order of their first packets.
+    pub(crate) keys: Vec<DeviceKey>,
+    /// Their packets, in their order.
     pub(crate) places: Vec<Place>,
     /// The bytes of the devices' packets, headers included.
     pub(crate) device_bytes: u64,
@@ -277,6 +280,7 @@ impl Scan {
         let mut scan = Self {
             path: path.to_owned(),
             hello: None,
+            keys: Vec::new(),
             places: Vec::new(),
             device_bytes: 0,
             largest: 0,
@@ -307,8 +311,13 @@ impl Scan {
             What::Device { key, index, config } => {
                 self.device_bytes += packet.len;
                 self.largest = self.largest.max(packet.payload);
+                let known = self.keys.iter().position(|known| *known == *key);
+                let device = known.unwrap_or_else(|| {
+                    self.keys.push(*key);
+                    self.keys.len() - 1
+                });
                 self.places.push(Place {
-                    key,
+                    device,
                     index,
                     config,
                     offset: packet.offset,

@@ -224,7 +224,7 @@ pub(crate) fn listen(mut connection: Connection, timeout: Duration, to: &mpsc::S
 
 /// Whether the connection stood still for its time-out.
 pub(crate) fn timed_out(error: &vfio_migration::Error) -> bool {
-    error.raw_os_error() == Some(nix::libc::EAGAIN)
+    error.raw_os_error() == Some(nix::errno::Errno::EAGAIN as i32)
 }
 
 /// What the destination has said.

@@ -93,6 +93,16 @@ impl fmt::Display for Address {
     }
 }
 
+/// What has come of a connection's first four bytes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Peek {
+    Nothing,
+    Part,
+    Whole([u8; 4]),
+    /// The peer has closed without a word.
+    End,
+}
+
 /// One connection.
 #[derive(Debug)]
 pub(crate) enum Connection {
@@ -147,29 +157,16 @@ impl Connection {
         let _closed = either!(self, socket => socket.shutdown(how));
     }
 
-    /// The first four bytes that come, which stay there; fewer where the peer closes before.
-    pub(crate) fn peek(&self, timeout: Duration) -> io::Result<Option<[u8; 4]>> {
-        let deadline = Instant::now() + timeout;
+    /// Looks at the first four bytes, which stay there, without waiting for them.
+    pub(crate) fn peek(&self) -> io::Result<Peek> {
         let mut bytes = [0; 4];
-        // Ends: with the bytes, the peer's end, or the deadline.
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(io::ErrorKind::TimedOut.into());
-            }
-            self.wait_readable(left.min(TICK))?;
-            let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
-            match recv(self.as_fd().as_raw_fd(), &mut bytes, flags) {
-                Ok(4) => return Ok(Some(bytes)),
-                Ok(0) => return Ok(None),
-                // Some of them: `poll` would not wait for the rest.
-                Ok(_) => thread::sleep(Duration::from_millis(1)),
-                Err(Errno::EAGAIN | Errno::EINTR) => {}
-                Err(errno) => return Err(errno.into()),
-            }
-            if interrupt::requested() {
-                return Err(io::ErrorKind::Interrupted.into());
-            }
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        match recv(self.as_fd().as_raw_fd(), &mut bytes, flags) {
+            Ok(4) => Ok(Peek::Whole(bytes)),
+            Ok(0) => Ok(Peek::End),
+            Ok(_) => Ok(Peek::Part),
+            Err(Errno::EAGAIN | Errno::EINTR) => Ok(Peek::Nothing),
+            Err(errno) => Err(errno.into()),
         }
     }
 

@@ -18,7 +18,7 @@ use std::{
     collections::HashSet,
     io::Read,
     net::Shutdown,
-    os::fd::AsFd,
+    os::fd::{AsFd, BorrowedFd},
     sync::OnceLock,
     thread,
     time::{Duration, Instant},
@@ -41,7 +41,7 @@ use crate::{
         self, EXPLANATION, HEARTBEAT, LINGER, REASON, ReturnPath, STILL_HERE, is_the_peers,
         main_failed, show_reason,
     },
-    network::{self, Address, Connection, Listener, TICK},
+    network::{self, Address, Connection, Listener, Peek, TICK},
     output::{Transfer, rate, say},
     progress::Progress,
 };
@@ -117,42 +117,76 @@ enum Caller {
     Channel(Connection),
 }
 
+/// A connection that has not said yet what it is.
+struct Guest {
+    connection: Connection,
+    since: Instant,
+    /// Whether some of the four bytes are there, so that waiting for any would not wait.
+    begun: bool,
+}
+
+/// The most connections that may be silent at one time; the rest waits outside.
+const MOST_GUESTS: usize = 256;
+
 /// Takes connections in.
 struct Door<'a> {
     options: &'a Options,
     listener: Listener,
+    guests: Vec<Guest>,
     /// Channels that came before the main channel.
     early: Vec<Connection>,
 }
 
 impl Door<'_> {
-    /// The next connection, if one has come.
-    fn answer(&self) -> anyhow::Result<Option<Caller>> {
-        let Some(connection) = self.listener.accept(self.options.timeout)? else {
-            return Ok(None);
-        };
-        let magic = match connection.peek(self.options.hello_timeout()) {
-            Ok(Some(magic)) => u32::from_be_bytes(magic),
-            Ok(None) => {
-                say("a connection that said nothing was closed");
-                return Ok(None);
+    /// What to wait for: new connections, and the first bytes of those that are here.
+    fn fds(&self) -> Vec<BorrowedFd<'_>> {
+        let guests = self.guests.iter().filter(|guest| !guest.begun);
+        std::iter::once(self.listener.as_fd())
+            .chain(guests.map(|guest| guest.connection.as_fd()))
+            .collect()
+    }
+
+    /// The next connection that says what it is, if there is one now.
+    fn answer(&mut self) -> anyhow::Result<Option<Caller>> {
+        // Ends: with the connections that are there.
+        while self.guests.len() < MOST_GUESTS
+            && let Some(connection) = self.listener.accept(self.options.timeout)?
+        {
+            self.guests.push(Guest {
+                connection,
+                since: Instant::now(),
+                begun: false,
+            });
+        }
+        let mut at = 0;
+        while let Some(guest) = self.guests.get_mut(at) {
+            match guest.connection.peek() {
+                Ok(Peek::Whole(magic)) => {
+                    let Guest { connection, .. } = self.guests.remove(at);
+                    match u32::from_be_bytes(magic) {
+                        MAIN_MAGIC => return Ok(Some(Caller::Main(connection))),
+                        MULTIFD_MAGIC => return Ok(Some(Caller::Channel(connection))),
+                        magic => say(&format!(
+                            "a connection that began with {magic:#010x} was closed: neither a \
+                             main channel nor a multifd channel"
+                        )),
+                    }
+                }
+                // It was nobody, or a source that was killed: its main channel will tell.
+                Ok(Peek::End) | Err(_) => drop(self.guests.remove(at)),
+                Ok(Peek::Nothing | Peek::Part)
+                    if guest.since.elapsed() > self.options.hello_timeout() =>
+                {
+                    self.guests.remove(at);
+                    say("a connection that said nothing was closed");
+                }
+                Ok(seen) => {
+                    guest.begun = matches!(seen, Peek::Part);
+                    at += 1;
+                }
             }
-            Err(error) => {
-                say(&format!("a connection was closed: {error}"));
-                return Ok(None);
-            }
-        };
-        Ok(match magic {
-            MAIN_MAGIC => Some(Caller::Main(connection)),
-            MULTIFD_MAGIC => Some(Caller::Channel(connection)),
-            magic => {
-                say(&format!(
-                    "a connection that began with {magic:#010x} was closed: \
-                     neither a main channel nor a multifd channel"
-                ));
-                None
-            }
-        })
+        }
+        Ok(None)
     }
 
     /// Waits for the main channel.
@@ -168,6 +202,7 @@ impl Door<'_> {
                         self.options.channels
                     );
                     self.early.push(connection);
+                    continue;
                 }
                 None => {}
             }
@@ -179,7 +214,7 @@ impl Door<'_> {
                 "no source has connected within {} s",
                 self.options.accept_timeout.as_secs_f64()
             );
-            network::tick(&[], &[self.listener.as_fd()])?;
+            network::tick(&[], &self.fds())?;
         }
     }
 
@@ -409,7 +444,7 @@ impl Watch<'_> {
             // Where the source is gone the reader says so, and better.
             let _gone = self.path.reply(&Reply::Pong(STILL_HERE));
         }
-        network::tick(&[self.session.as_fd()], &[self.door.listener.as_fd()])?;
+        network::tick(&[self.session.as_fd()], &self.door.fds())?;
         Ok(())
     }
 
@@ -506,10 +541,7 @@ fn load(
     });
     drop(progress);
     let report = session.join();
-    let ended = match watched {
-        Ok(ended) => ended,
-        Err(error) => return Err(error),
-    };
+    let ended = watched?;
     if interrupt::requested() && read.is_none() && report.result.is_err() {
         bail!(Interrupted);
     }
@@ -531,6 +563,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let mut door = Door {
         options,
         listener,
+        guests: Vec::new(),
         early: Vec::new(),
     };
     let mut main = door.main()?;
@@ -539,9 +572,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     match &loaded {
         Ok(_) => {
             if path.reply(&Reply::Shut(0)).is_err() {
-                say(&format!(
-                    "all is loaded, but the source does not know: it is gone"
-                ));
+                say("all is loaded, but the source does not know: it is gone");
             }
         }
         Err(error) => path.refuse(error),

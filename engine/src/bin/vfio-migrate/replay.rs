@@ -100,11 +100,14 @@ impl Packets {
 
 fn by_device(scans: &[Scan]) -> BTreeMap<DeviceKeyOrder, Packets> {
     let mut devices = BTreeMap::<DeviceKeyOrder, Packets>::new();
-    for place in scans.iter().flat_map(|scan| &scan.places) {
-        let packets = devices.entry(DeviceKeyOrder(place.key)).or_default();
-        packets.indices.insert(place.index);
-        if place.config {
-            packets.config.get_or_insert(place.index);
+    for scan in scans {
+        for place in &scan.places {
+            let key = DeviceKeyOrder(scan.keys[place.device]);
+            let packets = devices.entry(key).or_default();
+            packets.indices.insert(place.index);
+            if place.config {
+                packets.config.get_or_insert(place.index);
+            }
         }
     }
     devices
@@ -164,7 +167,7 @@ fn explain(error: Error, scans: &[Scan]) -> anyhow::Error {
     let key = error.device().map(DeviceKey::new);
     let places = scans.iter().flat_map(|scan| {
         let places = scan.places.iter();
-        let here = places.filter(|place| Some(place.key) == key);
+        let here = places.filter(|place| Some(scan.keys[place.device]) == key);
         here.filter(|place| Some(place.index) == error.index())
             .map(move |place| format!("{} byte {}", scan.name(), place.offset))
     });
