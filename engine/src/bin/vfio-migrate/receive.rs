@@ -55,7 +55,7 @@ use crate::{
 /// Whoever can connect can send: there is no authentication here. Let it listen where only the
 /// source can connect.
 #[derive(Debug, clap::Args)]
-#[command(after_long_help = device::HELP)]
+#[command(after_help = device::HELP)]
 pub(crate) struct Options {
     /// Where to listen: HOST:PORT (port 0: any that is free) or unix:PATH
     #[arg(long, value_name = "ADDR")]

@@ -43,7 +43,7 @@ use crate::{
 /// of each device the packets, and the bytes and sha256 of the state and of the config (framing
 /// tags included), which are those that the destination prints.
 #[derive(Debug, clap::Args)]
-#[command(after_long_help = device::HELP)]
+#[command(after_help = device::HELP)]
 pub(crate) struct Options {
     /// Where the destination listens: HOST:PORT or unix:PATH
     #[arg(long, value_name = "ADDR")]
