@@ -125,13 +125,13 @@ impl Queue {
             let ticket = self.head.load(Relaxed);
             let Some(slot) = self.table.slot(ticket, guard) else {
                 // Gone behind another taker, not there yet, or never to be there.
-                if ticket == self.head.load(Relaxed) {
+                if self.is_head(ticket) {
                     return self.why_empty(ticket, guard);
                 }
                 continue;
             };
             if !slot.is_ready() {
-                if ticket == self.head.load(Relaxed) {
+                if self.is_head(ticket) {
                     return self.why_empty(ticket, guard);
                 }
                 continue;
@@ -154,6 +154,20 @@ impl Queue {
                 Take::Empty => unreachable!("a slot that was ready does not become empty"),
             });
         }
+    }
+
+    /// Whether `ticket` is the head after all, and not what the head was before another taker.
+    ///
+    /// Asked by an exchange, which finds the newest head: a load may find an old one, however late
+    /// it comes, and a taker that believes it goes to sleep on a packet that has been there for as
+    /// long as nobody announces another.
+    fn is_head(&self, ticket: u32) -> bool {
+        // ticket edge. Relaxed: the word is all there is. That another taker's word in the slot
+        // was seen before its word here would take a store that does not wait for the branch that
+        // leads to it.
+        self.head
+            .compare_exchange(ticket, ticket, Relaxed, Relaxed)
+            .is_ok()
     }
 
     fn why_empty(&self, ticket: u32, guard: &Guard) -> Option<Ticket> {
