@@ -36,11 +36,11 @@ use crate::{
     id::DeviceId,
     lane::{Buffer, CHAIN, Direction, Filled, Lane, Progress},
     reorder::{
-        control::Control,
+        control::{Control, SLACK},
         cursor::{Cursor, Inbox, Next},
         pool::{Packer, Pool, PoolLayout},
         slot::{Packet, Payload, Publish},
-        waiters::{RECHECK, Waiters},
+        waiters::Waiters,
     },
     router::Router,
     state::DeviceState,
@@ -637,6 +637,18 @@ impl LoadFlow {
             .at_index(index)
     }
 
+    fn cancelled(&self) -> Error {
+        Error::cancelled(Phase::Load)
+            .on_device(&self.device.id)
+            .at_index(self.position())
+    }
+
+    /// The first idx that is not in the device.
+    fn position(&self) -> u32 {
+        let in_flight = self.in_flight.first().copied();
+        in_flight.unwrap_or_else(|| self.cursor.next())
+    }
+
     /// Takes a piece of the config packet out of the pool: it waits for the device's thread, and
     /// must not hold up other packets meanwhile. Its size is bounded by the maximum of a packet.
     fn take_config(&mut self, packet: Packet) {
@@ -750,11 +762,7 @@ impl Flow for LoadFlow {
 
     fn stop(&self) -> Option<Error> {
         let _quit_or_exit = self.device.control.stop()?;
-        Some(
-            Error::cancelled(Phase::Load)
-                .on_device(&self.device.id)
-                .at_index(self.cursor.next()),
-        )
+        Some(self.cancelled())
     }
 
     fn pump(&mut self, context: &mut Context<'_>) -> Pump {
@@ -786,6 +794,10 @@ impl Flow for LoadFlow {
             return Pump::Finished(Ok(()));
         }
         if ended {
+            // Channels that were hung up on have ended too: then this is no news.
+            if self.load.failure().is_some() {
+                return Pump::Finished(Err(self.cancelled()));
+            }
             let error = Error::new(ErrorKind::Missing, Phase::Load)
                 .on_device(&self.device.id)
                 .at_index(self.cursor.next());
@@ -838,7 +850,7 @@ impl Flow for LoadFlow {
     fn stalled(&self) -> Error {
         Error::new(ErrorKind::Stalled, Phase::Load)
             .on_device(&self.device.id)
-            .at_index(self.cursor.next())
+            .at_index(self.position())
     }
 
     fn finish(mut self, result: Result<()>) {
@@ -925,8 +937,8 @@ fn finish_load(load: &Load, shared: &LoadDevice, device: &mut Device) -> Result<
 /// The driver's result. Ends with it; or, after a stop, with the grace time.
 fn wait_for_driver(load: &Load, shared: &LoadDevice) -> Drained {
     if shared.control.wait_drained().is_err() {
-        // The driver bounds its own part by the grace time, and looks once a second.
-        let until = Instant::now() + load.settings.grace + 2 * RECHECK;
+        // The driver bounds its own part by the grace time.
+        let until = Instant::now() + load.settings.grace + SLACK;
         if !shared.control.wait_drained_until(until) {
             return Err(Error::new(ErrorKind::Stuck, Phase::Load).on_device(&shared.id));
         }

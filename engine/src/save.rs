@@ -40,11 +40,10 @@ use crate::{
     id::DeviceId,
     lane::{Buffer, CHAIN, Direction, Filled, Lane, Progress},
     reorder::{
-        control::Control,
+        control::{Control, SLACK},
         pool::{ALIGN, Packer, Pool, PoolLayout},
         queue::{Queue, Ticket},
         slot::{Packet, Payload},
-        waiters::RECHECK,
     },
     state::DeviceState,
     stats::{ChannelCounters, DeviceCounters},
@@ -609,8 +608,8 @@ fn save_config(save: &Save, shared: &SaveDevice, device: &mut Device) -> Result<
 /// The driver's result. Ends with it; or, after a stop, with the grace time.
 fn wait_for_driver(save: &Save, shared: &SaveDevice) -> Result<()> {
     if shared.control.wait_drained().is_err() {
-        // The driver bounds its own part by the grace time, and looks once a second.
-        let until = Instant::now() + save.grace + 2 * RECHECK;
+        // The driver bounds its own part by the grace time.
+        let until = Instant::now() + save.grace + SLACK;
         if !shared.control.wait_drained_until(until) {
             return Err(Error::new(ErrorKind::Stuck, Phase::Save).on_device(&shared.id));
         }

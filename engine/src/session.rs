@@ -45,7 +45,7 @@ use crate::{
     error::{Error, ErrorKind, Phase, Result},
     id::DeviceId,
     lane::Buffer,
-    reorder::{pool::Pool, waiters::RECHECK},
+    reorder::{control::SLACK, pool::Pool},
     settings::Settings,
     state::DeviceState,
     stats::{ChannelCounters, DeviceStats, Stats},
@@ -269,7 +269,7 @@ impl Common {
     /// longer than the grace time and what a device needs to be put back.
     fn wait_for_end(&self, failed_at: impl Fn() -> Option<Instant>, ended: impl Fn() -> bool) {
         loop {
-            let deadline = failed_at().map(|at| at + 2 * self.grace + 4 * RECHECK);
+            let deadline = failed_at().map(|at| at + 2 * self.grace + 2 * SLACK);
             let look = || (ended() || failed_at().is_some() != deadline.is_some()).then_some(());
             let found = self.crew.wait(deadline, look);
             if found.is_none() || ended() {

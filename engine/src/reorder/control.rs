@@ -21,7 +21,10 @@
 //! |------|------------------|-----------------------------------|---------------------------------------|
 //! | flag | `Control::set`   | `Control::has`                    | all that the setter did before        |
 
-use std::{fmt, time::Instant};
+use std::{
+    fmt,
+    time::{Duration, Instant},
+};
 
 use crate::{
     reorder::waiters::Waiters,
@@ -30,6 +33,10 @@ use crate::{
         Ordering::{AcqRel, Acquire},
     },
 };
+
+/// What a thread that waits for another's bounded work allows on top of the bound: for a machine
+/// that is busy.
+pub const SLACK: Duration = Duration::from_secs(1);
 
 /// Why a device's migration should end early.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

@@ -20,7 +20,7 @@ use crate::{
     error::{Error, ErrorKind, Phase, Result, Violation},
     id::DeviceId,
     load::{self, Load, LoadDevice, LoadInlet, LoadSettings, Route},
-    reorder::waiters::RECHECK,
+    reorder::control::SLACK,
     settings::Settings,
     stats::{ChannelCounters, Stats},
     sync::{Arc, Mutex, lock},
@@ -264,7 +264,7 @@ impl LoadSession {
         let shared = self.device(id)?;
         shared.unplug();
         self.load.remove(&shared);
-        let deadline = Instant::now() + 2 * self.common.grace + 4 * RECHECK;
+        let deadline = Instant::now() + 2 * self.common.grace + 2 * SLACK;
         let ended = shared.control.wait_end(Some(deadline));
         let returned = lock(&self.common.returned).remove(&shared.ordinal);
         lock(&self.ids)
@@ -475,6 +475,10 @@ impl LoadSession {
         }
         self.load.driver.wake();
         self.load.room.notify_all();
+        if !self.devices_ended() {
+            // From here on the grace time counts.
+            self.load.fail(Error::cancelled(Phase::Cleanup));
+        }
         self.end()
     }
 
@@ -491,7 +495,7 @@ impl LoadSession {
                 .fail(Error::new(ErrorKind::Stalled, Phase::Receive));
         }
         self.load.verdict.hang_up();
-        let short = Some(Instant::now() + self.common.grace + 2 * RECHECK);
+        let short = Some(Instant::now() + SLACK);
         crew.wait(short, || (crew.at_work() <= 1).then_some(()));
         self.load.driver.close();
         crew.wait(short, || crew.is_idle().then_some(()));

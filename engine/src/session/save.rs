@@ -17,7 +17,7 @@ use crate::{
     driver::{Driver, Handle},
     error::{Error, ErrorKind, Phase, Result},
     id::DeviceId,
-    reorder::waiters::RECHECK,
+    reorder::control::SLACK,
     save::{self, Save, SaveDevice},
     settings::Settings,
     stats::{ChannelCounters, Stats},
@@ -246,7 +246,7 @@ impl SaveSession {
         let failed_at = || self.save.verdict.failed_at();
         self.common.wait_for_end(failed_at, || crew.at_work() <= 1);
         self.save.driver.close();
-        let short = Some(Instant::now() + self.common.grace + 2 * RECHECK);
+        let short = Some(Instant::now() + SLACK);
         crew.wait(short, || crew.is_idle().then_some(()));
         crew.join();
         let stats = self.stats();
