@@ -4,11 +4,11 @@
 //! decides (not `cfg(all(test, loom))`): the models live in another package.
 
 #[cfg(loom)]
-pub(crate) use loom::sync::{Arc, Condvar, Mutex, MutexGuard, atomic};
+pub(crate) use loom::sync::{Arc, Condvar, Mutex, MutexGuard};
 #[cfg(not(loom))]
 pub(crate) use std::sync::{Arc, Condvar, Mutex, MutexGuard, atomic};
 
-pub(crate) use self::{shadow::Shadow, wait::wait_bounded};
+pub(crate) use self::{crossing::Crossing, shadow::Shadow, wait::wait_bounded};
 
 /// Takes a lock whose holders never panic while they hold it, or leave nothing half done if they
 /// do: a poisoned one is as good as any.
@@ -122,5 +122,109 @@ mod shadow {
                 self.write(0..self.cells.len());
             }
         }
+    }
+}
+
+#[cfg(not(loom))]
+mod crossing {
+    /// Nothing: loom alone needs to be told.
+    #[derive(Debug, Default)]
+    pub(crate) struct Crossing;
+
+    impl Crossing {
+        pub(crate) fn new() -> Self {
+            Self
+        }
+
+        #[inline(always)]
+        pub(crate) fn pass(&self) {}
+    }
+}
+
+#[cfg(loom)]
+mod crossing {
+    use loom::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+    /// Where threads' accesses to one word meet. Every access passes it first.
+    ///
+    /// Loom 0.7 remembers the last access of a word only. Where a thread loads a word and then
+    /// writes it, its own load hides another thread's earlier one, and the schedule in which the
+    /// write comes before that load is never tried. Stores that pass here are all each other's
+    /// rivals, so every order of them is tried, and with it every order of the accesses behind
+    /// them. Nobody loads what is stored, so it orders no memory.
+    #[derive(Debug, Default)]
+    pub(crate) struct Crossing(AtomicBool);
+
+    impl Crossing {
+        pub(crate) fn new() -> Self {
+            Self::default()
+        }
+
+        pub(crate) fn pass(&self) {
+            self.0.store(true, Relaxed);
+        }
+    }
+}
+
+/// Loom's atomics, with a [`Crossing`] before each access.
+#[cfg(loom)]
+pub(crate) mod atomic {
+    pub(crate) use loom::sync::atomic::{Ordering, fence};
+
+    use super::Crossing;
+
+    macro_rules! atomic {
+        ($name:ident, $value:ty, $($method:ident($($argument:ident: $type:ty),*) -> $result:ty;)*) => {
+            #[derive(Debug, Default)]
+            pub(crate) struct $name {
+                crossing: Crossing,
+                word: loom::sync::atomic::$name,
+            }
+
+            impl $name {
+                pub(crate) fn new(value: $value) -> Self {
+                    Self {
+                        crossing: Crossing::new(),
+                        word: loom::sync::atomic::$name::new(value),
+                    }
+                }
+
+                $(
+                    #[allow(dead_code, reason = "one list for all widths")]
+                    pub(crate) fn $method(&self, $($argument: $type),*) -> $result {
+                        self.crossing.pass();
+                        self.word.$method($($argument),*)
+                    }
+                )*
+            }
+        };
+    }
+
+    macro_rules! integer {
+        ($name:ident, $value:ty) => {
+            atomic! {
+                $name, $value,
+                load(order: Ordering) -> $value;
+                store(value: $value, order: Ordering) -> ();
+                swap(value: $value, order: Ordering) -> $value;
+                compare_exchange(from: $value, to: $value, success: Ordering, failure: Ordering)
+                    -> Result<$value, $value>;
+                compare_exchange_weak(from: $value, to: $value, success: Ordering, failure: Ordering)
+                    -> Result<$value, $value>;
+                fetch_add(value: $value, order: Ordering) -> $value;
+                fetch_sub(value: $value, order: Ordering) -> $value;
+                fetch_or(value: $value, order: Ordering) -> $value;
+                fetch_max(value: $value, order: Ordering) -> $value;
+            }
+        };
+    }
+
+    integer!(AtomicU32, u32);
+    integer!(AtomicU64, u64);
+    atomic! {
+        AtomicBool, bool,
+        load(order: Ordering) -> bool;
+        store(value: bool, order: Ordering) -> ();
+        swap(value: bool, order: Ordering) -> bool;
     }
 }

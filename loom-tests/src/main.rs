@@ -1,90 +1,54 @@
-//! Builds and runs the models with the flags they need; or mutates the code and sees who notices.
+//! Runs the models, or the models against mutants of the code that they model.
 //!
 //! ```text
-//!   cargo run -p vfio-migration-loom-tests [-- FILTER]             every model, or those named so
-//!   cargo run -p vfio-migration-loom-tests -- --mutants [FILTER]   every mutant, or those named so
+//! cargo run -p vfio-migration-loom-tests [-- FILTER]             every model whose name has FILTER
+//! cargo run -p vfio-migration-loom-tests -- --mutants [FILTER]   every mutant whose name has it
 //! ```
 //!
-//! Models need two cfgs: `loom` for the engine, `crossbeam_loom` for crossbeam-epoch. They are built
-//! in a folder of their own, so that a plain build never sees them.
+//! Two environment variables say how deep the models go: `LOOM_MAX_PREEMPTIONS` (2 by default) and
+//! `VFIO_LOOM_DEPTH=release`, which adds one to what each model has chosen.
 
+mod models;
 mod mutants;
 
 use std::{
     env,
-    io::{BufRead, BufReader},
-    path::Path,
-    process::{Command, ExitCode, Stdio},
+    path::{Path, PathBuf},
+    process::ExitCode,
 };
 
-/// Where the workspace is.
-fn workspace() -> &'static Path {
-    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
-    package.parent().expect("the package is in a workspace")
-}
-
-/// `cargo test` on the models of the workspace in `root`, built into `target`.
-fn cargo_test(root: &Path, target: &Path) -> Command {
-    let flags = env::var("RUSTFLAGS").unwrap_or_default();
-    let mut command = Command::new(env!("CARGO"));
-    command
-        .current_dir(root)
-        .args(["test", "--quiet", "--package", env!("CARGO_PKG_NAME")])
-        .args(["--profile", "loom", "--target-dir"])
-        .arg(target)
-        .env(
-            "RUSTFLAGS",
-            format!("{flags} --cfg loom --cfg crossbeam_loom"),
-        );
-    command
-}
-
 fn main() -> ExitCode {
-    let arguments: Vec<String> = env::args().skip(1).collect();
-    let passed = match arguments.split_first() {
-        Some((first, rest)) if first == "--mutants" => mutants::run(rest.first()),
-        _ => run_models(&arguments),
+    let mut arguments: Vec<String> = env::args().skip(1).collect();
+    let mutate = arguments.first().is_some_and(|first| first == "--mutants");
+    if mutate {
+        arguments.remove(0);
+    }
+    let filter = match arguments.as_slice() {
+        [] => "",
+        [filter] if !filter.starts_with('-') => filter,
+        _ => {
+            eprintln!("usage: vfio-migration-loom-tests [--mutants] [FILTER]");
+            return ExitCode::from(2);
+        }
     };
-    if passed {
-        ExitCode::SUCCESS
+    let done = if mutate {
+        mutants::run(&workspace(), filter)
     } else {
-        ExitCode::FAILURE
+        models::run(&workspace(), filter)
+    };
+    match done {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(problem) => {
+            eprintln!("{problem}");
+            ExitCode::from(2)
+        }
     }
 }
 
-/// Runs the models, and ends with their count.
-fn run_models(arguments: &[String]) -> bool {
-    let mut child = cargo_test(workspace(), &workspace().join("target/loom"))
-        .args(["--tests", "--no-fail-fast", "--"])
-        .args(arguments)
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("cargo runs");
-    let output = child.stdout.take().expect("it is piped");
-    let (mut passed, mut failed) = (0, 0);
-    for line in BufReader::new(output).lines() {
-        let line = line.expect("cargo writes text");
-        if let Some(result) = line.strip_prefix("test result: ") {
-            let count = |what: &str| -> u32 {
-                let mut words = result
-                    .split([' ', ';', '.'])
-                    .filter(|word| !word.is_empty());
-                let mut before = "0";
-                words
-                    .find_map(|word| {
-                        let count = (word == what).then(|| before.parse().ok());
-                        before = word;
-                        count
-                    })
-                    .flatten()
-                    .unwrap_or(0)
-            };
-            passed += count("passed");
-            failed += count("failed");
-        }
-        println!("{line}");
-    }
-    let status = child.wait().expect("cargo ends");
-    println!("{passed} passed, {failed} failed");
-    status.success() && failed == 0 && passed > 0
+/// The folder of the workspace that this package is in.
+fn workspace() -> PathBuf {
+    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let workspace = package.parent().expect("the package is one of a workspace");
+    workspace.to_owned()
 }

@@ -1,200 +1,295 @@
-//! Cancellation and want-exit, in each place where the driver and the device's thread can be.
+//! Whatever a device is told, and whenever: its thread ends, once, and whoever waits for that sees
+//! it.
 //!
-//! | model                                            | goes red when                                            |
-//! |--------------------------------------------------|----------------------------------------------------------|
-//! | `the_end_is_announced_once_and_after_the_work`   | the flag edge is Relaxed; `end` may be told twice        |
-//! | `want_exit_ends_a_wait_for_the_drivers_result`   | `stop` is not looked at in the wait                      |
-//! | `quit_ends_a_wait_for_the_config`                | `stop` is not looked at in the wait                      |
-//! | `the_config_is_ready_before_during_or_after`     | `config_ready` does not notify; the flag edge is Relaxed |
-//! | `a_result_counts_although_it_is_cancelled`       | `stop` is looked at before the result                    |
-//! | `of_two_cancels_one_is_the_first`                | flags are set by a load and a store                      |
-//! | `a_cancel_before_the_start_is_seen_by_it`        | a flag is taken back                                     |
+//! | model | goes red when |
+//! |---|---|
+//! | `the_drivers_result_is_seen` | either side of the flag edge is gone |
+//! | `a_second_setter_sees_the_firsts_doing` | `set` does not acquire |
+//! | `a_flag_passes_on_what_others_set_before` | `set` stores instead of or-ing |
+//! | `a_config_notice_ends_the_wait` | `set` does not notify, or the flag is not looked at |
+//! | `of_two_config_notices_one_is_the_first` | `set` tells both, or neither |
+//! | `a_cancellation_ends_the_wait_for_the_config` | that wait does not look for a stop |
+//! | `a_cancellation_races_the_config_notice` | a flag is lost |
+//! | `a_cancellation_races_the_result` | the wait for the result does not look for a stop, or loses it |
+//! | `the_end_is_announced_once_and_waited_for` | `wait_end` returns before the end |
+//! | `two_cancellations_and_an_exit` | a stop is lost |
+//! | `a_cancellation_before_the_start` | a stop is taken back by the start |
 #![cfg(loom)]
-#![allow(missing_docs, reason = "models")]
+#![expect(
+    clippy::arc_with_non_send_sync,
+    reason = "a model's threads are all one thread of the system"
+)]
 
-use loom::{cell::UnsafeCell, sync::Arc, thread};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use loom::{cell::UnsafeCell, thread};
 use vfio_migration::internals::control::{Control, Stop};
 use vfio_migration_loom_tests::model;
 
-/// What a thread does before it sets a flag, which who sees the flag may touch.
-struct Work(UnsafeCell<u32>);
+/// A device's flags, and something that one thread does and another looks at.
+struct Device {
+    control: Control,
+    doing: UnsafeCell<()>,
+}
 
-// SAFETY: what orders the accesses is what the models are about; loom checks them.
-#[expect(
-    unsafe_code,
-    reason = "loom's cell checks the accesses that it makes possible"
-)]
-unsafe impl Sync for Work {}
+fn device() -> Arc<Device> {
+    Arc::new(Device {
+        control: Control::new(),
+        doing: UnsafeCell::new(()),
+    })
+}
 
-impl Work {
-    fn write(&self) {
-        self.0.with_mut(|_| ());
+impl Device {
+    fn act(&self) {
+        self.doing.with_mut(|_| ());
     }
 
-    fn read(&self) {
-        self.0.with(|_| ());
+    fn look(&self) {
+        self.doing.with(|_| ());
+    }
+
+    /// What the device's thread does: waits for the driver, then for the config, then ends.
+    fn run(&self) -> Result<(), Stop> {
+        let result = self
+            .control
+            .wait_drained()
+            .and_then(|()| self.control.wait_config_ready());
+        self.act();
+        assert!(self.control.end(), "the end is announced once");
+        result
     }
 }
 
-fn shared() -> Arc<(Control, Work)> {
-    Arc::new((Control::new(), Work(UnsafeCell::new(0))))
-}
-
-/// 3 threads: the device's thread ends while two clean up.
+/// The driver leaves its result, the device's thread waits for it. 2 threads, 2 preemptions.
 #[test]
-fn the_end_is_announced_once_and_after_the_work() {
+fn the_drivers_result_is_seen() {
     model(|| {
-        let shared = shared();
-        let device = thread::spawn({
-            let shared = shared.clone();
+        let device = device();
+        let driver = thread::spawn({
+            let device = Arc::clone(&device);
             move || {
-                shared.1.write();
-                assert!(shared.0.end());
-                assert!(!shared.0.end());
+                device.act();
+                assert!(device.control.drained());
             }
         });
+        if device.control.is_drained() {
+            device.look();
+        }
+        assert_eq!(device.control.wait_drained(), Ok(()));
+        device.look();
+        driver.join().unwrap();
+    });
+}
+
+/// Two threads set the flag after they have done the same. 2 threads, 2 preemptions.
+#[test]
+fn a_second_setter_sees_the_firsts_doing() {
+    model(|| {
+        let device = device();
         let other = thread::spawn({
-            let shared = shared.clone();
+            let device = Arc::clone(&device);
             move || {
-                assert!(shared.0.wait_end(None));
-                shared.1.read();
+                device.act();
+                device.control.quit();
             }
         });
-        assert!(shared.0.wait_end(None));
-        shared.1.read();
-        device.join().unwrap();
+        if !device.control.quit() {
+            device.look();
+        }
         other.join().unwrap();
     });
 }
 
-/// 2 threads: the driver starved for ever.
+/// One thread acts and sets a flag, another sets a second, a third looks at the second and then at
+/// the first. 3 threads, 2 preemptions.
 #[test]
-fn want_exit_ends_a_wait_for_the_drivers_result() {
+fn a_flag_passes_on_what_others_set_before() {
     model(|| {
-        let shared = shared();
-        let device = thread::spawn({
-            let shared = shared.clone();
+        let device = device();
+        let first = thread::spawn({
+            let device = Arc::clone(&device);
             move || {
-                assert_eq!(shared.0.wait_drained(), Err(Stop::Exit));
-                shared.1.read();
-                shared.0.end();
+                device.act();
+                device.control.start();
             }
         });
-        shared.1.write();
-        shared.0.exit();
-        assert!(shared.0.wait_end(None));
-        device.join().unwrap();
+        let second = thread::spawn({
+            let device = Arc::clone(&device);
+            move || {
+                device.control.exit();
+            }
+        });
+        if device.control.stop().is_some() && device.control.is_started() {
+            device.look();
+        }
+        first.join().unwrap();
+        second.join().unwrap();
+        assert!(device.control.is_started());
+        assert_eq!(device.control.stop(), Some(Stop::Exit));
     });
 }
 
-/// 3 threads: the device's thread waits for the config, which becomes ready, or not.
+/// The main thread says that the config may be loaded, before, in, or after the wait. 2 threads, 2
+/// preemptions.
 #[test]
-fn quit_ends_a_wait_for_the_config() {
+fn a_config_notice_ends_the_wait() {
     model(|| {
-        let shared = shared();
-        let device = thread::spawn({
-            let shared = shared.clone();
-            move || {
-                let waited = shared.0.wait_config_ready();
-                assert!(matches!(waited, Ok(()) | Err(Stop::Quit)));
-                shared.0.end();
-            }
-        });
-        let canceller = thread::spawn({
-            let shared = shared.clone();
-            move || shared.0.quit()
-        });
-        assert!(shared.0.wait_end(None));
-        assert!(canceller.join().unwrap());
-        device.join().unwrap();
-    });
-}
-
-/// 2 threads.
-#[test]
-fn the_config_is_ready_before_during_or_after() {
-    model(|| {
-        let shared = shared();
+        let device = device();
         let main = thread::spawn({
-            let shared = shared.clone();
+            let device = Arc::clone(&device);
             move || {
-                shared.1.write();
-                assert!(shared.0.config_ready());
-                assert!(!shared.0.config_ready(), "the second is an error");
+                device.act();
+                assert!(device.control.config_ready());
             }
         });
-        assert_eq!(shared.0.wait_config_ready(), Ok(()));
-        shared.1.read();
+        assert_eq!(device.control.wait_config_ready(), Ok(()));
+        device.look();
         main.join().unwrap();
     });
 }
 
-/// 3 threads: completion against cancellation.
+/// Two config notices, and the device's thread. 3 threads, 2 preemptions.
 #[test]
-fn a_result_counts_although_it_is_cancelled() {
+fn of_two_config_notices_one_is_the_first() {
     model(|| {
-        let shared = shared();
-        let driver = thread::spawn({
-            let shared = shared.clone();
-            move || {
-                shared.1.write();
-                assert!(shared.0.drained());
-            }
+        let device = device();
+        let notices = [(); 2].map(|()| {
+            let device = Arc::clone(&device);
+            thread::spawn(move || device.control.config_ready())
+        });
+        assert_eq!(device.control.wait_config_ready(), Ok(()));
+        let first = notices.map(|notice| notice.join().unwrap());
+        assert_eq!(first.iter().filter(|&&first| first).count(), 1);
+    });
+}
+
+/// The device's thread waits for the config, which never comes. 2 threads, 2 preemptions.
+#[test]
+fn a_cancellation_ends_the_wait_for_the_config() {
+    for (cancel, stop) in [
+        (Control::quit as fn(&Control) -> bool, Stop::Quit),
+        (Control::exit, Stop::Exit),
+    ] {
+        model(move || {
+            let device = device();
+            let main = thread::spawn({
+                let device = Arc::clone(&device);
+                move || assert!(cancel(&device.control))
+            });
+            assert_eq!(device.control.wait_config_ready(), Err(stop));
+            main.join().unwrap();
+        });
+    }
+}
+
+/// A config notice and a cancellation at once. 3 threads, 2 preemptions.
+#[test]
+fn a_cancellation_races_the_config_notice() {
+    model(|| {
+        let device = device();
+        let main = thread::spawn({
+            let device = Arc::clone(&device);
+            move || assert!(device.control.config_ready())
         });
         let canceller = thread::spawn({
-            let shared = shared.clone();
-            move || {
-                shared.0.quit();
-            }
+            let device = Arc::clone(&device);
+            move || assert!(device.control.quit())
         });
-        if shared.0.wait_drained().is_ok() {
-            shared.1.read();
-        } else {
-            // The driver's result comes all the same, and is waited for by itself.
-            while !shared.0.is_drained() {
-                thread::yield_now();
-            }
-            shared.1.read();
-        }
+        let result = device.control.wait_config_ready();
+        assert!(matches!(result, Ok(()) | Err(Stop::Quit)));
+        main.join().unwrap();
         canceller.join().unwrap();
-        driver.join().unwrap();
-        // Both are there now: the result counts.
-        assert_eq!(shared.0.wait_drained(), Ok(()));
+        // Whatever came first: after a cancellation nothing is loaded.
+        assert_eq!(device.control.wait_config_ready(), Err(Stop::Quit));
     });
 }
 
-/// 3 threads.
+/// The driver finishes while the main thread cancels. The device's thread waits for it, and if it
+/// is told to stop, for as long as the grace time. 3 threads, 2 preemptions.
 #[test]
-fn of_two_cancels_one_is_the_first() {
+fn a_cancellation_races_the_result() {
     model(|| {
-        let shared = shared();
-        let cancel = || {
-            let shared = shared.clone();
-            thread::spawn(move || shared.0.quit())
-        };
-        let cancels = [cancel(), cancel()];
-        shared.0.exit();
-        let first: Vec<_> = cancels.map(|cancel| cancel.join().unwrap()).into();
-        assert_eq!(first.iter().filter(|&&first| first).count(), 1);
-        assert_eq!(shared.0.stop(), Some(Stop::Quit));
-        assert!(!shared.0.exit(), "neither has wiped out the other");
-    });
-}
-
-/// 2 threads.
-#[test]
-fn a_cancel_before_the_start_is_seen_by_it() {
-    model(|| {
-        let shared = shared();
-        shared.0.quit();
-        let main = thread::spawn({
-            let shared = shared.clone();
-            move || shared.0.start()
+        let device = device();
+        let driver = thread::spawn({
+            let device = Arc::clone(&device);
+            move || {
+                device.act();
+                assert!(device.control.drained());
+            }
         });
-        if shared.0.is_started() {
-            assert_eq!(shared.0.stop(), Some(Stop::Quit));
+        let main = thread::spawn({
+            let device = Arc::clone(&device);
+            move || assert!(device.control.quit())
+        });
+        if let Err(stop) = device.control.wait_drained() {
+            assert_eq!(stop, Stop::Quit);
+            let grace = Instant::now() + Duration::from_secs(3600);
+            assert!(device.control.wait_drained_until(grace));
         }
-        assert!(main.join().unwrap());
-        assert_eq!(shared.0.stop(), Some(Stop::Quit));
+        device.look();
+        driver.join().unwrap();
+        main.join().unwrap();
+    });
+}
+
+/// A result never comes: a cancellation alone ends the wait for it. Cleanup waits for the end. 3
+/// threads, 2 preemptions.
+#[test]
+fn the_end_is_announced_once_and_waited_for() {
+    model(|| {
+        let device = device();
+        let thread = thread::spawn({
+            let device = Arc::clone(&device);
+            move || device.run()
+        });
+        device.control.exit();
+        assert!(device.control.wait_end(None));
+        // Before the join: what the device's thread did is over.
+        device.look();
+        assert!(device.control.is_ended());
+        assert_eq!(thread.join().unwrap(), Err(Stop::Exit));
+    });
+}
+
+/// Two threads cancel and one of them cleans up, while the device's thread waits for the config. 3
+/// threads, 2 preemptions.
+#[test]
+fn two_cancellations_and_an_exit() {
+    model(|| {
+        let device = device();
+        assert!(device.control.drained());
+        let thread = thread::spawn({
+            let device = Arc::clone(&device);
+            move || device.run()
+        });
+        let other = thread::spawn({
+            let device = Arc::clone(&device);
+            move || device.control.quit()
+        });
+        let mine = device.control.quit();
+        device.control.exit();
+        assert!(device.control.wait_end(None));
+        device.look();
+        assert_ne!(mine, other.join().unwrap(), "one of the two was the first");
+        assert_eq!(thread.join().unwrap(), Err(Stop::Quit));
+    });
+}
+
+/// A cancellation before, in, or after the start. 2 threads, 2 preemptions.
+#[test]
+fn a_cancellation_before_the_start() {
+    model(|| {
+        let device = device();
+        let main = thread::spawn({
+            let device = Arc::clone(&device);
+            move || assert!(device.control.start())
+        });
+        assert!(device.control.quit());
+        assert_eq!(device.run(), Err(Stop::Quit));
+        main.join().unwrap();
+        assert!(device.control.is_started());
     });
 }

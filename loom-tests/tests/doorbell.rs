@@ -1,172 +1,259 @@
-//! The driver's sleep. The ring stands here as what it promises: a wake that is sticky.
+//! The driver never sleeps on something that has been made so, whoever made it so.
 //!
-//! | model                                            | goes red when                                             |
-//! |--------------------------------------------------|-----------------------------------------------------------|
-//! | `a_published_packet_ends_the_drivers_sleep`      | either fence is gone; the second look is gone             |
-//! | `a_late_publisher_takes_no_wake_up_from_another` | a publisher takes back what the driver waits for          |
-//! | `a_flag_ends_the_drivers_sleep`                  | either fence is gone; the second look is gone             |
-//! | `a_completion_or_a_packet_ends_the_drivers_sleep`| either fence is gone                                      |
+//! The ring's sleep has no bound here: a wake-up that is lost is a deadlock, which loom reports.
+//!
+//! | model | goes red when |
+//! |---|---|
+//! | `a_publication_ends_the_sleep` | either fence is gone, or the second look |
+//! | `a_late_publisher_takes_no_wake_up_away` | a ringer takes back what the driver waits for |
+//! | `a_packet_that_follows_ends_the_sleep` | the driver does not say anew what it waits for |
+//! | `a_second_piece_ends_the_sleep` | the same, for the pieces of one packet |
+//! | `a_cancellation_ends_the_sleep` | either fence is gone, or the flag is not looked at again |
+//! | `a_cancellation_and_a_publication_race` | one's ring takes the other's away |
+//! | `a_completion_and_a_publication_race` | the bell is not laid down anew |
+//! | `one_ringer_is_told_to_wake` | `ring_if` does not take the flag back |
+//! | `the_awake_are_not_rung` | `ring_if` does not look whether the driver sleeps |
 #![cfg(loom)]
-#![allow(missing_docs, reason = "models")]
+#![expect(
+    clippy::arc_with_non_send_sync,
+    reason = "a model's threads are all one thread of the system"
+)]
+
+use std::sync::Arc;
 
 use crossbeam_epoch::Collector;
-use loom::{
-    sync::{Arc, Condvar, Mutex},
-    thread,
-};
+use loom::thread;
 use vfio_migration::internals::{
     control::Control,
-    cursor::{Cursor, Inbox, Next},
+    cursor::{Cursor, Inbox},
     doorbell::Doorbell,
-    slot::Publish,
+    slot::{Packet, Publish},
 };
-use vfio_migration_loom_tests::{aside, model, model_within};
+use vfio_migration_loom_tests::{Participant, Ring, aside, model, take_next};
 
-/// A ring's wait and wake: sticky, and without a bound.
-struct Ring {
-    woken: Mutex<bool>,
-    condvar: Condvar,
-}
-
-impl Ring {
-    fn new() -> Self {
-        Self {
-            woken: Mutex::new(false),
-            condvar: Condvar::new(),
-        }
-    }
-
-    fn wake(&self) {
-        *self.woken.lock().unwrap() = true;
-        self.condvar.notify_one();
-    }
-
-    fn wait(&self) {
-        let mut woken = self.woken.lock().unwrap();
-        while !*woken {
-            woken = self.condvar.wait(woken).unwrap();
-        }
-        *woken = false;
-    }
-}
-
-struct Shared {
+/// A device's inbox, its flags, and the driver's bell and ring.
+struct Device {
     inbox: Inbox,
-    doorbell: Doorbell,
     control: Control,
+    doorbell: Doorbell,
     ring: Ring,
-    collector: Collector,
 }
 
-impl Shared {
-    fn new() -> Arc<Self> {
-        let collector = Collector::new();
-        Arc::new(Self {
-            inbox: Inbox::new(collector.clone(), 8),
-            doorbell: Doorbell::new(),
-            control: Control::new(),
-            ring: Ring::new(),
-            collector,
-        })
-    }
+/// A device, and one participant for each of `N` threads.
+fn device<const N: usize>() -> (Arc<Device>, [Participant; N]) {
+    let collector = Collector::new();
+    let participants = std::array::from_fn(|_| Participant::new(&collector));
+    let device = Device {
+        inbox: Inbox::new(collector, 100),
+        control: Control::new(),
+        doorbell: Doorbell::new(),
+        ring: Ring::new(),
+    };
+    (Arc::new(device), participants)
+}
 
-    fn publish(&self, index: u32) {
-        let handle = self.collector.register();
-        let published = self.inbox.publish(index, aside(1), &handle.pin());
+impl Device {
+    /// What a channel does with a packet that it has received.
+    fn publish(&self, index: u32, packet: Packet, channel: &Participant) {
+        let published = self.inbox.publish(index, packet, &channel.pin());
         assert_eq!(published, Publish::Published);
         if self.inbox.ring(index, &self.doorbell) {
             self.ring.wake();
         }
     }
 
-    /// The driver's loop, until `count` packets are taken or it is told to stop.
-    fn drive(&self, count: u32) {
-        let handle = self.collector.register();
-        let mut cursor = Cursor::new();
-        while cursor.next() < count && self.control.stop().is_none() {
-            let guard = handle.pin();
-            match cursor.take(&self.inbox, &guard) {
-                Next::Packet(..) => continue,
-                Next::Starved(_) => cursor.starve(&self.inbox),
-                Next::Closed => panic!("nobody closes it"),
-            }
-            self.doorbell.lie_down();
-            if cursor.is_ready(&self.inbox, &guard) || self.control.stop().is_some() {
-                self.doorbell.get_up();
-                continue;
-            }
-            drop(guard);
-            self.ring.wait();
-            self.doorbell.get_up();
+    /// What the main thread does to cancel.
+    fn cancel(&self) {
+        self.control.quit();
+        if self.doorbell.ring() {
+            self.ring.wake();
         }
+    }
+
+    /// What the driver does to get its next packet.
+    fn take(&self, cursor: &mut Cursor, driver: &Participant) -> Option<(u32, Packet)> {
+        let stop = || self.control.stop().is_some();
+        take_next(
+            cursor,
+            &self.inbox,
+            &self.doorbell,
+            &self.ring,
+            driver,
+            stop,
+        )
     }
 }
 
-/// 2 threads, 1 packet.
+/// One channel, and the driver. 2 threads, 1 packet, 2 preemptions.
 #[test]
-fn a_published_packet_ends_the_drivers_sleep() {
+fn a_publication_ends_the_sleep() {
     model(|| {
-        let shared = Shared::new();
-        let channel = thread::spawn({
-            let shared = shared.clone();
-            move || shared.publish(0)
+        let (device, [driver, channel]) = device();
+        let channel = channel.spawn({
+            let device = Arc::clone(&device);
+            move |me| device.publish(0, aside(0), me)
         });
-        shared.drive(1);
-        channel.join().unwrap();
+        let taken = device.take(&mut Cursor::new(), &driver);
+        assert_eq!(taken, Some((0, aside(0))));
+        let ((), _channel) = channel.join().unwrap();
     });
 }
 
-/// 3 threads, 2 packets, each of its own publisher: the driver sleeps on the first, and then on the
-/// second while the first's publisher is still on its way to the bell. 1 preemption.
+/// Two channels with idx 0 and 1, and the driver, which waits for both in turn. 3 threads, 2
+/// packets, 2 preemptions.
 #[test]
-fn a_late_publisher_takes_no_wake_up_from_another() {
-    model_within(1, || {
-        let shared = Shared::new();
-        let channels = [0, 1].map(|index| {
-            let shared = shared.clone();
-            thread::spawn(move || shared.publish(index))
+fn a_late_publisher_takes_no_wake_up_away() {
+    model(|| {
+        let (device, [driver, one, two]) = device();
+        let channels = [(one, 0), (two, 1)].map(|(channel, index)| {
+            let device = Arc::clone(&device);
+            channel.spawn(move |me| device.publish(index, aside(index.into()), me))
         });
-        shared.drive(2);
-        for channel in channels {
-            channel.join().unwrap();
+        let mut cursor = Cursor::new();
+        for index in 0..2 {
+            let taken = device.take(&mut cursor, &driver);
+            assert_eq!(taken, Some((index, aside(index.into()))));
         }
+        let _channels = channels.map(|channel| channel.join().unwrap());
     });
 }
 
-/// 2 threads, no packet: cancelled.
+/// One channel with two packets in order, and the driver. 2 threads, 2 packets, 2 preemptions.
 #[test]
-fn a_flag_ends_the_drivers_sleep() {
+fn a_packet_that_follows_ends_the_sleep() {
     model(|| {
-        let shared = Shared::new();
-        let canceller = thread::spawn({
-            let shared = shared.clone();
-            move || {
-                shared.control.quit();
-                if shared.doorbell.ring() {
-                    shared.ring.wake();
+        let (device, [driver, channel]) = device();
+        let channel = channel.spawn({
+            let device = Arc::clone(&device);
+            move |me| {
+                for index in 0..2 {
+                    device.publish(index, aside(index.into()), me);
                 }
             }
         });
-        shared.drive(1);
-        canceller.join().unwrap();
+        let mut cursor = Cursor::new();
+        for index in 0..2 {
+            let taken = device.take(&mut cursor, &driver);
+            assert_eq!(taken, Some((index, aside(index.into()))));
+        }
+        let ((), _channel) = channel.join().unwrap();
     });
 }
 
-/// 3 threads: what ends the sleep is a completion, which needs no bell, or a packet, which does.
+/// The driver has taken a packet's first piece and waits for the second. 2 threads, 1 packet of 2
+/// pieces, 2 preemptions.
 #[test]
-fn a_completion_or_a_packet_ends_the_drivers_sleep() {
+fn a_second_piece_ends_the_sleep() {
     model(|| {
-        let shared = Shared::new();
+        let (device, [driver, channel]) = device();
+        let first = || Packet {
+            more: true,
+            ..aside(1)
+        };
+        device.publish(0, first(), &channel);
+        let mut cursor = Cursor::new();
+        cursor.starve(&device.inbox);
+        assert_eq!(device.take(&mut cursor, &driver), Some((0, first())));
+        let channel = channel.spawn({
+            let device = Arc::clone(&device);
+            move |me| {
+                let rest = device.inbox.publish_rest(0, aside(2), &me.pin());
+                assert_eq!(rest, Publish::Published);
+                if device.inbox.ring(0, &device.doorbell) {
+                    device.ring.wake();
+                }
+            }
+        });
+        let taken = device.take(&mut cursor, &driver);
+        assert_eq!(taken, Some((0, aside(2))));
+        let ((), _channel) = channel.join().unwrap();
+    });
+}
+
+/// The main thread cancels, the driver waits for a packet that never comes. 2 threads, 2
+/// preemptions.
+#[test]
+fn a_cancellation_ends_the_sleep() {
+    model(|| {
+        let (device, [driver]) = device();
+        let main = thread::spawn({
+            let device = Arc::clone(&device);
+            move || device.cancel()
+        });
+        assert_eq!(device.take(&mut Cursor::new(), &driver), None);
+        main.join().unwrap();
+    });
+}
+
+/// A channel publishes while the main thread cancels; the driver gets on until it is told to stop.
+/// 3 threads, 1 packet, 2 preemptions.
+#[test]
+fn a_cancellation_and_a_publication_race() {
+    model(|| {
+        let (device, [driver, channel]) = device();
+        let channel = channel.spawn({
+            let device = Arc::clone(&device);
+            move |me| device.publish(0, aside(0), me)
+        });
+        let main = thread::spawn({
+            let device = Arc::clone(&device);
+            move || device.cancel()
+        });
+        let mut cursor = Cursor::new();
+        while let Some(taken) = device.take(&mut cursor, &driver) {
+            assert_eq!(taken, (0, aside(0)));
+        }
+        assert!(device.control.stop().is_some());
+        let ((), _channel) = channel.join().unwrap();
+        main.join().unwrap();
+    });
+}
+
+/// A completion ends the driver's sleep while a channel publishes. 3 threads, 1 packet, 2
+/// preemptions.
+#[test]
+fn a_completion_and_a_publication_race() {
+    model(|| {
+        let (device, [driver, channel]) = device();
+        let channel = channel.spawn({
+            let device = Arc::clone(&device);
+            move |me| device.publish(0, aside(0), me)
+        });
         let kernel = thread::spawn({
-            let shared = shared.clone();
-            move || shared.ring.wake()
+            let device = Arc::clone(&device);
+            move || device.ring.wake()
         });
-        let channel = thread::spawn({
-            let shared = shared.clone();
-            move || shared.publish(0)
-        });
-        shared.drive(1);
+        let taken = device.take(&mut Cursor::new(), &driver);
+        assert_eq!(taken, Some((0, aside(0))));
+        let ((), _channel) = channel.join().unwrap();
         kernel.join().unwrap();
-        channel.join().unwrap();
+    });
+}
+
+/// Two ringers, one sleep. 3 threads, 2 preemptions.
+#[test]
+fn one_ringer_is_told_to_wake() {
+    model(|| {
+        let doorbell = Arc::new(Doorbell::new());
+        doorbell.lie_down();
+        let ringers = [(); 2].map(|()| {
+            let doorbell = Arc::clone(&doorbell);
+            thread::spawn(move || doorbell.ring())
+        });
+        let told = ringers.map(|ringer| ringer.join().unwrap());
+        assert_eq!(told.iter().filter(|&&told| told).count(), 1);
+    });
+}
+
+/// A driver that is up, and one that waits for something else. 1 thread.
+#[test]
+fn the_awake_are_not_rung() {
+    model(|| {
+        let doorbell = Doorbell::new();
+        assert!(!doorbell.ring());
+        doorbell.lie_down();
+        assert!(!doorbell.ring_if(|| false));
+        doorbell.get_up();
+        assert!(!doorbell.ring());
     });
 }

@@ -1,190 +1,280 @@
-//! | model                                              | goes red when                                          |
-//! |----------------------------------------------------|--------------------------------------------------------|
-//! | `one_of_two_config_packets_is_refused`             | `admit` stores instead of exchanging                   |
-//! | `a_config_and_a_higher_idx_exclude_each_other`     | `admit` stores instead of exchanging                   |
-//! | `packets_come_out_in_order_with_their_bytes`       | either side of the publish edge is Relaxed             |
-//! | `a_packet_below_next_is_refused_or_a_duplicate`    | a taken slot can be published again                    |
-//! | `an_unplugged_inbox_gives_all_memory_back`         | closing leaves no mark, or `take` swaps                |
-//! | `a_large_packet_crosses_segments_piece_by_piece`   | a piece ends its slot                                  |
+//! A device's packets, published in any order: each comes out once, in order, with its bytes.
+//!
+//! | model | goes red when |
+//! |---|---|
+//! | `of_two_configs_one_is_admitted` | `admit` stores instead of exchanging |
+//! | `a_config_and_a_higher_idx_are_not_both_admitted` | `admit` stores instead of exchanging |
+//! | `a_config_and_its_own_idx_are_not_both_admitted` | the config's idx is not compared |
+//! | `the_driver_takes_in_order` | a slot's edge or a link's is Relaxed; the cursor skips |
+//! | `racing_duplicates_have_one_winner` | `publish` swaps |
+//! | `a_packet_below_next_is_given_back` | a retired segment is freed at once, or linked again |
+//! | `the_idx_stays_until_the_last_piece` | the cursor goes on after a first piece |
+//! | `closing_returns_what_nobody_took` | the list's end is not marked |
+//! | `a_driver_that_lies_down_sees_the_closing` | the driver's second look forgets a closed table |
 #![cfg(loom)]
-#![allow(missing_docs, reason = "models")]
+#![expect(
+    clippy::arc_with_non_send_sync,
+    reason = "a model's threads are all one thread of the system"
+)]
+
+use std::sync::Arc;
 
 use crossbeam_epoch::Collector;
-use loom::{sync::Arc, thread};
+use loom::thread;
 use vfio_migration::internals::{
     cursor::{Cursor, Inbox, Next},
-    pool::{Packer, Pool},
+    doorbell::Doorbell,
+    pool::Pool,
     slot::{Packet, Publish},
+    table::SEGMENT,
 };
-use vfio_migration_loom_tests::{aside, consume, filled, model, number, pool};
+use vfio_migration_loom_tests::{
+    Participant, Ring, aside, collect, drained, fresh, lease, model, pool, reused, take_next,
+};
 
-fn inbox() -> (Arc<Inbox>, Collector) {
+/// What the threads of a model share.
+struct Shared {
+    inbox: Inbox,
+    pool: Arc<Pool>,
+}
+
+/// An inbox with `buffers` buffers, and one participant for each of `N` threads.
+fn shared<const N: usize>(buffers: u32) -> (Arc<Shared>, [Participant; N]) {
     let collector = Collector::new();
-    (Arc::new(Inbox::new(collector.clone(), 8)), collector)
+    let participants = std::array::from_fn(|_| Participant::new(&collector));
+    let inbox = Inbox::new(collector, 100);
+    let pool = pool(buffers, 64, 0);
+    (Arc::new(Shared { inbox, pool }), participants)
 }
 
-/// 2 threads.
-#[test]
-fn one_of_two_config_packets_is_refused() {
-    model(|| {
-        let (inbox, _collector) = inbox();
-        let other = thread::spawn({
-            let inbox = inbox.clone();
-            move || inbox.admit(3, true).is_ok()
-        });
-        let ours = inbox.admit(4, true).is_ok();
-        let theirs = other.join().unwrap();
-        assert!(ours != theirs, "one, and only one, is admitted");
-        assert_eq!(inbox.config_index(), Some(if ours { 4 } else { 3 }));
-    });
-}
-
-/// 3 threads.
-#[test]
-fn a_config_and_a_higher_idx_exclude_each_other() {
-    model(|| {
-        let (inbox, _collector) = inbox();
-        let admit = |index, config| {
-            let inbox = inbox.clone();
-            thread::spawn(move || inbox.admit(index, config).is_ok())
-        };
-        let (config, below) = (admit(3, true), admit(2, false));
-        let above = inbox.admit(4, false).is_ok();
-        assert!(below.join().unwrap(), "what breaks no rule is admitted");
-        assert!(config.join().unwrap() != above);
-    });
-}
-
-/// 2 threads, 2 buffers, 1 segment.
-#[test]
-fn packets_come_out_in_order_with_their_bytes() {
-    model(|| {
-        let ((inbox, collector), pool) = (inbox(), pool(2, 0));
-        let channel = thread::spawn({
-            let (inbox, collector, pool) = (inbox.clone(), collector.clone(), pool.clone());
-            move || {
-                let handle = collector.register();
-                let mut packer = Packer::new(pool);
-                for index in [1, 0] {
-                    let packet = filled(&mut packer, 10 + index).unwrap();
-                    let published = inbox.publish(index.into(), packet, &handle.pin());
-                    assert_eq!(published, Publish::Published);
-                }
+impl Shared {
+    /// Publishes `byte` at `index`. Returns whether the slot has it, and keeps it otherwise.
+    fn publish(&self, index: u32, byte: u8, channel: &Participant) -> bool {
+        let packet = fresh(&self.pool, byte);
+        match self.inbox.publish(index, packet, &channel.pin()) {
+            Publish::Published => true,
+            Publish::Duplicate(packet) | Publish::Full(packet) | Publish::Closed(packet) => {
+                reused(&self.pool, packet);
+                false
             }
-        });
-        let handle = collector.register();
-        let mut cursor = Cursor::new();
-        let mut expected = 0;
-        let mut take = |pool: &Arc<Pool>| {
-            let guard = handle.pin();
-            if let Next::Packet(index, packet) = cursor.take(&inbox, &guard) {
-                assert_eq!(index, expected);
-                assert_eq!(u32::from(consume(pool, packet)), 10 + expected);
-                expected += 1;
-            }
-        };
-        take(&pool);
-        take(&pool);
-        channel.join().unwrap();
-        take(&pool);
-        take(&pool);
-        assert_eq!(expected, 2);
-    });
-}
-
-/// 2 threads, 1 segment.
-#[test]
-fn a_packet_below_next_is_refused_or_a_duplicate() {
-    model(|| {
-        let (inbox, collector) = inbox();
-        let handle = collector.register();
-        let published = inbox.publish(0, aside(1), &handle.pin());
-        assert_eq!(published, Publish::Published);
-        let late = thread::spawn({
-            let (inbox, collector) = (inbox.clone(), collector.clone());
-            move || {
-                if inbox.admit(0, false).is_ok() {
-                    let handle = collector.register();
-                    let refused = inbox.publish(0, aside(2), &handle.pin());
-                    assert_eq!(refused, Publish::Duplicate(aside(2)));
-                }
-            }
-        });
-        let mut cursor = Cursor::new();
-        let guard = handle.pin();
-        let Next::Packet(0, packet) = cursor.take(&inbox, &guard) else {
-            panic!("it is there");
-        };
-        assert_eq!(number(&packet), 1);
-        assert_eq!(cursor.take(&inbox, &guard), Next::Starved(1));
-        late.join().unwrap();
-    });
-}
-
-/// 2 threads, 1 buffer, 1 segment: the device goes away while a channel publishes for it.
-#[test]
-fn an_unplugged_inbox_gives_all_memory_back() {
-    model(|| {
-        let ((inbox, collector), pool) = (inbox(), pool(1, 0));
-        let channel = thread::spawn({
-            let (inbox, collector, pool) = (inbox.clone(), collector.clone(), pool.clone());
-            move || {
-                let handle = collector.register();
-                let packet = filled(&mut Packer::new(pool.clone()), 7).unwrap();
-                if let Publish::Closed(packet) = inbox.publish(0, packet, &handle.pin()) {
-                    assert_eq!(consume(&pool, packet), 7);
-                }
-            }
-        });
-        let handle = collector.register();
-        let mut cursor = Cursor::new();
-        if let Next::Packet(0, packet) = cursor.take(&inbox, &handle.pin()) {
-            assert_eq!(consume(&pool, packet), 7);
         }
-        inbox.close(&handle.pin(), |packet| {
-            assert_eq!(consume(&pool, packet), 7);
+    }
+
+    /// Takes what is there, in order. Returns its bytes.
+    fn take_all(&self, cursor: &mut Cursor, driver: &Participant) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        while let Next::Packet(index, packet) = cursor.take(&self.inbox, &driver.pin()) {
+            assert_eq!(index + 1, cursor.next());
+            bytes.push(drained(&self.pool, packet));
+        }
+        bytes
+    }
+}
+
+/// Admits two packets, each from a channel of its own. Returns how many were.
+fn admitted(packets: [(u32, bool); 2]) -> usize {
+    let inbox = Arc::new(Inbox::new(Collector::new(), 100));
+    let [(theirs, their_config), (mine, my_config)] = packets;
+    let other = thread::spawn({
+        let inbox = Arc::clone(&inbox);
+        move || inbox.admit(theirs, their_config).is_ok()
+    });
+    let mine = inbox.admit(mine, my_config).is_ok();
+    usize::from(mine) + usize::from(other.join().unwrap())
+}
+
+/// Two channels, each with a config packet. 2 threads, 2 preemptions.
+#[test]
+fn of_two_configs_one_is_admitted() {
+    model(|| assert_eq!(admitted([(1, true), (2, true)]), 1));
+}
+
+/// A config packet and a higher idx on two channels. 2 threads, 2 preemptions.
+#[test]
+fn a_config_and_a_higher_idx_are_not_both_admitted() {
+    model(|| assert_eq!(admitted([(1, true), (2, false)]), 1));
+}
+
+/// A config packet and a data packet of the same idx on two channels. 2 threads, 2 preemptions.
+#[test]
+fn a_config_and_its_own_idx_are_not_both_admitted() {
+    model(|| assert_eq!(admitted([(1, true), (1, false)]), 1));
+}
+
+/// Two channels bring the packets in the wrong order, across two segments. 3 threads, 3 packets, 3
+/// buffers, 2 preemptions.
+#[test]
+fn the_driver_takes_in_order() {
+    model(|| {
+        let (shared, [driver, one, two]) = shared(3);
+        assert!(shared.publish(1, 1, &driver));
+        let channels = [(one, SEGMENT), (two, 0)].map(|(participant, index)| {
+            let shared = Arc::clone(&shared);
+            participant.spawn(move |me| {
+                let byte = u8::try_from(index).expect("a small model");
+                assert!(shared.publish(index, byte, me));
+            })
         });
-        channel.join().unwrap();
-        assert_eq!(pool.in_use().0, 0);
-        assert_eq!(cursor.take(&inbox, &handle.pin()), Next::Closed);
+        let mut cursor = Cursor::new();
+        let mut taken = shared.take_all(&mut cursor, &driver);
+        let _participants = channels.map(|channel| channel.join().unwrap());
+        taken.extend(shared.take_all(&mut cursor, &driver));
+        assert_eq!(taken, [0, 1, 2]);
     });
 }
 
-/// 2 threads, 2 segments.
+/// Two channels with the same idx, in a segment that neither finds in place. 3 threads, 2 buffers,
+/// 2 preemptions.
 #[test]
-fn a_large_packet_crosses_segments_piece_by_piece() {
+fn racing_duplicates_have_one_winner() {
     model(|| {
-        let (inbox, collector) = inbox();
-        let channel = thread::spawn({
-            let (inbox, collector) = (inbox.clone(), collector.clone());
-            move || {
-                let handle = collector.register();
+        let (shared, [mine, theirs]) = shared(2);
+        let other = theirs.spawn({
+            let shared = Arc::clone(&shared);
+            move |me| shared.publish(SEGMENT, 1, me)
+        });
+        let won = shared.publish(SEGMENT, 2, &mine);
+        let (lost, _theirs) = other.join().unwrap();
+        assert_ne!(won, lost);
+        assert_eq!(shared.pool.in_use().0, 1);
+        shared.inbox.close(&mine.pin(), |packet| {
+            assert_eq!(drained(&shared.pool, packet), 1 + u8::from(won));
+        });
+    });
+}
+
+/// A channel comes late with idx 0, while the driver takes it and what follows. 2 threads, 4
+/// buffers, 2 preemptions.
+#[test]
+fn a_packet_below_next_is_given_back() {
+    model(|| {
+        let (shared, [driver, channel]) = shared(4);
+        for (index, byte) in [(0, 0), (1, 1), (2, 2)] {
+            assert!(shared.publish(index, byte, &driver));
+        }
+        let channel = channel.spawn({
+            let shared = Arc::clone(&shared);
+            move |me| assert!(!shared.publish(0, 9, me), "it has come before")
+        });
+        let mut cursor = Cursor::new();
+        assert_eq!(shared.take_all(&mut cursor, &driver), [0, 1, 2]);
+        collect(&driver);
+        let ((), _channel) = channel.join().unwrap();
+        assert_eq!(shared.pool.in_use().0, 0);
+    });
+}
+
+/// A packet of two pieces, and the driver. 2 threads, 2 buffers, 2 preemptions.
+#[test]
+fn the_idx_stays_until_the_last_piece() {
+    model(|| {
+        let (shared, [driver, channel]) = shared(2);
+        let channel = channel.spawn({
+            let shared = Arc::clone(&shared);
+            move |me| {
                 let first = Packet {
                     more: true,
-                    ..aside(1)
+                    ..fresh(&shared.pool, 1)
                 };
-                assert_eq!(inbox.publish(0, first, &handle.pin()), Publish::Published);
-                matches!(
-                    inbox.publish_rest(0, aside(2), &handle.pin()),
-                    Publish::Published
-                )
+                let published = shared.inbox.publish(0, first, &me.pin());
+                assert_eq!(published, Publish::Published);
+                let rest = fresh(&shared.pool, 2);
+                match shared.inbox.publish_rest(0, rest, &me.pin()) {
+                    Publish::Published => true,
+                    Publish::Full(packet) => {
+                        reused(&shared.pool, packet);
+                        false
+                    }
+                    refused => panic!("nobody else publishes: {refused:?}"),
+                }
             }
         });
-        let handle = collector.register();
         let mut cursor = Cursor::new();
-        let mut pieces = 0;
-        let mut take = |cursor: &mut Cursor| {
-            if let Next::Packet(0, packet) = cursor.take(&inbox, &handle.pin()) {
-                pieces += 1;
-                assert_eq!(number(&packet), pieces);
+        let mut bytes = Vec::new();
+        for _ in 0..2 {
+            if let Next::Packet(index, packet) = cursor.take(&shared.inbox, &driver.pin()) {
+                assert_eq!(index, 0);
+                bytes.push(drained(&shared.pool, packet));
+                assert_eq!(cursor.next(), u32::from(bytes.len() == 2));
+                assert_eq!(shared.inbox.next(), cursor.next());
             }
-        };
-        take(&mut cursor);
-        take(&mut cursor);
-        let rest = channel.join().unwrap();
-        take(&mut cursor);
-        take(&mut cursor);
-        assert_eq!(pieces, if rest { 2 } else { 1 });
-        assert_eq!(cursor.next(), u32::from(rest));
+        }
+        assert!([1, 2].starts_with(&bytes));
+        let (published, _channel) = channel.join().unwrap();
+        assert!(published || bytes.len() < 2);
+        shared
+            .inbox
+            .close(&driver.pin(), |packet| reused(&shared.pool, packet));
+        assert_eq!(shared.pool.in_use().0, 0);
     });
+}
+
+/// One thread closes the inbox, while a channel publishes in a new segment and the driver takes. 3
+/// threads, 2 buffers, 2 preemptions.
+#[test]
+fn closing_returns_what_nobody_took() {
+    model(|| {
+        let (shared, [mine, channel, driver]) = shared(2);
+        assert!(shared.publish(0, 0, &mine));
+        let channel = channel.spawn({
+            let shared = Arc::clone(&shared);
+            move |me| shared.publish(SEGMENT, 1, me)
+        });
+        let driver = driver.spawn({
+            let shared = Arc::clone(&shared);
+            move |me| match Cursor::new().take(&shared.inbox, &me.pin()) {
+                Next::Packet(0, packet) => {
+                    assert_eq!(drained(&shared.pool, packet), 0);
+                    1
+                }
+                Next::Closed => 0,
+                other => panic!("it was there before the thread was: {other:?}"),
+            }
+        });
+        let mut returned = 0;
+        shared.inbox.close(&mine.pin(), |packet| {
+            reused(&shared.pool, packet);
+            returned += 1;
+        });
+        let (published, _channel) = channel.join().unwrap();
+        let (taken, _driver) = driver.join().unwrap();
+        assert_eq!(taken + returned, 1 + u32::from(published));
+        assert_eq!(shared.pool.in_use().0, 0);
+        assert!(lease(&shared.pool).is_some());
+    });
+}
+
+/// The driver waits for an idx whose segment is in place, or is not, and another thread closes the
+/// inbox. 2 threads, 2 preemptions.
+#[test]
+fn a_driver_that_lies_down_sees_the_closing() {
+    for next in [SEGMENT - 1, SEGMENT] {
+        model(move || {
+            let collector = Collector::new();
+            let [mine, driver] = std::array::from_fn(|_| Participant::new(&collector));
+            let inbox = Inbox::new(collector, 100);
+            let shared = Arc::new((inbox, Doorbell::new(), Ring::new()));
+            let mut cursor = Cursor::new();
+            for index in 0..next {
+                let published = shared.0.publish(index, aside(0), &mine.pin());
+                assert_eq!(published, Publish::Published);
+                let taken = cursor.take(&shared.0, &mine.pin());
+                assert_eq!(taken, Next::Packet(index, aside(0)));
+            }
+            let driver = driver.spawn({
+                let shared = Arc::clone(&shared);
+                move |me| {
+                    let (inbox, doorbell, ring) = &*shared;
+                    take_next(&mut cursor, inbox, doorbell, ring, me, || false)
+                }
+            });
+            let (inbox, doorbell, ring) = &*shared;
+            inbox.close(&mine.pin(), |_| panic!("nothing was left"));
+            if doorbell.ring() {
+                ring.wake();
+            }
+            let (taken, _driver) = driver.join().unwrap();
+            assert_eq!(taken, None);
+        });
+    }
 }

@@ -1,187 +1,245 @@
-//! | model                                        | goes red when                                        |
-//! |----------------------------------------------|------------------------------------------------------|
-//! | `the_taker_sees_the_publishers_bytes`        | either side of the publish edge is Relaxed           |
-//! | `closing_hands_over_the_publishers_bytes`    | `close` is weaker than Acquire                       |
-//! | `racing_publishers_have_one_winner`          | `publish` stores or swaps instead of exchanging      |
-//! | `a_packet_is_taken_or_abandoned_once`        | `take` swaps instead of exchanging                   |
-//! | `a_further_piece_hands_over_its_bytes`       | either side of the publish edge is Relaxed           |
-//! | `a_stranger_cannot_bring_a_further_piece`    | `publish` may follow a piece that was taken          |
+//! A slot's packet has one owner, and whoever takes it sees what its publisher wrote.
+//!
+//! | model | goes red when |
+//! |---|---|
+//! | `the_taker_sees_the_publishers_bytes` | either side of the publish edge is Relaxed |
+//! | `closing_hands_over_the_publishers_bytes` | `close` is Relaxed |
+//! | `racing_publishers_have_one_winner` | `publish` swaps |
+//! | `a_large_packet_passes_piece_by_piece` | `publish_rest` is Relaxed, or does not wait for the drained slot |
+//! | `a_stranger_is_a_duplicate_between_two_pieces` | `publish` takes a drained slot |
+//! | `a_packet_is_taken_or_closed_but_not_both` | `take` swaps |
+//! | `closing_between_two_pieces_loses_none` | `publish_rest` swaps, or takes a closed slot |
 #![cfg(loom)]
-#![allow(missing_docs, reason = "models")]
 
-use loom::{sync::Arc, thread};
-use vfio_migration::internals::{
-    pool::Packer,
-    slot::{Packet, Publish, Slot, Take},
-};
-use vfio_migration_loom_tests::{aside, consume, filled, model, number, pool};
+use std::sync::Arc;
 
-/// 2 threads, 1 slot, 1 buffer. The bytes are read before the join, which would be an edge too.
+use loom::thread;
+use vfio_migration::internals::slot::{Packet, Publish, Slot, Take};
+use vfio_migration_loom_tests::{aside, drained, fresh, model, pool, reused};
+
+/// One channel, one driver that polls once. 2 threads, 1 slot, 1 buffer, 2 preemptions.
 #[test]
 fn the_taker_sees_the_publishers_bytes() {
     model(|| {
-        let (slot, pool) = (Arc::new(Slot::new()), pool(1, 0));
+        let shared = Arc::new((Slot::new(), pool(1, 64, 0)));
         let channel = thread::spawn({
-            let (slot, pool) = (slot.clone(), pool.clone());
-            move || {
-                let packet = filled(&mut Packer::new(pool), 7).unwrap();
-                assert_eq!(slot.publish(packet), Publish::Published);
-            }
+            let shared = Arc::clone(&shared);
+            move || assert_eq!(shared.0.publish(fresh(&shared.1, 7)), Publish::Published)
         });
+        let (slot, pool) = &*shared;
+        // Before the join, which is an edge of its own and would hide this one.
         if let Take::Taken(packet) = slot.take() {
-            assert_eq!(consume(&pool, packet), 7);
+            assert_eq!(drained(pool, packet), 7);
         }
         channel.join().unwrap();
-        let _left = slot.close().map(|packet| consume(&pool, packet));
     });
 }
 
-/// 2 threads, 1 slot, 1 buffer.
+/// One channel, one thread that closes. 2 threads, 1 slot, 1 buffer, 2 preemptions.
 #[test]
 fn closing_hands_over_the_publishers_bytes() {
     model(|| {
-        let (slot, pool) = (Arc::new(Slot::new()), pool(1, 0));
+        let shared = Arc::new((Slot::new(), pool(1, 64, 0)));
         let channel = thread::spawn({
-            let (slot, pool) = (slot.clone(), pool.clone());
-            move || {
-                let packet = filled(&mut Packer::new(pool.clone()), 7).unwrap();
-                if let Publish::Closed(packet) = slot.publish(packet) {
-                    assert_eq!(consume(&pool, packet), 7);
+            let shared = Arc::clone(&shared);
+            move || match shared.0.publish(fresh(&shared.1, 7)) {
+                Publish::Published => true,
+                Publish::Closed(packet) => {
+                    reused(&shared.1, packet);
+                    false
                 }
+                refused => panic!("nobody else published: {refused:?}"),
             }
         });
-        if let Some(packet) = slot.close() {
-            assert_eq!(consume(&pool, packet), 7);
-        }
-        channel.join().unwrap();
+        let (slot, pool) = &*shared;
+        let closed = slot.close().map(|packet| reused(pool, packet)).is_some();
+        assert_eq!(channel.join().unwrap(), closed);
+        assert_eq!(pool.in_use().0, 0, "the buffer came home");
+    });
+}
+
+/// Two channels with the same idx, and a driver that polls. 3 threads, 1 slot, 2 buffers, 2
+/// preemptions.
+#[test]
+fn racing_publishers_have_one_winner() {
+    model(|| {
+        let shared = Arc::new((Slot::new(), pool(2, 64, 0)));
+        let channels = [1, 2].map(|byte| {
+            let shared = Arc::clone(&shared);
+            thread::spawn(move || match shared.0.publish(fresh(&shared.1, byte)) {
+                Publish::Published => Some(byte),
+                Publish::Duplicate(packet) => {
+                    // The loser's packet is still the loser's.
+                    reused(&shared.1, packet);
+                    None
+                }
+                refused => panic!("nobody closed: {refused:?}"),
+            })
+        });
+        let (slot, pool) = &*shared;
+        let early = match slot.take() {
+            Take::Taken(packet) => Some(drained(pool, packet)),
+            _ => None,
+        };
+        let won = channels.map(|channel| channel.join().unwrap());
+        let taken = early.unwrap_or_else(|| match slot.take() {
+            Take::Taken(packet) => drained(pool, packet),
+            other => panic!("published, and nobody closed: {other:?}"),
+        });
+        let winners: Vec<u8> = won.into_iter().flatten().collect();
+        assert_eq!(winners, [taken]);
         assert_eq!(pool.in_use().0, 0);
     });
 }
 
-/// 3 threads, 1 slot.
+/// A packet of two pieces, and a driver that polls twice. 2 threads, 1 slot, 2 buffers, 2
+/// preemptions.
 #[test]
-fn racing_publishers_have_one_winner() {
+fn a_large_packet_passes_piece_by_piece() {
     model(|| {
-        let slot = Arc::new(Slot::new());
-        let channel = |value| {
-            let slot = slot.clone();
-            thread::spawn(move || match slot.publish(aside(value)) {
-                Publish::Published => Some(value),
-                Publish::Duplicate(packet) => {
-                    assert_eq!(number(&packet), value, "the loser keeps its own");
-                    None
-                }
-                other => panic!("{other:?}"),
-            })
-        };
-        let channels = [channel(1), channel(2)];
-        let early = slot.take();
-        let winners: Vec<_> = channels
-            .into_iter()
-            .filter_map(|channel| channel.join().unwrap())
-            .collect();
-        assert_eq!(winners.len(), 1);
-        let taken = match early {
-            Take::Taken(packet) => packet,
-            _ => match slot.take() {
-                Take::Taken(packet) => packet,
-                other => panic!("{other:?}"),
-            },
-        };
-        assert_eq!(number(&taken), winners[0]);
-    });
-}
-
-/// 3 threads, 1 slot: a publisher, a taker, a closer.
-#[test]
-fn a_packet_is_taken_or_abandoned_once() {
-    model(|| {
-        let slot = Arc::new(Slot::new());
+        let shared = Arc::new((Slot::new(), pool(2, 64, 0)));
         let channel = thread::spawn({
-            let slot = slot.clone();
-            move || match slot.publish(aside(7)) {
-                Publish::Published => 0,
-                Publish::Closed(packet) => number(&packet),
-                other => panic!("{other:?}"),
-            }
-        });
-        let closer = thread::spawn({
-            let slot = slot.clone();
-            move || slot.close().map_or(0, |packet| number(&packet))
-        });
-        let taken = match slot.take() {
-            Take::Taken(packet) => number(&packet),
-            Take::Empty | Take::Closed => 0,
-        };
-        let kept = channel.join().unwrap();
-        let closed = closer.join().unwrap();
-        assert_eq!(taken + kept + closed, 7, "one owner in the end");
-        assert_eq!(slot.close(), None);
-        assert_eq!(slot.take(), Take::Closed, "closing is for good");
-    });
-}
-
-/// 2 threads, 1 slot, 1 buffer: two pieces of one packet, through one buffer.
-#[test]
-fn a_further_piece_hands_over_its_bytes() {
-    model(|| {
-        let (slot, pool) = (Arc::new(Slot::new()), pool(2, 0));
-        let channel = thread::spawn({
-            let (slot, pool) = (slot.clone(), pool.clone());
+            let shared = Arc::clone(&shared);
             move || {
-                let mut packer = Packer::new(pool.clone());
-                let first = filled(&mut packer, 1).unwrap();
+                let (slot, pool) = &*shared;
                 let first = Packet {
                     more: true,
-                    ..first
+                    ..fresh(pool, 1)
                 };
                 assert_eq!(slot.publish(first), Publish::Published);
-                let second = filled(&mut packer, 2).unwrap();
-                match slot.publish_rest(second) {
+                match slot.publish_rest(fresh(pool, 2)) {
                     Publish::Published => true,
                     Publish::Full(packet) => {
-                        assert_eq!(consume(&pool, packet), 2);
+                        reused(pool, packet);
                         false
                     }
-                    other => panic!("{other:?}"),
+                    refused => panic!("nobody else published: {refused:?}"),
                 }
             }
         });
-        let mut expected = 1;
+        let (slot, pool) = &*shared;
+        let mut taken = Vec::new();
         for _ in 0..2 {
             if let Take::Taken(packet) = slot.take() {
-                assert_eq!(packet.more, expected == 1);
-                assert_eq!(consume(&pool, packet), expected);
-                expected += 1;
+                let more = packet.more;
+                taken.push(drained(pool, packet));
+                assert_eq!(more, taken.len() == 1);
             }
         }
-        channel.join().unwrap();
-        let _left = slot.close().map(|packet| consume(&pool, packet));
+        if channel.join().unwrap() && taken.len() < 2 {
+            let Take::Taken(packet) = slot.take() else {
+                panic!("the second piece was published");
+            };
+            taken.push(drained(pool, packet));
+        } else if taken.is_empty() {
+            let Take::Taken(packet) = slot.take() else {
+                panic!("the first piece was published");
+            };
+            taken.push(drained(pool, packet));
+        }
+        assert!([1, 2].starts_with(&taken), "out of order: {taken:?}");
+        assert_eq!(pool.in_use().0, 0);
     });
 }
 
-/// 3 threads, 1 slot.
+/// The publisher brings the second piece while a stranger comes with the same idx, and the driver
+/// polls. 3 threads, 1 slot, 3 buffers, 2 preemptions.
 #[test]
-fn a_stranger_cannot_bring_a_further_piece() {
+fn a_stranger_is_a_duplicate_between_two_pieces() {
     model(|| {
-        let slot = Arc::new(Slot::new());
+        let shared = Arc::new((Slot::new(), pool(3, 64, 0)));
+        let (slot, pool) = &*shared;
         let first = Packet {
             more: true,
-            ..aside(1)
+            ..fresh(pool, 1)
         };
         assert_eq!(slot.publish(first), Publish::Published);
+        let publisher = thread::spawn({
+            let shared = Arc::clone(&shared);
+            move || match shared.0.publish_rest(fresh(&shared.1, 2)) {
+                Publish::Published => {}
+                Publish::Full(packet) => reused(&shared.1, packet),
+                refused => panic!("only the first piece is in the way: {refused:?}"),
+            }
+        });
         let stranger = thread::spawn({
-            let slot = slot.clone();
-            move || assert_eq!(slot.publish(aside(9)), Publish::Duplicate(aside(9)))
+            let shared = Arc::clone(&shared);
+            move || match shared.0.publish(fresh(&shared.1, 9)) {
+                Publish::Duplicate(packet) => reused(&shared.1, packet),
+                other => panic!("a packet has one publisher: {other:?}"),
+            }
         });
-        let owner = thread::spawn({
-            let slot = slot.clone();
-            move || matches!(slot.publish_rest(aside(2)), Publish::Published)
-        });
-        assert!(matches!(slot.take(), Take::Taken(packet) if number(&packet) == 1));
-        stranger.join().unwrap();
-        if owner.join().unwrap() {
-            assert!(matches!(slot.take(), Take::Taken(packet) if number(&packet) == 2));
+        let Take::Taken(packet) = slot.take() else {
+            panic!("it was there before the threads were");
+        };
+        assert_eq!(drained(pool, packet), 1);
+        if let Take::Taken(packet) = slot.take() {
+            assert_eq!(drained(pool, packet), 2);
         }
+        publisher.join().unwrap();
+        stranger.join().unwrap();
+    });
+}
+
+/// A driver that takes, a thread that closes. 2 threads, 1 slot, 1 buffer, 2 preemptions.
+#[test]
+fn a_packet_is_taken_or_closed_but_not_both() {
+    model(|| {
+        let shared = Arc::new((Slot::new(), pool(1, 64, 0)));
+        let (slot, pool) = &*shared;
+        assert_eq!(slot.publish(fresh(pool, 1)), Publish::Published);
+        let driver = thread::spawn({
+            let shared = Arc::clone(&shared);
+            move || match shared.0.take() {
+                Take::Taken(packet) => {
+                    reused(&shared.1, packet);
+                    true
+                }
+                Take::Closed => false,
+                Take::Empty => panic!("it was there before the thread was"),
+            }
+        });
+        let closed = slot.close().map(|packet| reused(pool, packet)).is_some();
+        assert_ne!(driver.join().unwrap(), closed, "one owner");
+        assert_eq!(slot.publish(aside(2)), Publish::Closed(aside(2)));
+        assert_eq!(pool.in_use().0, 0);
+    });
+}
+
+/// A packet of two pieces, a driver that takes the first, and a thread that closes. 3 threads, 1
+/// slot, 2 buffers, 2 preemptions.
+#[test]
+fn closing_between_two_pieces_loses_none() {
+    model(|| {
+        let shared = Arc::new((Slot::new(), pool(2, 64, 0)));
+        let (slot, pool) = &*shared;
+        let first = Packet {
+            more: true,
+            ..fresh(pool, 1)
+        };
+        assert_eq!(slot.publish(first), Publish::Published);
+        let publisher = thread::spawn({
+            let shared = Arc::clone(&shared);
+            move || match shared.0.publish_rest(fresh(&shared.1, 2)) {
+                Publish::Published => {}
+                Publish::Full(packet) | Publish::Closed(packet) => reused(&shared.1, packet),
+                Publish::Duplicate(_) => panic!("the packet has another piece"),
+            }
+        });
+        let driver = thread::spawn({
+            let shared = Arc::clone(&shared);
+            move || {
+                if let Take::Taken(packet) = shared.0.take() {
+                    reused(&shared.1, packet);
+                }
+            }
+        });
+        if let Some(packet) = slot.close() {
+            reused(pool, packet);
+        }
+        publisher.join().unwrap();
+        driver.join().unwrap();
+        assert_eq!(pool.in_use().0, 0, "every piece came home");
+        assert_eq!(slot.take(), Take::Closed);
     });
 }

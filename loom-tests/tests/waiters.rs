@@ -1,149 +1,161 @@
-//! | model                                             | goes red when                                            |
-//! |---------------------------------------------------|----------------------------------------------------------|
-//! | `no_notification_falls_between_a_look_and_a_sleep`| a fence is gone; the look under the lock, or the lock    |
-//! | `two_things_wake_two_waiters_one_by_one`          | `notify_one` notifies nobody                             |
-//! | `everybody_hears_of_an_end`                       | `notify_all` notifies one                                |
-//! | `a_recycled_buffer_ends_the_wait_for_room`        | any of those, through a pool                             |
-//! | `a_channel_whose_packet_becomes_next_gets_on`     | the reserve, or `next`, is not looked at again           |
+//! A thread that waits is notified of whatever was made so before.
+//!
+//! Sleeps have no bound under loom: a notification that is lost is a deadlock, which loom reports.
+//!
+//! | model | goes red when |
+//! |---|---|
+//! | `a_notification_ends_the_wait` | either fence, the look under the lock, or the lock's round trip is gone |
+//! | `all_who_wait_are_notified` | `notify_all` notifies one |
+//! | `two_notifications_end_two_waits` | `waiting` is not counted, or `notify_one` loses one |
+//! | `a_recycled_lease_ends_a_channels_wait` | the same, for the pool |
+//! | `a_channel_gets_on_when_its_packet_is_next` | the wait does not see the cursor |
 #![cfg(loom)]
-#![allow(missing_docs, reason = "models")]
+#![expect(
+    clippy::arc_with_non_send_sync,
+    reason = "a model's threads are all one thread of the system"
+)]
+
+use std::sync::Arc;
 
 use crossbeam_epoch::Collector;
 use loom::{
-    sync::{
-        Arc,
-        atomic::{AtomicU32, Ordering},
+    sync::atomic::{
+        AtomicU32,
+        Ordering::{Acquire, Relaxed, Release},
     },
     thread,
 };
 use vfio_migration::internals::{
     cursor::{Cursor, Inbox, Next},
-    pool::{Packer, Pool},
+    pool::Pool,
     slot::Publish,
     waiters::Waiters,
 };
-use vfio_migration_loom_tests::{aside, consume, filled, model, pool};
+use vfio_migration_loom_tests::{Participant, aside, lease, model, pool};
 
-/// 2 threads.
+/// One waiter, one notifier. 2 threads, 2 preemptions.
 #[test]
-fn no_notification_falls_between_a_look_and_a_sleep() {
-    model(|| {
-        let shared = Arc::new((Waiters::new(), AtomicU32::new(0)));
-        let notifier = thread::spawn({
-            let shared = shared.clone();
-            move || {
-                // Relaxed, on both sides: that the waiter sees it is the fences' work.
-                shared.1.store(1, Ordering::Relaxed);
+fn a_notification_ends_the_wait() {
+    for all in [false, true] {
+        model(move || {
+            let shared = Arc::new((Waiters::new(), AtomicU32::new(0)));
+            let waiter = thread::spawn({
+                let shared = Arc::clone(&shared);
+                move || {
+                    let look = || (shared.1.load(Relaxed) == 1).then_some(7);
+                    assert_eq!(shared.0.wait(None, look), Some(7));
+                }
+            });
+            shared.1.store(1, Relaxed);
+            if all {
+                shared.0.notify_all();
+            } else {
                 shared.0.notify_one();
             }
+            waiter.join().unwrap();
         });
-        let (waiters, flag) = &*shared;
-        let look = || (flag.load(Ordering::Relaxed) == 1).then_some(());
-        assert_eq!(waiters.wait(None, look), Some(()));
-        notifier.join().unwrap();
+    }
+}
+
+/// Two waiters for one thing, one notifier. 3 threads, 2 preemptions.
+#[test]
+fn all_who_wait_are_notified() {
+    model(|| {
+        let shared = Arc::new((Waiters::new(), AtomicU32::new(0)));
+        let waiters = [(); 2].map(|()| {
+            let shared = Arc::clone(&shared);
+            thread::spawn(move || {
+                let look = || (shared.1.load(Relaxed) == 1).then_some(());
+                assert_eq!(shared.0.wait(None, look), Some(()));
+            })
+        });
+        shared.1.store(1, Relaxed);
+        shared.0.notify_all();
+        for waiter in waiters {
+            waiter.join().unwrap();
+        }
     });
 }
 
-/// 3 threads: each of two waits for one of two things.
+/// Two waiters, and two things of which each can have one. 3 threads, 2 preemptions.
 #[test]
-fn two_things_wake_two_waiters_one_by_one() {
+fn two_notifications_end_two_waits() {
     model(|| {
         let shared = Arc::new((Waiters::new(), AtomicU32::new(0)));
-        let threads = [(); 2].map(|()| {
-            let shared = shared.clone();
+        let waiters = [(); 2].map(|()| {
+            let shared = Arc::clone(&shared);
             thread::spawn(move || {
-                let (waiters, things) = &*shared;
-                let take = |count: u32| count.checked_sub(1);
-                let look = || {
-                    things
-                        .fetch_update(Ordering::AcqRel, Ordering::Acquire, take)
-                        .ok()
-                };
-                waiters.wait(None, look).unwrap();
+                let less = |things: u32| things.checked_sub(1);
+                let look = || shared.1.fetch_update(Acquire, Relaxed, less).ok();
+                assert!(shared.0.wait(None, look).is_some());
             })
         });
         for _ in 0..2 {
-            shared.1.fetch_add(1, Ordering::AcqRel);
+            shared.1.fetch_add(1, Release);
             shared.0.notify_one();
         }
-        for thread in threads {
-            thread.join().unwrap();
+        for waiter in waiters {
+            waiter.join().unwrap();
         }
     });
 }
 
-/// 3 threads.
+/// A channel waits for the only buffer, the driver gives it back. 2 threads, 1 buffer, 2
+/// preemptions.
 #[test]
-fn everybody_hears_of_an_end() {
+fn a_recycled_lease_ends_a_channels_wait() {
     model(|| {
-        let shared = Arc::new((Waiters::new(), AtomicU32::new(0)));
-        let threads = [(); 2].map(|()| {
-            let shared = shared.clone();
-            thread::spawn(move || {
-                let look = || (shared.1.load(Ordering::Acquire) == 1).then_some(());
-                shared.0.wait(None, look).unwrap();
-            })
-        });
-        shared.1.store(1, Ordering::Release);
-        shared.0.notify_all();
-        for thread in threads {
-            thread.join().unwrap();
-        }
-    });
-}
-
-/// 2 threads, 1 buffer: back-pressure.
-#[test]
-fn a_recycled_buffer_ends_the_wait_for_room() {
-    model(|| {
-        let (room, pool) = (Arc::new(Waiters::new()), pool(1, 0));
-        let held = filled(&mut Packer::new(pool.clone()), 1).unwrap();
-        let driver = thread::spawn({
-            let (room, pool) = (room.clone(), pool.clone());
+        let shared = Arc::new((Waiters::new(), pool(1, 64, 0)));
+        let (room, pool) = &*shared;
+        let mut drivers = lease(pool).expect("the only buffer");
+        let channel = thread::spawn({
+            let shared = Arc::clone(&shared);
             move || {
-                assert_eq!(consume(&pool, held), 1);
-                room.notify_all();
+                let mut lease = shared
+                    .0
+                    .wait(None, || lease(&shared.1))
+                    .expect("no deadline");
+                lease.bytes_mut().fill(1);
             }
         });
-        let mut packer = Packer::new(pool);
-        let mut lease = room.wait(None, || packer.lease(64)).unwrap();
-        lease.bytes_mut().fill(2);
-        driver.join().unwrap();
+        drivers.bytes_mut().fill(2);
+        drop(drivers);
+        room.notify_one();
+        channel.join().unwrap();
     });
 }
 
-/// 2 threads, 1 buffer that is not given back, 1 reserve: the packet waits until it is next.
+/// The pool is empty, and stays so; the driver takes idx 0, and with that the channel's packet,
+/// idx 1, may have the reserve. 2 threads, 1 buffer, 1 reserve, 2 preemptions.
 #[test]
-fn a_channel_whose_packet_becomes_next_gets_on() {
+fn a_channel_gets_on_when_its_packet_is_next() {
     model(|| {
-        let (room, pool) = (Arc::new(Waiters::new()), pool(1, 1));
         let collector = Collector::new();
-        let inbox = Arc::new(Inbox::new(collector.clone(), 8));
-        let held = filled(&mut Packer::new(pool.clone()), 9).unwrap();
-        let handle = collector.register();
-        let published = inbox.publish(0, aside(0), &handle.pin());
+        let driver = Participant::new(&collector);
+        let shared = Arc::new((Waiters::new(), pool(1, 64, 1), Inbox::new(collector, 100)));
+        let (room, pool, inbox) = &*shared;
+        let held = lease(pool).expect("the only buffer");
+        let published = inbox.publish(0, aside(0), &driver.pin());
         assert_eq!(published, Publish::Published);
-        let driver = thread::spawn({
-            let (room, inbox) = (room.clone(), inbox.clone());
+        let channel = thread::spawn({
+            let shared = Arc::clone(&shared);
             move || {
-                let handle = collector.register();
-                let mut cursor = Cursor::new();
-                let taken = cursor.take(&inbox, &handle.pin());
-                assert!(matches!(taken, Next::Packet(0, _)));
-                room.notify_all();
+                let (room, pool, inbox) = &*shared;
+                let look = || {
+                    lease(pool).or_else(|| {
+                        (inbox.next() == 1)
+                            .then(|| Pool::reserve(Arc::clone(pool), 0))
+                            .flatten()
+                    })
+                };
+                let mut reserve = room.wait(None, look).expect("no deadline");
+                reserve.bytes_mut().fill(1);
             }
         });
-        let mut packer = Packer::new(pool.clone());
-        let look = || {
-            packer.lease(64).or_else(|| {
-                (inbox.next() == 1)
-                    .then(|| Pool::reserve(pool.clone(), 0))
-                    .flatten()
-            })
-        };
-        let lease = room.wait(None, look).unwrap();
-        driver.join().unwrap();
-        drop(lease);
-        assert_eq!(consume(&pool, held), 9);
+        let taken = Cursor::new().take(inbox, &driver.pin());
+        assert_eq!(taken, Next::Packet(0, aside(0)));
+        room.notify_all();
+        channel.join().unwrap();
+        drop(held);
     });
 }

@@ -115,12 +115,12 @@ impl Control {
 
     /// Whether to end early, and why.
     pub fn stop(&self) -> Option<Stop> {
-        if self.has(Self::QUIT) {
-            Some(Stop::Quit)
-        } else if self.has(Self::EXIT) {
-            Some(Stop::Exit)
-        } else {
-            None
+        // flag edge, acquire side. One load: of two, the first could miss a `QUIT` that came before
+        // the `EXIT` that the second finds.
+        match self.word.load(Acquire) {
+            flags if flags & Self::QUIT != 0 => Some(Stop::Quit),
+            flags if flags & Self::EXIT != 0 => Some(Stop::Exit),
+            _ => None,
         }
     }
 

@@ -29,16 +29,16 @@
 
 use std::fmt;
 
-use crossbeam_epoch::{Atomic, Collector, Guard, Owned, Shared};
+use crossbeam_epoch::{Atomic, Collector, Guard, Owned, Pointer, Shared};
 use crossbeam_utils::CachePadded;
 
 use crate::{
     reorder::slot::{Packet, Slot},
     sync::{
-        Shadow,
+        Crossing, Shadow,
         atomic::{
             AtomicU32,
-            Ordering::{AcqRel, Acquire, Relaxed, Release},
+            Ordering::{self, AcqRel, Acquire, Relaxed, Release},
         },
     },
 };
@@ -49,11 +49,46 @@ pub const SEGMENT: u32 = if cfg!(loom) { 2 } else { 1024 };
 /// The tag on a null link that says: closed, nothing comes behind.
 const CLOSED: usize = 1;
 
+/// A link of the list, with the crossing that the models need at each access.
+struct Link {
+    crossing: Crossing,
+    to: Atomic<Segment>,
+}
+
+impl Link {
+    fn new(to: Atomic<Segment>) -> Self {
+        Self {
+            crossing: Crossing::new(),
+            to,
+        }
+    }
+
+    fn load<'g>(&self, order: Ordering, guard: &'g Guard) -> Shared<'g, Segment> {
+        self.crossing.pass();
+        self.to.load(order, guard)
+    }
+
+    /// Exchanges `from` for `to`. Returns what is there now, be it `to` or what was found instead.
+    fn exchange<'g>(
+        &self,
+        from: Shared<'_, Segment>,
+        to: impl Pointer<Segment>,
+        success: Ordering,
+        failure: Ordering,
+        guard: &'g Guard,
+    ) -> Result<Shared<'g, Segment>, Shared<'g, Segment>> {
+        self.crossing.pass();
+        self.to
+            .compare_exchange(from, to, success, failure, guard)
+            .map_err(|lost| lost.current)
+    }
+}
+
 struct Segment {
     base: u32,
     /// How many slots have not been taken for good.
     remaining: AtomicU32,
-    next: Atomic<Segment>,
+    next: Link,
     slots: [Slot; SEGMENT as usize],
     /// The whole segment, as one granule: every walk reads it, freeing it writes it.
     shadow: Shadow,
@@ -64,7 +99,7 @@ impl Segment {
         Self {
             base,
             remaining: AtomicU32::new(SEGMENT),
-            next: Atomic::null(),
+            next: Link::new(Atomic::null()),
             slots: std::array::from_fn(|_| Slot::new()),
             shadow: Shadow::new(1),
         }
@@ -84,16 +119,11 @@ impl Segment {
         let mut next = self.next.load(Acquire, guard);
         if next.is_null() && next.tag() != CLOSED {
             // link edge, release side; and acquire, for the one who was faster.
-            next = match self.next.compare_exchange(
-                Shared::null(),
-                Owned::new(Self::new(base)),
-                AcqRel,
-                Acquire,
-                guard,
-            ) {
-                Ok(linked) => linked,
-                Err(lost) => lost.current,
-            };
+            let linked = Owned::new(Self::new(base));
+            next = self
+                .next
+                .exchange(Shared::null(), linked, AcqRel, Acquire, guard)
+                .unwrap_or_else(|found| found);
         }
         // SAFETY: linked segments are freed only through `defer_destroy`, after `guard`.
         unsafe { next.as_ref() }.map(Self::visited)
@@ -107,7 +137,7 @@ pub struct BelowHead;
 /// Slots by index.
 pub struct Table {
     collector: Collector,
-    head: CachePadded<Atomic<Segment>>,
+    head: CachePadded<Link>,
 }
 
 impl Table {
@@ -116,7 +146,7 @@ impl Table {
     pub fn new(collector: Collector) -> Self {
         Self {
             collector,
-            head: CachePadded::new(Atomic::new(Segment::new(0))),
+            head: CachePadded::new(Link::new(Atomic::new(Segment::new(0)))),
         }
     }
 
@@ -201,7 +231,7 @@ impl Table {
             // unlink edge, release side. Relaxed on failure: the loop looks again.
             if self
                 .head
-                .compare_exchange(head, next, Release, Relaxed, guard)
+                .exchange(head, next, Release, Relaxed, guard)
                 .is_ok()
             {
                 // SAFETY: the exchange unlinked it, and only one exchange did: from now on no
@@ -235,7 +265,7 @@ impl Table {
                 .filter_map(Slot::close)
                 .for_each(&mut abandon);
             // link edge, acquire side. The mark itself carries nothing.
-            let next = match segment.next.compare_exchange(
+            let next = match segment.next.exchange(
                 Shared::null(),
                 Shared::null().with_tag(CLOSED),
                 Acquire,
@@ -243,7 +273,7 @@ impl Table {
                 guard,
             ) {
                 Ok(_) => return,
-                Err(found) => found.current,
+                Err(found) => found,
             };
             // SAFETY: as in `next_or_link`.
             match unsafe { next.as_ref() } {
@@ -257,14 +287,14 @@ impl Table {
 
 impl Drop for Table {
     fn drop(&mut self) {
-        let mut link = std::mem::replace(&mut *self.head, Atomic::null());
+        let mut link = std::mem::replace(&mut self.head.to, Atomic::null());
         loop {
             // SAFETY: `&mut self`: nobody else has the table, and what was unlinked is not in the
             // list any more.
             let Some(segment) = (unsafe { link.try_into_owned() }) else {
                 return;
             };
-            link = segment.into_box().next;
+            link = segment.into_box().next.to;
         }
     }
 }
