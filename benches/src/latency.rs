@@ -1,0 +1,220 @@
+//! Single events, one at a time: a wake-up, a cancellation, a burst of small packets.
+
+use std::{
+    fs::File,
+    io::{self, Read},
+    os::fd::OwnedFd,
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use vfio_migration::{
+    Device, DeviceId, LoadSession, Publisher, Settings, Stats,
+    wire::{self, PacketHeader},
+};
+
+use crate::{
+    engine::{self, nanos},
+    plan::Plan,
+    sink::{self, Kind, Sink},
+    yardstick::mutex::Loader,
+};
+
+/// Long enough for everybody to be asleep.
+const REST: Duration = Duration::from_micros(300);
+
+/// The bytes of the packets whose wake-ups are timed: so few that copying them takes no time.
+const SMALL: usize = 64;
+
+/// A pipe: where a driver writes, and where the first byte shows without waiting.
+fn pipe() -> io::Result<(Sink, File)> {
+    let (reader, writer) = io::pipe()?;
+    fcntl(&reader, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+    let writer = File::from(OwnedFd::from(writer));
+    Ok((Sink::over(writer), File::from(OwnedFd::from(reader))))
+}
+
+/// Looks until all bytes of a packet are in the pipe.
+fn arrived(pipe: &mut File) -> io::Result<()> {
+    let mut bytes = [0; SMALL];
+    loop {
+        match pipe.read(&mut bytes) {
+            Ok(_) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => std::hint::spin_loop(),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+fn publish(publisher: &mut Publisher, id: &DeviceId, index: u32, data: &[u8]) {
+    let header = PacketHeader {
+        index,
+        config: false,
+    };
+    let mut lease = publisher
+        .lease(id, header, data.len())
+        .expect("memory comes");
+    lease.bytes_mut().copy_from_slice(data);
+    lease.publish().expect("a good packet");
+}
+
+/// From publishing to a sleeping driver until the bytes are in its pipe, in nanoseconds.
+///
+/// # Errors
+///
+/// The kernel's.
+///
+/// # Panics
+///
+/// Where the load fails.
+pub fn wake_engine(count: u32) -> io::Result<Vec<u64>> {
+    let (sink, mut reader) = pipe()?;
+    let id = DeviceId::new("wake", 0).expect("a good name");
+    let sinks = [sink];
+    let ids = [id.clone()];
+    let (session, _ended) = engine::start_load(&ids, &sinks, Settings::default(), Vec::new());
+    let mut publisher = session.publisher();
+    let mut times = Vec::new();
+    for index in 0..count {
+        thread::sleep(REST);
+        let header = PacketHeader {
+            index,
+            config: false,
+        };
+        let mut lease = publisher.lease(&id, header, SMALL).expect("memory comes");
+        lease.bytes_mut().fill(7);
+        let since = Instant::now();
+        lease.publish().expect("a good packet");
+        arrived(&mut reader)?;
+        times.push(nanos(since));
+    }
+    session.cancel();
+    drop(publisher);
+    let _cancelled = session.join();
+    times.sort_unstable();
+    Ok(times)
+}
+
+/// The same with the peers' mutex and condition variable.
+///
+/// # Errors
+///
+/// The kernel's.
+///
+/// # Panics
+///
+/// Where the pipe fails.
+pub fn wake_mutex(count: u32) -> io::Result<Vec<u64>> {
+    let (sink, mut reader) = pipe()?;
+    let file = sink.file()?;
+    let loader = Loader::default();
+    let mut times = thread::scope(|scope| {
+        scope.spawn(|| loader.run(file).expect("a pipe takes all"));
+        let mut times = Vec::new();
+        for index in 0..count {
+            thread::sleep(REST);
+            let since = Instant::now();
+            loader.publish(index, &[7; SMALL]);
+            arrived(&mut reader)?;
+            times.push(nanos(since));
+        }
+        loader.end(count);
+        io::Result::Ok(times)
+    })?;
+    times.sort_unstable();
+    Ok(times)
+}
+
+/// Where a load is cancelled.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Cancelled {
+    /// The driver sleeps: no packet has come.
+    Starved,
+    /// A write is blocked on a full pipe.
+    Blocked,
+}
+
+/// From `cancel` to the device's thread having its device back from the driver.
+///
+/// # Errors
+///
+/// The kernel's.
+///
+/// # Panics
+///
+/// Where the load does not end as cancelled.
+pub fn cancel(at: Cancelled) -> io::Result<Duration> {
+    let (reader, writer) = io::pipe()?;
+    let sinks = [Sink::over(File::from(OwnedFd::from(writer)))];
+    let ids = [DeviceId::new("cancel", 0).expect("a good name")];
+    let (session, ended) = engine::start_load(&ids, &sinks, Settings::default(), Vec::new());
+    if at == Cancelled::Blocked {
+        let mut publisher = session.publisher();
+        publish(&mut publisher, &ids[0], 0, &[7; 1 << 20]);
+    }
+    // Until the pipe is full, or the driver asleep, by far.
+    thread::sleep(Duration::from_millis(3));
+    let since = Instant::now();
+    session.cancel();
+    let report = session.join();
+    assert!(report.result.is_err_and(|error| error.is_cancelled()));
+    drop(reader);
+    let reset = ended[0].reset().expect("a cancelled load is reset");
+    Ok(reset.at.saturating_duration_since(since))
+}
+
+/// Loads bursts of 64 ready packets of 4 KiB; the counters, and how many packets there were.
+///
+/// # Errors
+///
+/// The kernel's.
+///
+/// # Panics
+///
+/// Where the load fails.
+pub fn ready_64(bursts: u32) -> io::Result<(Stats, u32)> {
+    const READY: u32 = 64;
+    let devices = bursts;
+    let plan = Plan {
+        devices,
+        channels: 1,
+        packet: 4096,
+        packets: READY,
+    };
+    let sinks = Sink::several(Kind::Memfd, devices, plan.device_bytes())?;
+    let ids = plan.ids();
+    let mut builder = LoadSession::builder();
+    for (id, sink) in ids.iter().zip(&sinks) {
+        let (device, _): (Device, _) = sink::device(id, sink, 0);
+        builder = builder.device(device);
+    }
+    let mut session = builder.start().expect("a load starts");
+    let mut publisher = session.publisher();
+    session.no_more_channels();
+    for number in 0..plan.count() {
+        let place = plan.place(number).expect("a data packet");
+        publish(
+            &mut publisher,
+            &ids[place.device],
+            place.index,
+            &[7; 4096],
+        );
+    }
+    // All are ready; nothing has been written.
+    session.switchover_start();
+    for id in &ids {
+        let header = PacketHeader {
+            index: READY,
+            config: true,
+        };
+        let config = wire::wrap_config(&[]);
+        let payload = [&header.encode()[..], &config[..]].concat();
+        publisher.push(id, &payload).expect("a good packet");
+    }
+    drop(publisher);
+    let report = session.join();
+    report.result.expect("the migration succeeds");
+    assert_eq!(report.stats.backend, "uring", "not the backend that ships");
+    Ok((report.stats, plan.count()))
+}
