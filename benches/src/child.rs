@@ -124,7 +124,9 @@ impl Child {
     /// The kernel's, or a child that failed.
     pub fn connect(&mut self, count: u32) -> io::Result<Vec<TcpStream>> {
         let line = self.line()?;
-        let port = line.strip_prefix("port ").and_then(|port| port.parse().ok());
+        let port = line
+            .strip_prefix("port ")
+            .and_then(|port| port.parse().ok());
         let port: u16 = port.ok_or_else(|| io::Error::other("a child failed"))?;
         (0..count)
             .map(|_| TcpStream::connect(("127.0.0.1", port)))
@@ -209,12 +211,7 @@ fn memory(told: &mut Told) -> io::Result<()> {
 }
 
 fn destination(sinks: &[Sink]) -> io::Result<u64> {
-    let plan = Plan::of_bytes(
-        DEVICES,
-        4,
-        1 << 20,
-        DEVICE_BYTES * DEVICES as usize,
-    );
+    let plan = Plan::of_bytes(DEVICES, 4, 1 << 20, DEVICE_BYTES * DEVICES as usize);
     let mut settings = Settings::default();
     settings.channels = plan.channels;
     let (session, _ended) = engine::start_load(&plan.ids(), sinks, settings, Vec::new());

@@ -194,12 +194,7 @@ pub fn ready_64(bursts: u32) -> io::Result<(Stats, u32)> {
     session.no_more_channels();
     for number in 0..plan.count() {
         let place = plan.place(number).expect("a data packet");
-        publish(
-            &mut publisher,
-            &ids[place.device],
-            place.index,
-            &[7; 4096],
-        );
+        publish(&mut publisher, &ids[place.device], place.index, &[7; 4096]);
     }
     // All are ready; nothing has been written.
     session.switchover_start();

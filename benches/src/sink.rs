@@ -26,9 +26,7 @@ use nix::{
     fcntl::{FcntlArg, fcntl},
     sys::memfd::{MFdFlags, memfd_create},
 };
-use vfio_migration::{
-    Device, DeviceId, DeviceState, MigrationDevice, MigrationFlags, PrecopyInfo,
-};
+use vfio_migration::{Device, DeviceId, DeviceState, MigrationDevice, MigrationFlags, PrecopyInfo};
 
 use crate::measure::Mark;
 

@@ -331,7 +331,8 @@ impl Run {
                     goal: Open,
                 };
                 let cpu = values(&rounds, |round| round[at].cpu_per_gib());
-                let cpu = cpu.iter().sum::<f64>() / f64::from(u32::try_from(cpu.len()).unwrap_or(1));
+                let cpu =
+                    cpu.iter().sum::<f64>() / f64::from(u32::try_from(cpu.len()).unwrap_or(1));
                 let (median, min, max) = rate.summary();
                 eprintln!(
                     "  {what}: {name}: {median:.2} GB/s ({min:.2} to {max:.2}), {cpu:.2} CPU s/GiB"
@@ -412,10 +413,9 @@ fn plain_vs_raw(run: &Run, plan: &Plan, source: &Source) -> io::Result<Vec<f64>>
     let rounds = run.samples(
         "into a plain-write file",
         &["engine", "raw"],
-        &mut [
-            &mut || ours(plan, &sinks, source),
-            &mut || raw::load_memory(plan, &sinks[0], source),
-        ],
+        &mut [&mut || ours(plan, &sinks, source), &mut || {
+            raw::load_memory(plan, &sinks[0], source)
+        }],
     );
     Ok(ratio(&rounds, 0, 1))
 }
@@ -458,10 +458,9 @@ fn versus_mutex(
     let rounds = run.samples(
         name,
         &["engine", "mutex"],
-        &mut [
-            &mut || ours(&plan, &sinks, &source),
-            &mut || mutex::load_memory(&plan, &sinks, &source),
-        ],
+        &mut [&mut || ours(&plan, &sinks, &source), &mut || {
+            mutex::load_memory(&plan, &sinks, &source)
+        }],
     );
     Ok(found([(name, ratio(&rounds, 0, 1))]))
 }
@@ -485,10 +484,9 @@ fn devices_threads(run: &Run, name: &str, packet: usize) -> io::Result<Found> {
     let rounds = run.samples(
         name,
         &["engine", "threads"],
-        &mut [
-            &mut || ours(&plan, &sinks, &source),
-            &mut || threads::load_memory(&plan, &sinks, &source),
-        ],
+        &mut [&mut || ours(&plan, &sinks, &source), &mut || {
+            threads::load_memory(&plan, &sinks, &source)
+        }],
     );
     Ok(found([(name, ratio(&rounds, 0, 1))]))
 }
@@ -523,10 +521,9 @@ fn load_tcp(run: &Run, name: &str, packet: usize) -> io::Result<Found> {
     let rounds = run.samples(
         name,
         &["engine", "mutex"],
-        &mut [
-            &mut || tcp(&plan, &sinks, &source),
-            &mut || mutex::load_sockets(&plan, &sinks, &source, Wire::Tcp),
-        ],
+        &mut [&mut || tcp(&plan, &sinks, &source), &mut || {
+            mutex::load_sockets(&plan, &sinks, &source, Wire::Tcp)
+        }],
     );
     Ok(found([(name, ratio(&rounds, 0, 1))]))
 }
@@ -558,7 +555,12 @@ fn migrate(role: Role, sinks: &[Sink]) -> io::Result<(f64, f64)> {
     let begun = Mark::now();
     match role {
         Role::Engine => {
-            let plan = Plan::of_bytes(child::DEVICES, channels, MIB, sinks.len() * child::DEVICE_BYTES);
+            let plan = Plan::of_bytes(
+                child::DEVICES,
+                channels,
+                MIB,
+                sinks.len() * child::DEVICE_BYTES,
+            );
             let mut builder = SaveSession::builder();
             for (id, sink) in plan.ids().iter().zip(sinks) {
                 builder = builder.device(sink::device(id, sink, child::DEVICE_BYTES).0);
@@ -611,10 +613,9 @@ fn whole_state(run: &Run) -> io::Result<Found> {
 
 fn wake(run: &Run) -> io::Result<Found> {
     let count = if run.quick { 50 } else { 1000 };
-    let rounds = run.in_turn(&mut [
-        &mut || latency::wake_engine(count),
-        &mut || latency::wake_mutex(count),
-    ]);
+    let rounds = run.in_turn(&mut [&mut || latency::wake_engine(count), &mut || {
+        latency::wake_mutex(count)
+    }]);
     let mut medians = Vec::new();
     for round in rounds {
         let mut row = Vec::new();
@@ -702,10 +703,9 @@ fn backends(run: &Run, name: &str, devices: u32, packet: usize) -> io::Result<Fo
     let rounds = run.samples(
         name,
         &["uring", "blocking"],
-        &mut [
-            &mut || with(Backend::Uring),
-            &mut || with(Backend::Blocking),
-        ],
+        &mut [&mut || with(Backend::Uring), &mut || {
+            with(Backend::Blocking)
+        }],
     );
     Ok(found([(name, ratio(&rounds, 0, 1))]))
 }

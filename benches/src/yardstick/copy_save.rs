@@ -74,7 +74,10 @@ impl Queue {
             }
             while state.packets.len() >= DEPTH {
                 state.waiting_for_room += 1;
-                state = self.room.wait(state).unwrap_or_else(PoisonError::into_inner);
+                state = self
+                    .room
+                    .wait(state)
+                    .unwrap_or_else(PoisonError::into_inner);
                 state.waiting_for_room -= 1;
             }
             let len = u32::try_from(count).expect("a packet is far below 4 GiB");
@@ -138,7 +141,11 @@ pub fn save(plan: &Plan, sinks: &[Sink]) -> Sample {
             scope.spawn(move || queue.read(file, key, plan.packet).expect("a file"));
         }
         for _ in 0..plan.channels {
-            scope.spawn(|| queue.send(null().expect("a null device")).expect("it takes all"));
+            scope.spawn(|| {
+                queue
+                    .send(null().expect("a null device"))
+                    .expect("it takes all")
+            });
         }
     });
     Sample::between(begun, Mark::now(), plan.bytes())

@@ -220,7 +220,11 @@ pub fn receive_all(
         receive(BufReader::with_capacity(64 << 10, stream), packet, each)
     } else {
         // Nothing is read ahead, so nothing is copied twice.
-        receive(BufReader::with_capacity(DEVICE_PACKET_LEN, stream), packet, each)
+        receive(
+            BufReader::with_capacity(DEVICE_PACKET_LEN, stream),
+            packet,
+            each,
+        )
     }
 }
 

@@ -144,7 +144,10 @@ pub fn load_memory(plan: &Plan, sinks: &[Sink], source: &Source) -> Sample {
             let file = sink.file().expect("an fd can be duplicated");
             loaders.push(scope.spawn(move || shared.run(device, file).expect("a sink takes all")));
         }
-        let threads: Vec<_> = loaders.iter().map(|loader| loader.thread().clone()).collect();
+        let threads: Vec<_> = loaders
+            .iter()
+            .map(|loader| loader.thread().clone())
+            .collect();
         for _ in 0..plan.channels {
             let (threads, tickets, start) = (threads.clone(), &tickets, &start);
             scope.spawn(move || {
