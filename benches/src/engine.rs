@@ -140,6 +140,7 @@ pub(crate) fn nanos(since: Instant) -> u64 {
 /// # Panics
 ///
 /// Where the load fails, or a transfer was made outside the ring.
+#[must_use]
 pub fn load_memory(plan: &Plan, sinks: &[Sink], source: &Source, settings: Settings) -> Outcome {
     let backend = settings.backend;
     let ids = plan.ids();
@@ -232,6 +233,7 @@ pub(crate) fn feed_all(
 /// # Panics
 ///
 /// Where the save fails, or a transfer was made outside the ring.
+#[must_use]
 pub fn save_null(plan: &Plan, sinks: &[Sink]) -> Outcome {
     let mut settings = Settings::default();
     settings.data_len = Some(plan.packet);

@@ -126,6 +126,7 @@ impl Queue {
 /// # Panics
 ///
 /// Where a file fails.
+#[must_use]
 pub fn save(plan: &Plan, sinks: &[Sink]) -> Sample {
     let keys = source::keys(plan);
     for sink in sinks {
@@ -144,7 +145,7 @@ pub fn save(plan: &Plan, sinks: &[Sink]) -> Sample {
             scope.spawn(|| {
                 queue
                     .send(null().expect("a null device"))
-                    .expect("it takes all")
+                    .expect("it takes all");
             });
         }
     });

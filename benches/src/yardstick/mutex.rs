@@ -139,6 +139,7 @@ fn run(
 /// # Panics
 ///
 /// Where a sink fails.
+#[must_use]
 pub fn load_memory(plan: &Plan, sinks: &[Sink], source: &Source) -> Sample {
     let start = Barrier::new(plan.channels as usize + 1);
     let tickets = Tickets::default();
@@ -181,6 +182,7 @@ pub fn load_memory(plan: &Plan, sinks: &[Sink], source: &Source) -> Sample {
 /// # Panics
 ///
 /// Where a sink or a socket fails.
+#[must_use]
 pub fn load_sockets(plan: &Plan, sinks: &[Sink], source: &Source, wire: Wire) -> Sample {
     let keys = source::keys(plan);
     let (near, far) = source::connect(wire, plan.channels).expect("sockets");

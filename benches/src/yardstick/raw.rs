@@ -40,6 +40,7 @@ fn write(mut file: File, buffers: &[u8], packet: usize, count: u32) -> Mark {
 /// # Panics
 ///
 /// Where the sink fails.
+#[must_use]
 pub fn load_memory(plan: &Plan, sink: &Sink, source: &Source) -> Sample {
     sink.rewind().expect("a sink can be rewound");
     let file = sink.file().expect("an fd can be duplicated");
@@ -78,6 +79,7 @@ pub fn load_memory(plan: &Plan, sink: &Sink, source: &Source) -> Sample {
 /// # Panics
 ///
 /// Where the sink or a socket fails.
+#[must_use]
 pub fn load_sockets(plan: &Plan, sink: &Sink, source: &Source, wire: Wire) -> Sample {
     sink.rewind().expect("a sink can be rewound");
     let file = sink.file().expect("an fd can be duplicated");
@@ -112,6 +114,7 @@ pub fn load_sockets(plan: &Plan, sink: &Sink, source: &Source, wire: Wire) -> Sa
 /// # Panics
 ///
 /// Where the file fails.
+#[must_use]
 pub fn save(plan: &Plan, sink: &Sink) -> Sample {
     sink.rewind().expect("a sink can be rewound");
     let mut file = sink.file().expect("an fd can be duplicated");

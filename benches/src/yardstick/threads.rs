@@ -132,6 +132,7 @@ impl Shared {
 /// # Panics
 ///
 /// Where a sink fails.
+#[must_use]
 pub fn load_memory(plan: &Plan, sinks: &[Sink], source: &Source) -> Sample {
     let shared = Shared::new(plan);
     let tickets = Tickets::default();
