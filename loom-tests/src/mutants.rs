@@ -95,10 +95,10 @@ pub fn run(workspace: &Path, filter: &str) -> Result<bool, String> {
         .collect();
     files.sort_unstable();
     files.dedup();
-    if let Some((model, _)) = first_red(&models::build(&copy, &target, &files)?)? {
-        return Err(format!("{model} is red without a mutant"));
+    if let Some((model, how)) = first_red(&models::build(&copy, &target, &files)?)? {
+        return Err(format!("{model} is red without a mutant: {how}"));
     }
-    let (mut killed, mut hung, mut explained, mut survived) = (0, 0, 0, 0);
+    let mut count = Count::default();
     let began = Instant::now();
     for mutant in &mutants {
         let began = Instant::now();
@@ -106,82 +106,104 @@ pub fn run(workspace: &Path, filter: &str) -> Result<bool, String> {
         let failed = |error| format!("{}: {error}", path.display());
         let shipped = fs::read(&path).map_err(failed)?;
         fs::write(&path, &mutant.text).map_err(failed)?;
-        let files = FILES.iter().find(|(module, _)| *module == mutant.module);
-        let files = files.expect("mutants are made of these modules").1;
-        // One file after the other: most mutants are dead after the first.
-        let mut red = None;
-        for file in files {
-            let built = models::build(&copy, &target, &[file]);
-            let built =
-                built.map_err(|error| format!("{} does not build:\n{error}", mutant.name))?;
-            red = first_red(&built)?;
-            if red.is_some() {
-                break;
-            }
-        }
+        let fate = fate(mutant, &copy, &target);
         fs::write(&path, shipped).map_err(failed)?;
         let took = began.elapsed().as_secs_f64();
-        let known = EXPLAINED.iter().find(|(name, _)| *name == mutant.name);
-        match (red, known) {
-            (Some((model, how)), None) => {
-                killed += 1;
-                hung += usize::from(how == "hang");
-                println!("killed   {} by {model} ({how}) {took:.1} s", mutant.name);
+        let name = &mutant.name;
+        let known = EXPLAINED.iter().find(|(known, _)| known == name);
+        match (fate, known) {
+            (Ok(Some((model, how))), None) => {
+                count.killed += 1;
+                count.hung += usize::from(how == HANG);
+                println!("killed   {name} by {model} in {took:.1} s: {how}");
             }
-            (Some((model, how)), Some(_)) => {
-                survived += 1;
-                println!(
-                    "KILLED   {} by {model} ({how}), which is explained as a survivor",
-                    mutant.name
-                );
+            (Ok(Some((model, how))), Some(_)) => {
+                count.wrong += 1;
+                println!("KILLED   {name} by {model}, but its survival is explained: {how}");
             }
-            (None, Some((_, why))) => {
-                explained += 1;
-                println!("survived {} {took:.1} s\n         {why}", mutant.name);
+            (Ok(None), Some((_, why))) => {
+                count.explained += 1;
+                println!("survived {name} in {took:.1} s\n         {why}");
             }
-            (None, None) => {
-                survived += 1;
-                println!("SURVIVED {} {took:.1} s", mutant.name);
+            (Ok(None), None) => {
+                count.wrong += 1;
+                println!("SURVIVED {name} in {took:.1} s");
+            }
+            (Err(problem), _) => {
+                count.wrong += 1;
+                println!("BROKEN   {name}\n{problem}");
             }
         }
     }
     println!(
-        "{} mutants in {:.0} s: {killed} killed ({hung} by a hang), {explained} survived as \
-         explained, {survived} unexplained",
+        "{} mutants in {:.0} s: {} killed ({} of them by a hang), {} survived as explained, {} \
+         otherwise",
         mutants.len(),
         began.elapsed().as_secs_f64(),
+        count.killed,
+        count.hung,
+        count.explained,
+        count.wrong,
     );
-    Ok(survived == 0)
+    Ok(count.wrong == 0)
 }
 
-/// The first model that is red, and how. No other is waited for.
-fn first_red(all: &[models::Model]) -> Result<Option<(String, &'static str)>, String> {
+/// How many mutants had which fate.
+#[derive(Default)]
+struct Count {
+    killed: usize,
+    hung: usize,
+    explained: usize,
+    /// Survived without a reason, died in spite of one, or could not be built.
+    wrong: usize,
+}
+
+/// A red model's name, and what it said.
+type Red = (String, String);
+
+/// Builds and runs one test file after the other, for most mutants are dead after the first.
+/// Returns the first red model.
+fn fate(mutant: &Mutant, copy: &Path, target: &Path) -> Result<Option<Red>, String> {
+    let files = FILES.iter().find(|(module, _)| *module == mutant.module);
+    for file in files.expect("mutants are made of these modules").1 {
+        let red = first_red(&models::build(copy, target, &[file])?)?;
+        if red.is_some() {
+            return Ok(red);
+        }
+    }
+    Ok(None)
+}
+
+/// What is said of a model that did not end.
+const HANG: &str = "a hang";
+
+/// The first model that is red. No other is waited for.
+fn first_red(all: &[models::Model]) -> Result<Option<Red>, String> {
     let red = Mutex::new(None);
     models::run_all(all, |model, outcome, _took: Duration| {
         let how = match outcome {
             Outcome::Passed => return true,
             Outcome::Failed(output) => how(output),
-            Outcome::Hung => "hang",
+            Outcome::Hung => HANG,
         };
-        let name = format!("{}::{}", model.file, model.name);
-        *red.lock().expect("a report does not panic") = Some((name, how));
+        let red_one = (format!("{}::{}", model.file, model.name), how.to_owned());
+        *red.lock().expect("a report does not panic") = Some(red_one);
         false
     })?;
     Ok(red.into_inner().expect("a report does not panic"))
 }
 
-/// What loom, or the model, said.
-fn how(output: &str) -> &'static str {
-    let signs = [
-        ("deadlock; threads", "deadlock"),
-        ("maximum number of branches", "hang"),
-        ("Causality violation", "race"),
-        ("Concurrent", "race"),
-        ("leaked", "leak"),
-        ("SIGSEGV", "crash"),
-    ];
-    let sign = signs.iter().find(|(text, _)| output.contains(text));
-    sign.map_or("assertion", |(_, how)| how)
+/// The first thing that loom, or the model, said.
+fn how(output: &str) -> &str {
+    let mut lines = output.lines().map(str::trim);
+    let said = lines
+        .find(|line| line.contains("panicked at"))
+        .and_then(|_| lines.find(|line| !line.is_empty()));
+    match said {
+        Some(line) if line.contains("maximum number of branches") => HANG,
+        Some(line) => line.split(';').next().unwrap_or(line),
+        None => "a crash",
+    }
 }
 
 /// A module's path.

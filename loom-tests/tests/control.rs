@@ -4,7 +4,8 @@
 //! | model | goes red when |
 //! |---|---|
 //! | `the_drivers_result_is_seen` | either side of the flag edge is gone |
-//! | `a_second_setter_sees_the_firsts_doing` | `set` does not acquire |
+//! | `a_stop_carries_what_came_before` | `stop` is Relaxed |
+//! | `a_second_setter_sees_the_firsts_doing` | `set` neither acquires nor notifies |
 //! | `a_flag_passes_on_what_others_set_before` | `set` stores instead of or-ing |
 //! | `a_config_notice_ends_the_wait` | `set` does not notify, or the flag is not looked at |
 //! | `of_two_config_notices_one_is_the_first` | `set` tells both, or neither |
@@ -81,6 +82,25 @@ fn the_drivers_result_is_seen() {
         assert_eq!(device.control.wait_drained(), Ok(()));
         device.look();
         driver.join().unwrap();
+    });
+}
+
+/// One thread acts and cancels, another asks whether to stop. 2 threads, 2 preemptions.
+#[test]
+fn a_stop_carries_what_came_before() {
+    model(|| {
+        let device = device();
+        let other = thread::spawn({
+            let device = Arc::clone(&device);
+            move || {
+                device.act();
+                device.control.quit();
+            }
+        });
+        if device.control.stop().is_some() {
+            device.look();
+        }
+        other.join().unwrap();
     });
 }
 

@@ -177,21 +177,29 @@ fn the_end_carries_what_came_before() {
     });
 }
 
-/// The driver closes, a channel waits. 2 threads, no packet, 2 preemptions.
+/// The driver closes, a channel waits for a packet whose segment is in place, or is not. 2 threads,
+/// no packet, 2 preemptions.
 #[test]
 fn a_closing_reaches_a_waiting_channel() {
-    model(|| {
-        let (shared, [driver, channel]) = shared(0);
-        let channel = channel.spawn({
-            let shared = Arc::clone(&shared);
-            move |me| shared.queue.take(None, || me.pin())
+    for next in [SEGMENT - 1, SEGMENT] {
+        model(move || {
+            let (shared, [driver, channel]) = shared(0);
+            for number in 0..next {
+                let packet = || aside(number.into());
+                assert_eq!(shared.queue.publish(packet(), &driver.pin()), Ok(()));
+                let taken = shared.queue.try_take(&channel.pin());
+                assert_eq!(taken, Some(Ticket::Packet(packet())));
+            }
+            let channel = channel.spawn({
+                let shared = Arc::clone(&shared);
+                move |me| shared.queue.take(None, || me.pin())
+            });
+            let left = |_| panic!("nothing was left");
+            shared.queue.close(&driver.pin(), left);
+            let (taken, _channel) = channel.join().unwrap();
+            assert_eq!(taken, Some(Ticket::Closed));
         });
-        shared
-            .queue
-            .close(&driver.pin(), |_| panic!("nothing was published"));
-        let (taken, _channel) = channel.join().unwrap();
-        assert_eq!(taken, Some(Ticket::Closed));
-    });
+    }
 }
 
 /// A third thread closes while the driver publishes into a new segment and a channel waits. 3

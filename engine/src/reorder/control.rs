@@ -19,7 +19,7 @@
 //!
 //! | edge | release side     | acquire side                      | what it carries                       |
 //! |------|------------------|-----------------------------------|---------------------------------------|
-//! | flag | `Control::set`   | `Control::has`                    | all that the setter did before        |
+//! | flag | `Control::set`   | `Control::has`, and `Control::set` where another was the first | all that the setter did before |
 
 use std::{
     fmt,
@@ -70,8 +70,10 @@ impl Control {
 
     /// Sets a flag and wakes who waits here. Returns whether it was this call that set it.
     fn set(&self, flag: u32) -> bool {
-        // flag edge, release side; and acquire, so that the flags set before by others are passed
-        // on to whoever sees this one.
+        // flag edge, release side; and acquire, for the one who learns that another was the first.
+        // (No model misses this acquire: the fence in the notification behind it is one too. What
+        // setters before did reaches whoever sees this flag in any case: a read-modify-write goes
+        // on with their release.)
         let before = self.word.fetch_or(flag, AcqRel);
         self.changed.notify_all();
         before & flag == 0

@@ -138,18 +138,21 @@ impl Inbox {
     }
 
     /// The idx that the device needs next, or a while ago.
+    #[must_use]
     pub fn next(&self) -> u32 {
         // Relaxed: it only grows, and whoever acts on it is told by the slot when it is late.
         u32::try_from(self.next.load(Relaxed)).unwrap_or(u32::MAX)
     }
 
     /// The config packet's idx, once it is known: how many data packets there are.
+    #[must_use]
     pub fn config_index(&self) -> Option<u32> {
         // Relaxed: set once.
         Extent(self.extent.load(Relaxed)).decode().1
     }
 
     /// Whether `index` is near enough to `next` to be held.
+    #[must_use]
     pub fn in_window(&self, index: u32) -> bool {
         u64::from(index) < u64::from(self.next()) + u64::from(self.window)
     }

@@ -20,7 +20,7 @@
 //! | edge   | release side       | acquire side          | what it carries                     |
 //! |--------|--------------------|-----------------------|-------------------------------------|
 //! | ticket | [`Queue::take`]    | [`Queue::take`]       | nothing: the slot has its own edge  |
-//! | end    | [`Queue::end`]     | [`Queue::take`]       | the length of the sequence          |
+//! | end    | [`Queue::end`]     | [`Queue::take`]       | the length, and the driver's doings |
 
 use std::{fmt, time::Instant};
 

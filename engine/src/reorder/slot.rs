@@ -240,6 +240,7 @@ impl Slot {
     }
 
     /// Whether a packet, or an end, is here to be taken. For the re-check before a sleep.
+    #[must_use]
     pub fn is_ready(&self) -> bool {
         // Relaxed: the sleeper's fence comes before this load, and `take` confirms it.
         matches!(

@@ -25,6 +25,19 @@
 //! | link    | `Segment::next_or_link`, the exchange | every walk                | a new segment's contents |
 //! | finish  | [`Table::finish`], the decrement | `Table::retire`                | the takers are done with the segment |
 //! | unlink  | `Table::retire`, the exchange    | every walk's load of the head  | the next segment's contents |
+//!
+//! Four of these are stronger than they must be, and no model turns red without them:
+//!
+//! - The finish edge. What it carries, the epochs carry as well: whoever takes a slot holds a guard
+//!   from before it looks at the segment until after it has finished, and a segment is freed only
+//!   behind every guard that was there when it was unlinked. The count alone decides who unlinks,
+//!   and a read-modify-write needs no ordering to count.
+//! - The acquire of an exchange of a link that succeeds, in `Segment::next_or_link` and in
+//!   [`Table::close`]. It reads the null that the segment was made with, which the link edge to that
+//!   segment has carried already.
+//!
+//! They stay: each costs nothing next to what it accompanies, once for each packet at most, and
+//! without them the reasons above would have to hold for ever.
 #![expect(unsafe_code, reason = "dereferences epoch-protected segments")]
 
 use std::fmt;
@@ -118,7 +131,7 @@ impl Segment {
         // link edge, acquire side.
         let mut next = self.next.load(Acquire, guard);
         if next.is_null() && next.tag() != CLOSED {
-            // link edge, release side; and acquire, for the one who was faster.
+            // link edge, release side; and acquire, where another was faster.
             let linked = Owned::new(Self::new(base));
             next = self
                 .next
@@ -199,6 +212,7 @@ impl Table {
     }
 
     /// The slot of `index`, if its segment is in place.
+    #[must_use]
     pub fn slot<'g>(&self, index: u32, guard: &'g Guard) -> Option<&'g Slot> {
         let segment = self.find(index, guard)?;
         Some(&segment.slots[(index - segment.base) as usize])

@@ -93,7 +93,7 @@ pub(super) const HAND_WRITTEN: &[HandWritten] = &[
         "pool",
         "reserve swaps",
         ".compare_exchange(0, 1, Acquire, Relaxed)",
-        ".swap(1, Acquire).checked_add(0)",
+        ".swap(1, Acquire).checked_add(0).ok_or(0)",
     ),
     mutant(
         "pool",
@@ -491,5 +491,21 @@ pub(super) const HAND_WRITTEN: &[HandWritten] = &[
     ),
 ];
 
-/// The survivors that are left, by name, each with why.
-pub(super) const EXPLAINED: &[Explained] = &[];
+/// Why a weaker finish edge survives.
+const FINISH: &str = "the takers' guards order a segment's end behind their accesses";
+/// Why a link's exchange needs no acquire where it succeeds.
+const LINK: &str = "it reads the null that the segment was made with, which the walk has acquired";
+
+/// The survivors that are left, by name, each with why. The module's header has the argument.
+pub(super) const EXPLAINED: &[Explained] = &[
+    ("table: next_or_link: AcqRel to Release", LINK),
+    ("table: finish: AcqRel to Relaxed", FINISH),
+    ("table: finish: AcqRel to Acquire", FINISH),
+    ("table: finish: AcqRel to Release", FINISH),
+    ("table: retire: Acquire to Relaxed", FINISH),
+    ("table: close: Acquire to Relaxed", LINK),
+    (
+        "control: set: AcqRel to Release",
+        "the notification's fence is behind it, and makes an acquire of what it read",
+    ),
+];
