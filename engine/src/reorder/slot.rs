@@ -30,7 +30,7 @@
 use std::fmt;
 
 use crate::{
-    reorder::pool::Piece,
+    reorder::pool::{Piece, Pool},
     sync::atomic::{
         AtomicU64,
         Ordering::{Acquire, Relaxed, Release},
@@ -64,6 +64,15 @@ pub struct Packet {
     pub config: bool,
     /// Whether another piece of the same packet follows.
     pub more: bool,
+}
+
+impl Packet {
+    /// Gives the packet's memory back to the pool that it came from.
+    pub fn recycle(self, pool: &Pool) {
+        if let Payload::Piece(piece) = self.payload {
+            drop(Pool::adopt(pool, piece));
+        }
+    }
 }
 
 /// Where a slot is in its life. Declaration order is life order.

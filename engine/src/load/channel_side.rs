@@ -1,0 +1,286 @@
+//! Channel side: what a thread that brings packets does with each, from its header to its slot.
+//!
+//! ```text
+//!   announce ─▶ admit ─▶ lease (waits for room) ─▶ the caller fills it ─▶ publish ─▶ ring the bell
+//! ```
+
+use super::*;
+
+/// A packet that has been announced: its header, and the device that it is for.
+pub(crate) struct Incoming {
+    pub(crate) device: Arc<LoadDevice>,
+    pub(crate) index: u32,
+    pub(crate) config: bool,
+    /// Bytes of data still to come.
+    remaining: usize,
+    /// Whether nothing of it has been published yet.
+    first: bool,
+}
+
+/// What a thread that brings packets has of its own: `!Sync`, one for each.
+pub(crate) struct LoadInlet {
+    load: Arc<Load>,
+    epoch: LocalHandle,
+    packer: Packer<Arc<Pool>>,
+    /// The device of the packet before: most packets are for the same.
+    recent: Option<Arc<LoadDevice>>,
+    counters: Arc<ChannelCounters>,
+}
+
+impl LoadInlet {
+    pub(crate) fn new(load: Arc<Load>, counters: Arc<ChannelCounters>) -> Self {
+        let epoch = load.collector.register();
+        let packer = Packer::new(load.pool.clone());
+        Self {
+            load,
+            epoch,
+            packer,
+            recent: None,
+            counters,
+        }
+    }
+
+    fn device(&mut self, idstr: &[u8], instance: u32) -> Result<Arc<LoadDevice>> {
+        if let Some(recent) = &self.recent
+            && recent.id.idstr().as_bytes() == idstr
+            && recent.id.instance() == instance
+            && recent.control.stop().is_none()
+        {
+            return Ok(recent.clone());
+        }
+        let route = self.load.router.get(idstr, instance, &self.epoch.pin());
+        match route.as_deref() {
+            Some(Route::Device(device)) => {
+                self.recent = Some(device.clone());
+                Ok(device.clone())
+            }
+            Some(Route::NotMultifd(id)) => {
+                Err(Error::protocol(Violation::MultifdNotInUse).on_device(id))
+            }
+            None => Err(Error::protocol(Violation::UnknownDevice {
+                idstr: idstr.escape_ascii().to_string(),
+                instance,
+            })),
+        }
+    }
+
+    /// Finds the device of a packet, and checks its length. Nothing is remembered of it yet.
+    ///
+    /// # Errors
+    ///
+    /// [`Violation::UnknownDevice`], [`Violation::MultifdNotInUse`],
+    /// [`Violation::PacketTooLarge`].
+    pub(crate) fn announce(
+        &mut self,
+        (idstr, instance): (&[u8], u32),
+        header: wire::PacketHeader,
+        data_len: usize,
+    ) -> Result<Incoming> {
+        let wire::PacketHeader { index, config } = header;
+        let device = self
+            .device(idstr, instance)
+            .map_err(|error| error.at_index(index))?;
+        let max = self.load.settings.max_packet;
+        let len = data_len.saturating_add(wire::PACKET_HEADER_LEN);
+        if len > max as usize {
+            let len = u32::try_from(len).unwrap_or(u32::MAX);
+            let violation = Violation::PacketTooLarge { len, max };
+            return Err(device.refuse(violation, index));
+        }
+        Ok(Incoming {
+            device,
+            index,
+            config,
+            remaining: data_len,
+            first: true,
+        })
+    }
+
+    /// Checks a packet's idx against all that came before, and remembers it.
+    ///
+    /// # Errors
+    ///
+    /// The rule that it breaks.
+    pub(crate) fn admit(&self, packet: &Incoming) -> Result<()> {
+        let (device, index) = (&packet.device, packet.index);
+        let admitted = device.inbox.admit(index, packet.config);
+        admitted.map_err(|violation| device.refuse(violation, index))?;
+        trace::load_state_device_buffer_incoming(&device.id, index);
+        Ok(())
+    }
+
+    /// Memory for the rest of a packet, or for as much of it as can be had: at most a
+    /// buffer, and for the packet that the device needs next at the least its reserve. `None` where
+    /// there is none now.
+    pub(crate) fn try_lease(&mut self, packet: &Incoming) -> Result<Option<Buffer>> {
+        if let Some(error) = self.stopped(&packet.device) {
+            return Err(error);
+        }
+        let inbox = &packet.device.inbox;
+        if !inbox.in_window(packet.index) {
+            return Ok(None);
+        }
+        let layout = self.load.pool.layout();
+        if layout.buffers > 0
+            && let Some(lease) = self.packer.lease(packet.remaining.min(layout.buffer_len))
+        {
+            return Ok(Some(lease));
+        }
+        if inbox.next() != packet.index {
+            return Ok(None);
+        }
+        let reserve = Pool::reserve(self.load.pool.clone(), packet.device.ordinal);
+        Ok(reserve.map(|mut lease| {
+            lease.truncate(packet.remaining.min(lease.size()));
+            lease
+        }))
+    }
+
+    /// As [`LoadInlet::try_lease`], waiting for it. Ends with memory, or the packet's or the load's end.
+    pub(crate) fn lease(&mut self, packet: &Incoming) -> Result<Buffer> {
+        if let Some(lease) = self.try_lease(packet)? {
+            return Ok(lease);
+        }
+        // A buffer that is not full would be held for as long as the wait lasts.
+        self.packer.release();
+        let since = Instant::now();
+        let load = self.load.clone();
+        let found = load.room.wait(None, || {
+            if packet.index < packet.device.inbox.next() {
+                return Some(Err(packet
+                    .device
+                    .refuse(Violation::IndexAlreadyWritten, packet.index)));
+            }
+            self.try_lease(packet).transpose()
+        });
+        self.counters.blocked.add_time(since.elapsed());
+        found.expect("a wait without a deadline ends with a look")
+    }
+
+    /// Publishes what a lease of this packet was filled with.
+    pub(crate) fn publish(&mut self, packet: &mut Incoming, lease: Buffer) -> Result<()> {
+        let len = lease.size();
+        let filled = Packet {
+            payload: Payload::Piece(lease.into_piece()),
+            config: packet.config,
+            more: len < packet.remaining,
+        };
+        self.hand_over(packet, filled, len)
+    }
+
+    /// Publishes a packet without data.
+    pub(crate) fn publish_empty(&mut self, packet: &mut Incoming) -> Result<()> {
+        let filled = Packet {
+            payload: Payload::Empty,
+            config: packet.config,
+            more: false,
+        };
+        self.hand_over(packet, filled, 0)
+    }
+
+    fn hand_over(&mut self, packet: &mut Incoming, filled: Packet, len: usize) -> Result<()> {
+        let device = packet.device.clone();
+        let index = packet.index;
+        let published = if packet.first {
+            device.counters.published();
+            let guard = self.epoch.pin();
+            device.inbox.publish(index, filled, &guard)
+        } else {
+            self.publish_rest(&device, index, filled)
+        };
+        match published {
+            Publish::Published => {}
+            Publish::Duplicate(filled) | Publish::Full(filled) => {
+                filled.recycle(&self.load.pool);
+                return Err(device.refuse(Violation::DuplicateIndex, index));
+            }
+            Publish::Closed(filled) => {
+                filled.recycle(&self.load.pool);
+                let stopped = self.stopped(&device);
+                return Err(stopped.unwrap_or_else(|| Error::cancelled(Phase::Receive)));
+            }
+        }
+        let driver = &self.load.driver;
+        driver.wake_if(device.inbox.ring(index, &driver.doorbell));
+        packet.first = false;
+        packet.remaining -= len;
+        self.counters.bytes.add(len as u64);
+        Ok(())
+    }
+
+    /// Publishes a further piece, once the one before has been taken. Ends with that, or with the
+    /// load.
+    fn publish_rest(&mut self, device: &LoadDevice, index: u32, filled: Packet) -> Publish {
+        let load = self.load.clone();
+        let mut waiting = Some(filled);
+        let found = load.room.wait(None, || {
+            let filled = waiting.take().expect("put back below");
+            if self.stopped(device).is_some() {
+                return Some(Publish::Closed(filled));
+            }
+            match device.inbox.publish_rest(index, filled, &self.epoch.pin()) {
+                Publish::Full(filled) => {
+                    waiting = Some(filled);
+                    None
+                }
+                done => Some(done),
+            }
+        });
+        found.expect("a wait without a deadline ends with a look")
+    }
+
+    /// Why nothing more should be received for `device`, if so.
+    fn stopped(&self, device: &LoadDevice) -> Option<Error> {
+        if let Some(error) = self.load.failure() {
+            return Some(error);
+        }
+        device
+            .control
+            .stop()
+            .map(|_| Error::cancelled(Phase::Receive).on_device(&device.id))
+    }
+
+    /// The load that it brings packets for.
+    pub(crate) fn load(&self) -> &Arc<Load> {
+        &self.load
+    }
+}
+
+impl Inlet for LoadInlet {
+    type Packet = Incoming;
+
+    fn announce(
+        &mut self,
+        name: (&[u8], u32),
+        header: wire::PacketHeader,
+        data_len: usize,
+    ) -> Result<Incoming> {
+        let packet = self.announce(name, header, data_len)?;
+        self.admit(&packet)?;
+        Ok(packet)
+    }
+
+    fn remaining(&self, packet: &Incoming) -> usize {
+        packet.remaining
+    }
+
+    fn lease(&mut self, packet: &Incoming) -> Result<Buffer> {
+        self.lease(packet)
+    }
+
+    fn publish(&mut self, packet: &mut Incoming, filled: Buffer) -> Result<()> {
+        self.publish(packet, filled)
+    }
+
+    fn publish_empty(&mut self, packet: &mut Incoming) -> Result<()> {
+        self.publish_empty(packet)
+    }
+
+    fn rest(&mut self) {
+        self.packer.release();
+    }
+
+    fn counters(&self) -> &ChannelCounters {
+        &self.counters
+    }
+}

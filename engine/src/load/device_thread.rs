@@ -1,0 +1,117 @@
+//! The device's thread: everything of a load but the bytes, and the main thread's calls beside it.
+//!
+//! ```text
+//!   RESUMING ─▶ attach the flow ─▶ wait for the driver ─▶ (wait for the notice) ─▶ config ─▶ STOP
+//! ```
+
+use super::*;
+
+/// The device's thread: everything of a load but the bytes. Returns once the device is loaded, put
+/// back, or given up; never touches a device that a transfer is stuck in.
+pub(crate) fn serve_device(
+    load: &Arc<Load>,
+    shared: &Arc<LoadDevice>,
+    device: &mut Device,
+    set_up: impl FnOnce(Result<()>),
+) -> Result<()> {
+    let id = &shared.id;
+    trace::load_bufs_thread_start(id);
+    let result = set_up_device(load, shared, device);
+    set_up(result.clone());
+    let result = result.and_then(|()| finish_load(load, shared, device));
+    if let Err(error) = &result
+        && *error.kind() != ErrorKind::Stuck
+        && device.state() == DeviceState::Resuming
+    {
+        // Where the switchover never began the main channel's side still has the fd.
+        drop(lock(&shared.iterable).take());
+        // A RESUMING session is ended only so. The first error is the one to report; a reset that
+        // fails makes the device lost, and it says so from now on.
+        let _lost = device.reset();
+    }
+    trace::load_bufs_thread_end(id);
+    result
+}
+
+fn set_up_device(load: &Arc<Load>, shared: &Arc<LoadDevice>, device: &mut Device) -> Result<()> {
+    trace::load_setup(&shared.id);
+    let since = Instant::now();
+    let before = device.state();
+    device.set_state(DeviceState::Resuming, Recover::State(before))?;
+    shared.counters.phases.set_state.add_time(since.elapsed());
+    let fd = device.lend()?;
+    *lock(&shared.iterable) = Some(fd.clone());
+    let flow = LoadFlow::new(load.clone(), shared.clone(), fd);
+    let attached = load.driver.attach(shared.ordinal, flow);
+    attached.map_err(|_flow| Error::cancelled(Phase::Setup).on_device(&shared.id))
+}
+
+fn finish_load(load: &Load, shared: &LoadDevice, device: &mut Device) -> Result<()> {
+    let cancelled = |_stop| Error::cancelled(Phase::Config).on_device(&shared.id);
+    let config = wait_for_driver(load, shared)?;
+    let body = wire::config_body(&config).map_err(|error| error.on_device(&shared.id))?;
+    if load.settings.config_after_iterables {
+        shared.control.wait_config_ready().map_err(cancelled)?;
+    } else if let Some(stop) = shared.control.stop() {
+        return Err(cancelled(stop));
+    }
+    let since = Instant::now();
+    let mut rest = body;
+    device.load_config(&mut rest)?;
+    shared.counters.phases.config.add_time(since.elapsed());
+    if !rest.is_empty() {
+        let violation = Violation::ConfigTrailing(rest.len() as u64);
+        return Err(Error::protocol(violation)
+            .in_phase(Phase::Config)
+            .on_device(&shared.id));
+    }
+    if load.settings.stop_after_load {
+        let since = Instant::now();
+        device.set_state(DeviceState::Stop, Recover::Reset)?;
+        shared.counters.phases.stop.add_time(since.elapsed());
+    }
+    Ok(())
+}
+
+/// The driver's result. Ends with it; or, after a stop, with the grace time.
+fn wait_for_driver(load: &Load, shared: &LoadDevice) -> Drained {
+    if shared.control.wait_drained().is_err() {
+        // The driver bounds its own part by the grace time.
+        let until = Instant::now() + load.settings.grace + SLACK;
+        if !shared.control.wait_drained_until(until) {
+            return Err(Error::new(ErrorKind::Stuck, Phase::Load).on_device(&shared.id));
+        }
+    }
+    let drained = lock(&shared.drained).take();
+    drained.expect("the driver leaves its result before it says so")
+}
+
+/// Writes iterable data, which comes over the main channel, into the device: in the caller's
+/// thread, and only before the switchover starts.
+pub(crate) fn write_iterable(shared: &LoadDevice, bytes: &[u8]) -> Result<()> {
+    let fail = |kind| Error::new(kind, Phase::Section).on_device(&shared.id);
+    let fd = lock(&shared.iterable);
+    let Some(fd) = &*fd else {
+        let kind = ErrorKind::Config("iterable data outside setup and switchover");
+        return Err(fail(kind));
+    };
+    let mut rest = bytes;
+    // Each round writes a byte at least, or ends.
+    while !rest.is_empty() {
+        match nix::unistd::write(fd, rest) {
+            Ok(0) => return Err(fail(ErrorKind::Device).caused_by(io::ErrorKind::WriteZero)),
+            Ok(count) => rest = &rest[count..],
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(errno) => return Err(fail(ErrorKind::Device).caused_by(errno)),
+        }
+    }
+    Ok(())
+}
+
+/// The switchover starts: all iterable data is in the device.
+pub(crate) fn start(load: &Load, shared: &LoadDevice) {
+    drop(lock(&shared.iterable).take());
+    if shared.control.start() {
+        load.driver.wake();
+    }
+}

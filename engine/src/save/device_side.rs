@@ -1,0 +1,237 @@
+//! Device side: the driver's part, from a device's data fd to the queue.
+//!
+//! ```text
+//!   lease ─▶ submit reads, linked ─▶ … ─▶ write each packet's headers in front of its data ─▶ publish
+//! ```
+
+use super::*;
+
+/// One device's bytes on their way out of its data fd. The driver's.
+pub(crate) struct SaveFlow {
+    save: Arc<Save>,
+    device: Arc<SaveDevice>,
+    lane: Lane,
+    packer: Packer<Arc<Pool>>,
+    /// Memory that was leased and not used.
+    spare: Vec<Buffer>,
+    /// How many reads to link: more while they come back full.
+    depth: usize,
+    next: u32,
+    ended: bool,
+    started: Instant,
+    starved: Option<Instant>,
+    /// Last, so that the lane has given the data fd back before the result is there.
+    outcome: Outcome,
+}
+
+/// Leaves a flow's result when it goes away, however it does.
+struct Outcome {
+    save: Arc<Save>,
+    device: Arc<SaveDevice>,
+    drained: Option<Result<()>>,
+}
+
+impl Drop for Outcome {
+    fn drop(&mut self) {
+        let unfinished = || {
+            let kind = ErrorKind::Internal("the driver ended before this device's transfer");
+            Err(Error::new(kind, Phase::Save).on_device(&self.device.id))
+        };
+        let drained = self.drained.take().unwrap_or_else(unfinished);
+        let done = drained.is_ok();
+        *lock(&self.device.drained) = Some(drained);
+        self.device.control.drained();
+        // AcqRel: the last one ends the sequence that all have published to; and all are the
+        // driver's.
+        if done && self.save.unfinished.fetch_sub(1, AcqRel) == 1 {
+            self.save.queue.end();
+        }
+    }
+}
+
+impl SaveFlow {
+    pub(super) fn new(save: Arc<Save>, device: Arc<SaveDevice>, fd: Fd) -> Self {
+        Self {
+            lane: Lane::new(fd, Direction::Read, device.ordinal),
+            packer: Packer::new(save.pool.clone()),
+            outcome: Outcome {
+                save: save.clone(),
+                device: device.clone(),
+                drained: None,
+            },
+            save,
+            device,
+            spare: Vec::with_capacity(CHAIN as usize),
+            depth: 2,
+            next: 0,
+            ended: false,
+            started: Instant::now(),
+            starved: None,
+        }
+    }
+
+    fn error(&self, kind: ErrorKind) -> Error {
+        Error::new(kind, Phase::Save)
+            .on_device(&self.device.id)
+            .at_index(self.next)
+    }
+
+    /// Leases up to `depth` buffers.
+    fn lease(&mut self) {
+        while self.spare.len() < self.depth {
+            let Some(mut buffer) = self.packer.lease(HEADROOM + self.device.data_len) else {
+                return;
+            };
+            buffer.advance(HEADROOM);
+            self.spare.push(buffer);
+        }
+    }
+
+    /// Encodes a packet's headers in front of its data, and publishes it.
+    fn publish(&mut self, mut buffer: Buffer, len: usize, guard: &Guard) -> Result<()> {
+        if self.next == wire::INVALID_INDEX {
+            return Err(self.error(ErrorKind::Config("more packets than idx can count")));
+        }
+        buffer.retreat(HEADROOM);
+        self.packer.shorten(&mut buffer, HEADROOM + len);
+        let data_len = u32::try_from(len).expect("a buffer is far below 4 GiB");
+        let headers = wire::encode_packet(&self.device.key, self.next, false, data_len);
+        let bytes = buffer.bytes_mut();
+        bytes[..4].copy_from_slice(&self.device.ordinal.to_be_bytes());
+        bytes[HEADERS..HEADROOM].copy_from_slice(&headers);
+        self.device.counters.published();
+        let packet = Packet {
+            payload: Payload::Piece(buffer.into_piece()),
+            config: false,
+            more: false,
+        };
+        self.hand_over(packet, guard)?;
+        self.next += 1;
+        Ok(())
+    }
+
+    fn hand_over(&self, packet: Packet, guard: &Guard) -> Result<()> {
+        self.save.queue.publish(packet, guard).map_err(|packet| {
+            packet.recycle(&self.save.pool);
+            self.error(ErrorKind::Cancelled)
+        })
+    }
+
+    /// Publishes the config packet, whose idx is the count of the others.
+    fn publish_config(&self, guard: &Guard) -> Result<()> {
+        let config = self.device.config.get().expect("its notice came");
+        let data_len = u32::try_from(config.len()).expect("bounded when it was saved");
+        let headers = wire::encode_packet(&self.device.key, self.next, true, data_len);
+        self.device
+            .config_headers
+            .set(headers)
+            .expect("a device has one config packet");
+        self.device.counters.published();
+        let packet = Packet {
+            payload: Payload::Aside(self.device.ordinal.into()),
+            config: true,
+            more: false,
+        };
+        self.hand_over(packet, guard)
+    }
+}
+
+impl Flow for SaveFlow {
+    fn lane(&mut self) -> &mut Lane {
+        &mut self.lane
+    }
+
+    fn complete(
+        &mut self,
+        completion: Completion<Buffer>,
+        ring: &mut dyn Ring<Buffer>,
+    ) -> Progress {
+        self.lane.complete(completion, ring, &self.device.counters)
+    }
+
+    fn stop(&self) -> Option<Error> {
+        let _quit_or_exit = self.device.control.stop()?;
+        Some(self.error(ErrorKind::Cancelled))
+    }
+
+    fn pump(&mut self, context: &mut Context<'_>) -> Pump {
+        if self.ended {
+            if !self.device.control.is_config_ready() {
+                return Pump::Held;
+            }
+            return Pump::Finished(self.publish_config(context.guard));
+        }
+        self.lease();
+        if self.spare.is_empty() {
+            return Pump::Held;
+        }
+        if let Some(since) = self.starved.take() {
+            self.device.counters.starved.add_time(since.elapsed());
+        }
+        let (next, batch) = (self.next, self.spare.drain(..));
+        let numbered = (next..).zip(batch);
+        self.lane
+            .submit(numbered, context.ring, &self.device.counters);
+        Pump::Busy
+    }
+
+    fn batch_done(&mut self, filled: Vec<Filled>, guard: &Guard) -> Result<()> {
+        let whole = filled
+            .iter()
+            .all(|filled| filled.len == self.device.data_len);
+        for Filled { buffer, len, end } in filled {
+            if end {
+                self.ended = true;
+                let phases = &self.device.counters.phases;
+                phases.transfer.add_time(self.started.elapsed());
+            }
+            if len > 0 {
+                self.publish(buffer, len, guard)?;
+            } else if !self.ended {
+                self.spare.push(buffer);
+            }
+        }
+        self.depth = if whole {
+            (self.depth * 2).min(CHAIN as usize / 2)
+        } else {
+            1
+        };
+        self.spare.truncate(self.depth);
+        if self.ended {
+            self.spare.clear();
+            self.packer.release();
+        }
+        Ok(())
+    }
+
+    fn failed(&self, index: u32, _moved: usize, source: io::Error) -> Error {
+        self.error(ErrorKind::Device)
+            .at_index(index)
+            .caused_by(source)
+    }
+
+    fn starve(&mut self) {
+        if !self.ended {
+            self.starved.get_or_insert_with(Instant::now);
+            // Relaxed: ordered by the bell's fence. Never taken back: a channel that rings for a
+            // driver with enough memory wakes it once too often.
+            self.save.dry.store(true, Relaxed);
+        }
+    }
+
+    fn is_ready(&mut self, _guard: &Guard) -> bool {
+        if self.ended {
+            return self.device.control.is_config_ready();
+        }
+        self.lease();
+        !self.spare.is_empty()
+    }
+
+    fn stalled(&self) -> Error {
+        self.error(ErrorKind::Stalled)
+    }
+
+    fn finish(mut self, result: Result<()>) {
+        self.outcome.drained = Some(result);
+    }
+}

@@ -1,0 +1,91 @@
+//! The device's thread: everything of a save but the bytes.
+//!
+//! ```text
+//!   STOP_COPY ─▶ attach the flow ─▶ save the config meanwhile ─▶ wait for the driver
+//! ```
+
+use super::*;
+
+/// The device's thread: everything of a save but the bytes. Returns once all of the device is in
+/// the queue, or it is put back, or given up.
+pub(crate) fn serve_device(
+    save: &Arc<Save>,
+    shared: &Arc<SaveDevice>,
+    device: &mut Device,
+    set_up: impl FnOnce(Result<()>),
+) -> Result<()> {
+    trace::save_complete_precopy_thread_start(&shared.id);
+    let result = set_up_device(save, shared, device);
+    set_up(result.clone());
+    let result = result.and_then(|()| {
+        let config = save_config(save, shared, device);
+        if let Err(error) = &config {
+            // Ends the driver's part too, so that the wait for it does.
+            save.fail(error.clone());
+        }
+        config.and(wait_for_driver(save, shared))
+    });
+    let errno = |error: &Error| {
+        -error
+            .raw_os_error()
+            .unwrap_or(nix::errno::Errno::ECANCELED as i32)
+    };
+    let ret = result.as_ref().map_or_else(errno, |()| 0);
+    trace::save_complete_precopy_thread_end(&shared.id, ret);
+    result
+}
+
+/// Takes a device whose save failed back to work. Not one that a transfer is stuck in.
+pub(crate) fn put_back(device: &mut Device) {
+    if device.state().is_saving() {
+        // The save's own error is the one to report; a device that is lost says so from now on.
+        let _lost = device.set_state(DeviceState::Running, Recover::Reset);
+    }
+}
+
+fn set_up_device(save: &Arc<Save>, shared: &Arc<SaveDevice>, device: &mut Device) -> Result<()> {
+    trace::save_setup(&shared.id, shared.data_len as u64);
+    let cancelled = || Error::cancelled(Phase::Setup).on_device(&shared.id);
+    if shared.control.stop().is_some() {
+        return Err(cancelled());
+    }
+    let since = Instant::now();
+    device.set_state(DeviceState::StopCopy, DeviceState::Stop)?;
+    shared.counters.phases.set_state.add_time(since.elapsed());
+    let flow = SaveFlow::new(save.clone(), shared.clone(), device.lend()?);
+    let attached = save.driver.attach(shared.ordinal, flow);
+    attached.map_err(|_flow| cancelled())
+}
+
+/// Saves the config while the driver reads: a device in STOP_COPY does not change.
+fn save_config(save: &Save, shared: &SaveDevice, device: &mut Device) -> Result<()> {
+    let since = Instant::now();
+    let mut config = Vec::new();
+    device.save_config(&mut config)?;
+    shared.counters.phases.config.add_time(since.elapsed());
+    let packet = wire::wrap_config(&config);
+    if u32::try_from(packet.len() + wire::DEVICE_PACKET_LEN).is_err() {
+        let kind = ErrorKind::Config("a config is below 4 GiB");
+        return Err(Error::new(kind, Phase::Config).on_device(&shared.id));
+    }
+    shared
+        .config
+        .set(packet)
+        .expect("a device saves its config once");
+    let _first = shared.control.config_ready();
+    save.driver.wake();
+    Ok(())
+}
+
+/// The driver's result. Ends with it; or, after a stop, with the grace time.
+fn wait_for_driver(save: &Save, shared: &SaveDevice) -> Result<()> {
+    if shared.control.wait_drained().is_err() {
+        // The driver bounds its own part by the grace time.
+        let until = Instant::now() + save.grace + SLACK;
+        if !shared.control.wait_drained_until(until) {
+            return Err(Error::new(ErrorKind::Stuck, Phase::Save).on_device(&shared.id));
+        }
+    }
+    let drained = lock(&shared.drained).take();
+    drained.expect("the driver leaves its result before it says so")
+}
