@@ -8,7 +8,7 @@
 
 use std::io::IsTerminal;
 
-use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use vfio_migration::{DeviceId, Stats};
 
 /// More bars than this would scroll: then there is one for all.
@@ -42,9 +42,9 @@ impl Progress {
         let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
         let drawn = MultiProgress::new();
         let bars = rows.into_iter().map(|(name, len)| {
-            let bar = drawn.add(ProgressBar::no_length());
-            let template = if let Some(len) = len {
-                bar.set_length(len);
+            // Not to be seen before it is as it should be.
+            let bar = ProgressBar::with_draw_target(len, ProgressDrawTarget::hidden());
+            let template = if len.is_some() {
                 "{prefix} [{bar:32}] {binary_bytes:>11} of {binary_total_bytes} {binary_bytes_per_sec:>13}"
             } else {
                 "{prefix} {spinner} {binary_bytes:>11} {binary_bytes_per_sec:>13}"
@@ -54,7 +54,7 @@ impl Progress {
                 bar.set_style(style.progress_chars("=> "));
             }
             bar.set_prefix(format!("{name:width$}"));
-            bar
+            drawn.add(bar)
         });
         Some(Self {
             bars: bars.collect(),
