@@ -53,7 +53,7 @@ pub(crate) const HEARTBEAT: Duration = Duration::from_secs(1);
 pub(crate) const EXPLANATION: Duration = Duration::from_millis(500);
 
 /// How long a side waits for its last words to be read.
-pub(crate) const LINGER: Duration = Duration::from_secs(2);
+pub(crate) const LINGER: Duration = Duration::from_secs(1);
 
 /// The longest reason that is sent or shown, in bytes.
 const MAX_REASON: usize = 1000;

@@ -11,8 +11,7 @@
 //! # Threads
 //!
 //! One thread reads the main channel and tells the session what it says. The main thread accepts
-//! connections, says once a second that it is still there, and ends both, the reader by shutting
-//! the main channel's reading side down.
+//! connections, says once a second that it is still there, and ends both.
 
 use std::{
     collections::HashSet,
@@ -26,7 +25,7 @@ use std::{
 
 use anyhow::{Context, anyhow, bail, ensure};
 use vfio_migration::{
-    Device, DeviceId, Error, LoadSession, Report, Settings, Violation,
+    Device, DeviceId, Error, ErrorKind, LoadSession, Report, Settings, Violation,
     section::{self, SectionSink, Tag},
     stream::{Command, Event, MAIN_MAGIC, Reader, Reply},
     wire::MULTIFD_MAGIC,
@@ -271,6 +270,8 @@ struct MainChannel<'a> {
     subjects: &'a [Subject],
     /// When the switchover started.
     switched: &'a OnceLock<Instant>,
+    /// Set when nobody wants to know any more.
+    enough: &'a OnceLock<()>,
 }
 
 impl MainChannel<'_> {
@@ -278,6 +279,7 @@ impl MainChannel<'_> {
     fn wait(&self) -> anyhow::Result<()> {
         let since = Instant::now();
         while !self.connection.wait_readable(TICK)? {
+            ensure!(self.enough.get().is_none(), "the load has ended");
             // While packets are awaited the session is the judge: it knows which.
             let loading = self.switched.get().is_some() && !self.session.is_finished();
             let times = if loading { 2 } else { 1 };
@@ -382,8 +384,7 @@ impl MainChannel<'_> {
             let truncated = |error: &Error| {
                 matches!(
                     error.kind(),
-                    vfio_migration::ErrorKind::Protocol(Violation::SectionTruncated { .. })
-                        | vfio_migration::ErrorKind::Channel
+                    ErrorKind::Protocol(Violation::SectionTruncated { .. }) | ErrorKind::Channel
                 )
             };
             if error.downcast_ref().is_some_and(truncated) {
@@ -494,7 +495,7 @@ fn load(
         builder = builder.device(device);
     }
     let session = builder.start()?;
-    let switched = OnceLock::new();
+    let (switched, enough) = (OnceLock::new(), OnceLock::new());
     let reader = MainChannel {
         options,
         connection: main,
@@ -502,6 +503,7 @@ fn load(
         session: &session,
         subjects,
         switched: &switched,
+        enough: &enough,
     };
     let mut watch = Watch {
         options,
@@ -523,17 +525,23 @@ fn load(
         if watched.is_err() {
             session.fail(main_failed());
         }
-        // The source may know why a channel has failed.
-        let until = Instant::now() + EXPLANATION;
-        while session.failure().as_ref().is_some_and(is_the_peers)
-            && !reading.is_finished()
-            && Instant::now() < until
-        {
-            thread::sleep(Duration::from_millis(5));
+        let ends_within = |patience| {
+            let until = Instant::now() + patience;
+            while !reading.is_finished() && Instant::now() < until {
+                thread::sleep(Duration::from_millis(5));
+            }
+            reading.is_finished()
+        };
+        // The source may know why a channel has failed. What the reader says after that is our own
+        // doing.
+        let ask = session.failure().as_ref().is_some_and(is_the_peers);
+        let by_itself = ends_within(if ask { EXPLANATION } else { Duration::ZERO });
+        enough.get_or_init(|| ());
+        // Only within an event that does not go on: what is shut down breaks the source's writes,
+        // and it could not be listened to any more while it takes in our last words.
+        if !ends_within(4 * TICK) {
+            main.shutdown(Shutdown::Read);
         }
-        // What the reader says after this is our own doing.
-        let by_itself = reading.is_finished();
-        main.shutdown(Shutdown::Read);
         let read = reading
             .join()
             .unwrap_or_else(|_| Err(anyhow!("a thread panicked")));
@@ -545,7 +553,17 @@ fn load(
     if interrupt::requested() && read.is_none() && report.result.is_err() {
         bail!(Interrupted);
     }
-    main_channel::join(report.result.as_ref().err().cloned(), read)?;
+    let failure = report.result.as_ref().err().cloned();
+    let channels_differ = failure.as_ref().is_some_and(|error| {
+        let kind = error.kind();
+        matches!(kind, ErrorKind::Protocol(Violation::ChannelId { .. }))
+    });
+    let result = main_channel::join(failure, read);
+    if channels_differ {
+        result.context("--channels must be the same on both sides")?;
+    } else {
+        result?;
+    }
     let ended = ended.unwrap_or_else(Instant::now);
     let took = switched
         .get()
