@@ -78,6 +78,22 @@ pub(crate) trait Flow: Send {
     /// Gives the ring the next batch. The lane is idle.
     fn pump(&mut self, context: &mut Context<'_>) -> Pump;
 
+    /// Whether [`Flow::prepare`] would find something to do.
+    fn can_prepare(&self, guard: &Guard) -> bool {
+        let _ = guard;
+        false
+    }
+
+    /// Puts the next batch together while the lane is busy with one.
+    ///
+    /// # Errors
+    ///
+    /// Ends the flow, once the lane is idle.
+    fn prepare(&mut self, guard: &Guard) -> Result<(), Error> {
+        let _ = guard;
+        Ok(())
+    }
+
     /// The batch is through; a read's buffers are in `progress`.
     ///
     /// # Errors
@@ -241,6 +257,7 @@ impl<F: Flow> Driver<F> {
                     break;
                 }
             }
+            self.prepare(&guard);
             self.handle.doorbell.lie_down();
             if self.must_stay_up(&guard) {
                 self.handle.doorbell.get_up();
@@ -356,6 +373,30 @@ impl<F: Flow> Driver<F> {
                     }
                 }
                 Pump::Finished(result) => self.finish(at, result),
+            }
+        }
+    }
+
+    /// Lets every flow whose lane is busy put its next batch together, while the kernel works.
+    fn prepare(&mut self, guard: &Guard) {
+        let mut submitted = false;
+        for at in 0..self.seats.len() {
+            let Seat::Active {
+                flow, ending: None, ..
+            } = &mut self.seats[at]
+            else {
+                continue;
+            };
+            if flow.lane().is_idle() || !flow.can_prepare(guard) {
+                continue;
+            }
+            if !submitted {
+                submitted = true;
+                // Where that fails the wait says so.
+                let _again = self.ring.submit();
+            }
+            if let Err(error) = flow.prepare(guard) {
+                self.end(at, error, Instant::now());
             }
         }
     }

@@ -47,7 +47,7 @@ use crate::{
     reorder::{
         control::{Control, SLACK},
         cursor::{Cursor, Inbox, Next},
-        pool::{Packer, Pool, PoolLayout},
+        pool::{Packer, Piece, Pool, PoolLayout},
         slot::{Packet, Payload, Publish},
         waiters::Waiters,
     },
@@ -123,6 +123,9 @@ pub(crate) struct Load {
     pub(crate) settings: LoadSettings,
     /// Channels that wait for room.
     pub(crate) room: Waiters,
+    /// Whether a device misses the packet that it needs next, which may be among those. The
+    /// driver's.
+    hungry: AtomicBool,
     /// Channels and publishers that may still bring packets.
     inputs: AtomicU32,
     pub(crate) verdict: Verdict,
@@ -154,6 +157,7 @@ impl Load {
             driver,
             settings,
             room: Waiters::new(),
+            hungry: AtomicBool::new(false),
             inputs: AtomicU32::new(0),
             verdict: Verdict::default(),
         }
@@ -212,6 +216,28 @@ impl Load {
         device.control.quit();
         self.driver.wake();
         self.room.notify_all();
+    }
+
+    /// After each of the driver's rounds: tells the channels that wait for room, where it is worth
+    /// their while. A channel that finds room for one packet and sleeps again costs more than the
+    /// packet, so they are told when there is room for many; and whenever a device misses its next
+    /// packet, for that one is always let in.
+    pub(crate) fn make_room(&self) {
+        // Relaxed: written and read by the driver alone.
+        let hungry = self.hungry.load(Ordering::Relaxed);
+        if hungry {
+            self.hungry.store(false, Ordering::Relaxed);
+        }
+        if hungry || self.pool.is_roomy() {
+            self.room.notify_all();
+        }
+    }
+
+    /// After a channel has given up memory by itself.
+    fn given_up(&self) {
+        if self.pool.is_roomy() {
+            self.room.notify_all();
+        }
     }
 
     /// Bytes for gathering small packets.

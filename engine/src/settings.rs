@@ -97,7 +97,7 @@ const MIN_RESERVE: usize = 4 << 10;
 
 /// How many staging buffers there are for all devices, and the largest.
 const STAGINGS: usize = 4;
-const MAX_STAGING: usize = 512 << 10;
+const MAX_STAGING: usize = 1 << 20;
 
 /// The smallest staging buffer that is worth its memory.
 const MIN_STAGING: usize = 64 << 10;
@@ -257,7 +257,7 @@ mod tests {
         let memory = Settings::default().load_memory(4).unwrap();
         assert_eq!(memory.budget, 32 << 20);
         assert_eq!(memory.pool.buffer_len, 1 << 20);
-        assert_eq!(memory.pool.buffers, 29);
+        assert_eq!(memory.pool.buffers, 27);
         let memory = Settings::default().load_memory(64).unwrap();
         assert_eq!(memory.budget, 64 << 20);
         let memory = Settings::default().save_memory(64, 1 << 20).unwrap();

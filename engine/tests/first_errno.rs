@@ -55,14 +55,14 @@ fn a_driver_that_refuses_once_is_not_asked_again() {
     // Large packets are written one by one, in chains: the k-th operation is the k-th packet.
     for refused in [0, 3, 7, 9] {
         let plan = FaultPlan::new().with(refused, Fault::Errno(libc::EIO));
-        let (got, error) = load(40_000, plan.clone());
+        let (got, error) = load(80_000, plan.clone());
         let error = error.expect("the driver refused");
         assert_eq!(*error.kind(), ErrorKind::Device);
         assert_eq!(error.raw_os_error(), Some(libc::EIO));
         assert_eq!(error.device(), Some(&id(1)));
         assert_eq!(error.index(), u32::try_from(refused).ok());
-        let before = usize::try_from(refused).unwrap() * 40_000;
-        assert_eq!(got, whole(40_000)[..before], "nothing after the refusal");
+        let before = usize::try_from(refused).unwrap() * 80_000;
+        assert_eq!(got, whole(80_000)[..before], "nothing after the refusal");
     }
 }
 
@@ -83,7 +83,7 @@ fn within_a_gathered_write_the_packet_is_found_by_the_bytes() {
 
 #[test]
 fn short_and_interrupted_writes_go_on_where_they_stood() {
-    for len in [100, 40_000] {
+    for len in [100, 80_000] {
         for fault in [
             Fault::Short(1),
             Fault::Short(len - 1),
@@ -106,7 +106,7 @@ fn an_interruption_without_end_is_an_error() {
     for number in 0..5000 {
         plan.set(number, Fault::Errno(libc::EAGAIN));
     }
-    let (got, error) = load(40_000, plan);
+    let (got, error) = load(80_000, plan);
     assert_eq!(error.unwrap().raw_os_error(), Some(libc::EAGAIN));
     assert_eq!(got, b"");
 }

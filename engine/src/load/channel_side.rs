@@ -121,12 +121,17 @@ impl LoadInlet {
             return Ok(None);
         }
         let layout = self.load.pool.layout();
+        let next = inbox.next() == packet.index;
+        // The last buffers are for packets that a device needs next, so that these pass whole.
+        let spared = if next { 0 } else { layout.spared() };
         if layout.buffers > 0
-            && let Some(lease) = self.packer.lease(packet.remaining.min(layout.buffer_len))
+            && let Some(lease) = self
+                .packer
+                .lease_sparing(packet.remaining.min(layout.buffer_len), spared)
         {
             return Ok(Some(lease));
         }
-        if inbox.next() != packet.index {
+        if !next {
             return Ok(None);
         }
         let reserve = Pool::reserve(self.load.pool.clone(), packet.device.ordinal);
@@ -142,7 +147,7 @@ impl LoadInlet {
             return Ok(lease);
         }
         // A buffer that is not full would be held for as long as the wait lasts.
-        self.packer.release();
+        self.rest();
         let since = Instant::now();
         let load = self.load.clone();
         let found = load.room.wait(None, || {
@@ -150,6 +155,13 @@ impl LoadInlet {
                 return Some(Err(packet
                     .device
                     .refuse(Violation::IndexAlreadyWritten, packet.index)));
+            }
+            if let Some(error) = self.stopped(&packet.device) {
+                return Some(Err(error));
+            }
+            // What `make_room` tells of, and nothing else.
+            if packet.index != packet.device.inbox.next() && !self.load.pool.is_roomy() {
+                return None;
             }
             self.try_lease(packet).transpose()
         });
@@ -179,14 +191,14 @@ impl LoadInlet {
     }
 
     fn hand_over(&mut self, packet: &mut Incoming, filled: Packet, len: usize) -> Result<()> {
-        let device = packet.device.clone();
+        let device = &packet.device;
         let index = packet.index;
         let published = if packet.first {
             device.counters.published();
             let guard = self.epoch.pin();
             device.inbox.publish(index, filled, &guard)
         } else {
-            self.publish_rest(&device, index, filled)
+            self.publish_rest(device, index, filled)
         };
         match published {
             Publish::Published => {}
@@ -196,7 +208,7 @@ impl LoadInlet {
             }
             Publish::Closed(filled) => {
                 filled.recycle(&self.load.pool);
-                let stopped = self.stopped(&device);
+                let stopped = self.stopped(device);
                 return Err(stopped.unwrap_or_else(|| Error::cancelled(Phase::Receive)));
             }
         }
@@ -240,6 +252,12 @@ impl LoadInlet {
             .map(|_| Error::cancelled(Phase::Receive).on_device(&device.id))
     }
 
+    /// Gives up memory that is not in use.
+    fn rest(&mut self) {
+        self.packer.release();
+        self.load.given_up();
+    }
+
     /// The load that it brings packets for.
     pub(crate) fn load(&self) -> &Arc<Load> {
         &self.load
@@ -277,10 +295,16 @@ impl Inlet for LoadInlet {
     }
 
     fn rest(&mut self) {
-        self.packer.release();
+        self.rest();
     }
 
     fn counters(&self) -> &ChannelCounters {
         &self.counters
+    }
+}
+
+impl Drop for LoadInlet {
+    fn drop(&mut self) {
+        self.rest();
     }
 }

@@ -2,12 +2,15 @@
 //!
 //! ```text
 //!   take what is there ─▶ gather small ones, chain large ones ─▶ submit ─▶ … ─▶ batch done
+//!                          ▲                                       │
+//!                          └── the next batch of small ones, while the kernel has this one
 //! ```
 
 use super::*;
 
-/// Packets up to this many bytes are gathered into one write where several are ready.
-const GATHER_MAX: usize = 32 << 10;
+/// Packets up to this many bytes are gathered into one write where several are ready: copying them
+/// costs less than an operation for each.
+const GATHER_MAX: usize = 64 << 10;
 
 /// The most bytes of a chain of large packets: enough to keep the device busy, little enough to
 /// stay in the cache.
@@ -22,18 +25,65 @@ pub(crate) struct LoadFlow {
     /// The config packet's data so far, once it is next.
     config: Vec<u8>,
     config_taken: bool,
-    /// The chain that is being put together, or in flight: where each packet of it ends in its
-    /// operation's buffer, and its idx.
-    batch: Vec<(u32, Buffer)>,
-    gathered: Vec<(usize, u32)>,
-    /// The idx of the first packet in `gathered`.
-    gathered_at: Option<u32>,
-    in_flight: Vec<u32>,
-    in_flight_bytes: u64,
+    /// The chain that is being put together.
+    ready: Batch,
+    /// The chain in flight. Its operations are the lane's.
+    in_flight: Batch,
     started: Option<Instant>,
     starved: Option<Instant>,
     /// Last, so that the lane has given the data fd back before the result is there.
     outcome: Outcome,
+}
+
+/// What makes one chain.
+#[derive(Default)]
+struct Batch {
+    /// The operations: the idx of the first packet of each, and its bytes.
+    operations: Vec<(u32, Buffer)>,
+    /// The buffer that small packets are being copied to, one after the other: where it begins, and
+    /// how much of it is used.
+    staging: Option<(u32, Buffer, usize)>,
+    /// Where each packet of the staging buffer ends in it, and its idx.
+    gathered: Vec<(usize, u32)>,
+    /// The idx of the first of those. A batch has one staging buffer.
+    gathered_at: Option<u32>,
+    /// The length of the packet that was added last.
+    last_len: usize,
+    /// Every packet, or part of one, that has bytes.
+    indices: Vec<u32>,
+    /// Bytes of packets, headers included, the empty ones' too.
+    bytes: u64,
+    /// Bytes for the device.
+    len: usize,
+}
+
+impl Batch {
+    /// Whether nothing more should be added.
+    fn is_full(&self) -> bool {
+        let staged = match &self.staging {
+            // Most packets are as large as the one before.
+            Some((_, buffer, used)) => buffer.size() - used < self.last_len,
+            None => false,
+        };
+        staged || self.operations.len() == CHAIN as usize || self.len >= CHAIN_BYTES
+    }
+
+    /// Cuts the staging buffer to what is in it.
+    fn close_staging(&mut self) {
+        if let Some((index, mut buffer, used)) = self.staging.take() {
+            buffer.truncate(used);
+            self.operations.push((index, buffer));
+        }
+    }
+
+    /// Forgets all of it; its memory is elsewhere.
+    fn clear(&mut self) {
+        self.gathered.clear();
+        self.gathered_at = None;
+        self.indices.clear();
+        self.bytes = 0;
+        self.len = 0;
+    }
 }
 
 /// Leaves a flow's result when it goes away, however it does.
@@ -77,11 +127,8 @@ impl LoadFlow {
             cursor: Cursor::new(),
             config: Vec::new(),
             config_taken: false,
-            batch: Vec::with_capacity(CHAIN as usize),
-            gathered: Vec::new(),
-            gathered_at: None,
-            in_flight: Vec::new(),
-            in_flight_bytes: 0,
+            ready: Batch::default(),
+            in_flight: Batch::default(),
             started: None,
             starved: None,
             outcome,
@@ -102,8 +149,12 @@ impl LoadFlow {
 
     /// The first idx that is not in the device.
     fn position(&self) -> u32 {
-        let in_flight = self.in_flight.first().copied();
-        in_flight.unwrap_or_else(|| self.cursor.next())
+        let taken = self
+            .in_flight
+            .indices
+            .first()
+            .or(self.ready.indices.first());
+        taken.copied().unwrap_or_else(|| self.cursor.next())
     }
 
     /// Takes a piece of the config packet out of the pool: it waits for the device's thread, and
@@ -116,18 +167,10 @@ impl LoadFlow {
         self.config_taken = !packet.more;
     }
 
-    /// Takes what is there, as far as it makes one chain.
+    /// Takes what is there, as far as it makes one chain with what was taken before.
     fn gather(&mut self, guard: &Guard) -> Result<()> {
-        // A buffer that small packets are copied to, one after the other.
-        let mut staging: Option<(u32, Buffer, usize)> = None;
-        let mut bytes = 0;
         let mut taken = 0;
-        while !self.config_taken && self.batch.len() < CHAIN as usize && bytes < CHAIN_BYTES {
-            if let Some((_, buffer, used)) = &staging
-                && buffer.size() - used < GATHER_MAX
-            {
-                break;
-            }
+        while !self.config_taken && !self.ready.is_full() {
             let (index, packet) = match self.cursor.take(&self.device.inbox, guard) {
                 Next::Packet(index, packet) => (index, packet),
                 Next::Starved(_) | Next::Closed => break,
@@ -139,49 +182,59 @@ impl LoadFlow {
             }
             let len = match packet.payload {
                 Payload::Empty => {
-                    self.in_flight_bytes += wire::PACKET_HEADER_LEN as u64;
+                    self.ready.bytes += wire::PACKET_HEADER_LEN as u64;
                     continue;
                 }
                 Payload::Aside(_) => {
                     return Err(self.internal("nothing is spilled by this version", index));
                 }
-                Payload::Piece(piece) => {
-                    let len = piece.size();
-                    let small = len <= GATHER_MAX;
-                    if small && staging.is_none() && self.gathered_at.is_none() {
-                        let another = self.cursor.is_ready(&self.device.inbox, guard);
-                        staging = another.then(|| self.stage(index)).flatten();
-                    }
-                    match &mut staging {
-                        Some((_, buffer, used)) if small => {
-                            // Gathered by a copy, and recycled at once.
-                            let lease = Pool::adopt(&*self.load.pool, piece);
-                            buffer.bytes_mut()[*used..*used + len].copy_from_slice(lease.bytes());
-                            *used += len;
-                            self.gathered.push((*used, index));
-                        }
-                        _ => {
-                            self.batch.extend(close_staging(&mut staging));
-                            let lease = Pool::adopt(self.load.pool.clone(), piece);
-                            self.batch.push((index, lease));
-                        }
-                    }
-                    len
-                }
+                Payload::Piece(piece) => self.add(index, piece, guard),
             };
-            if self.in_flight.last() != Some(&index) {
-                self.in_flight.push(index);
-                self.in_flight_bytes += wire::PACKET_HEADER_LEN as u64;
-                trace::load_state_device_buffer_load_start(&self.device.id, index);
+            let ready = &mut self.ready;
+            if ready.indices.last() != Some(&index) {
+                ready.indices.push(index);
+                ready.bytes += wire::PACKET_HEADER_LEN as u64;
             }
-            self.in_flight_bytes += len as u64;
-            bytes += len;
+            ready.bytes += len as u64;
+            ready.len += len;
         }
-        self.batch.extend(close_staging(&mut staging));
         if taken > 0 {
             self.device.counters.taken(taken);
         }
         Ok(())
+    }
+
+    /// Adds a piece to the batch: by a copy where it is small and not alone.
+    fn add(&mut self, index: u32, piece: Piece, guard: &Guard) -> usize {
+        let len = piece.size();
+        let small = len <= GATHER_MAX;
+        if small && self.ready.gathered_at.is_none() {
+            let another = self.cursor.is_ready(&self.device.inbox, guard);
+            self.ready.staging = another.then(|| self.stage(index)).flatten();
+        }
+        let ready = &mut self.ready;
+        ready.last_len = len;
+        match &mut ready.staging {
+            Some((_, buffer, used)) if small && len <= buffer.size() - *used => {
+                // Recycled at once.
+                let lease = Pool::adopt(&*self.load.pool, piece);
+                buffer.bytes_mut()[*used..*used + len].copy_from_slice(lease.bytes());
+                *used += len;
+                ready.gathered.push((*used, index));
+            }
+            _ => {
+                ready.close_staging();
+                let lease = Pool::adopt(self.load.pool.clone(), piece);
+                ready.operations.push((index, lease));
+            }
+        }
+        len
+    }
+
+    /// Says that the next packet is missing.
+    fn ask_for_more(&self) {
+        // Relaxed: read by this same thread, at the end of its round.
+        self.load.hungry.store(true, Ordering::Relaxed);
     }
 
     /// A staging buffer, if one is free. There are few for all devices; without one small packets
@@ -192,16 +245,9 @@ impl LoadFlow {
             return None;
         }
         let buffer = Packer::new(self.load.staging.clone()).lease(layout.buffer_len)?;
-        self.gathered_at = Some(index);
+        self.ready.gathered_at = Some(index);
         Some((index, buffer, 0))
     }
-}
-
-/// Cuts a staging buffer to what is in it.
-fn close_staging(staging: &mut Option<(u32, Buffer, usize)>) -> Option<(u32, Buffer)> {
-    let (index, mut buffer, used) = staging.take()?;
-    buffer.truncate(used);
-    Some((index, buffer))
 }
 
 impl Flow for LoadFlow {
@@ -236,12 +282,23 @@ impl Flow for LoadFlow {
         if first && self.cursor.next() > 0 {
             trace::load_state_device_buffer_start(&self.device.id);
         }
-        if !self.batch.is_empty() {
+        self.ready.close_staging();
+        if !self.ready.operations.is_empty() {
             if let Some(since) = self.starved.take() {
                 self.device.counters.starved.add_time(since.elapsed());
             }
-            self.lane
-                .submit(self.batch.drain(..), context.ring, &self.device.counters);
+            mem::swap(&mut self.ready, &mut self.in_flight);
+            for index in &self.in_flight.indices {
+                trace::load_state_device_buffer_load_start(&self.device.id, *index);
+            }
+            self.lane.submit(
+                self.in_flight.operations.drain(..),
+                context.ring,
+                &self.device.counters,
+            );
+            if !self.cursor.is_ready(&self.device.inbox, context.guard) {
+                self.ask_for_more();
+            }
             return Pump::Busy;
         }
         if self.config_taken {
@@ -260,28 +317,46 @@ impl Flow for LoadFlow {
                 .at_index(self.cursor.next());
             return Pump::Finished(Err(error));
         }
+        self.ask_for_more();
         Pump::Starved
     }
 
-    fn batch_done(&mut self, _filled: Vec<Filled>, _guard: &Guard) -> Result<()> {
-        for index in self.in_flight.drain(..) {
-            trace::load_state_device_buffer_load_end(&self.device.id, index);
+    fn prepare(&mut self, guard: &Guard) -> Result<()> {
+        let gathered = self.gather(guard);
+        if !self.config_taken && !self.ready.is_full() {
+            self.ask_for_more();
         }
-        self.device
-            .counters
-            .bytes
-            .add(mem::take(&mut self.in_flight_bytes));
-        self.gathered.clear();
-        self.gathered_at = None;
+        gathered
+    }
+
+    fn can_prepare(&self, guard: &Guard) -> bool {
+        // A large packet goes as it is: there is nothing to prepare.
+        !self.config_taken
+            && !self.ready.is_full()
+            && self.in_flight.gathered_at.is_some()
+            && self.cursor.is_ready(&self.device.inbox, guard)
+    }
+
+    fn batch_done(&mut self, _filled: Vec<Filled>, _guard: &Guard) -> Result<()> {
+        for index in &self.in_flight.indices {
+            trace::load_state_device_buffer_load_end(&self.device.id, *index);
+        }
+        self.device.counters.bytes.add(self.in_flight.bytes);
+        self.in_flight.clear();
         Ok(())
     }
 
     fn failed(&self, index: u32, moved: usize, source: io::Error) -> Error {
         // Within a gathered write the packet is the one that the bytes moved so far end in.
-        let index = match self.gathered_at {
+        let Batch {
+            gathered,
+            gathered_at,
+            ..
+        } = &self.in_flight;
+        let index = match *gathered_at {
             Some(at) if at == index => {
-                let at = self.gathered.partition_point(|&(end, _)| end <= moved);
-                self.gathered.get(at).map_or(index, |&(_, index)| index)
+                let at = gathered.partition_point(|&(end, _)| end <= moved);
+                gathered.get(at).map_or(index, |&(_, index)| index)
             }
             _ => index,
         };
@@ -312,7 +387,11 @@ impl Flow for LoadFlow {
 
     fn finish(mut self, result: Result<()>) {
         let config = mem::take(&mut self.config);
-        let bytes = mem::take(&mut self.in_flight_bytes);
+        // Of a chain that failed, and of the empty packets behind the last.
+        let mut bytes = self.in_flight.bytes;
+        if self.ready.indices.is_empty() {
+            bytes += self.ready.bytes;
+        }
         self.device.counters.bytes.add(bytes);
         if result.is_ok() {
             let len = config.len() + wire::PACKET_HEADER_LEN;

@@ -107,7 +107,7 @@ impl LoadBuilder {
             driver,
             handle,
             load.collector.clone(),
-            move || room.room.notify_all(),
+            move || room.make_room(),
             move |error| {
                 failing.fail(error);
             },
