@@ -31,11 +31,13 @@ use vfio_migration_uring::{Completion, Fd, Ring};
 mod channel_side;
 mod device_side;
 mod device_thread;
+mod room;
 
 pub(crate) use self::{
     channel_side::{Incoming, LoadInlet},
     device_side::LoadFlow,
     device_thread::{serve_device, start, write_iterable},
+    room::Room,
 };
 use crate::{
     channel::Inlet,
@@ -122,10 +124,7 @@ pub(crate) struct Load {
     pub(crate) driver: Arc<Handle<LoadFlow>>,
     pub(crate) settings: LoadSettings,
     /// Channels that wait for room.
-    pub(crate) room: Waiters,
-    /// Whether a device misses the packet that it needs next, which may be among those. The
-    /// driver's.
-    hungry: AtomicBool,
+    pub(crate) room: Room,
     /// Channels and publishers that may still bring packets.
     inputs: AtomicU32,
     pub(crate) verdict: Verdict,
@@ -149,15 +148,15 @@ impl Load {
         settings: LoadSettings,
     ) -> Self {
         let collector = Collector::new();
+        let pool = Arc::new(Pool::new(pool));
         Self {
             router: Router::new(collector.clone()),
             collector,
-            pool: Arc::new(Pool::new(pool)),
+            room: Room::new(pool.clone()),
+            pool,
             staging: Arc::new(Pool::new(staging)),
             driver,
             settings,
-            room: Waiters::new(),
-            hungry: AtomicBool::new(false),
             inputs: AtomicU32::new(0),
             verdict: Verdict::default(),
         }
@@ -216,28 +215,6 @@ impl Load {
         device.control.quit();
         self.driver.wake();
         self.room.notify_all();
-    }
-
-    /// After each of the driver's rounds: tells the channels that wait for room, where it is worth
-    /// their while. A channel that finds room for one packet and sleeps again costs more than the
-    /// packet, so they are told when there is room for many; and whenever a device misses its next
-    /// packet, for that one is always let in.
-    pub(crate) fn make_room(&self) {
-        // Relaxed: written and read by the driver alone.
-        let hungry = self.hungry.load(Ordering::Relaxed);
-        if hungry {
-            self.hungry.store(false, Ordering::Relaxed);
-        }
-        if hungry || self.pool.is_roomy() {
-            self.room.notify_all();
-        }
-    }
-
-    /// After a channel has given up memory by itself.
-    fn given_up(&self) {
-        if self.pool.is_roomy() {
-            self.room.notify_all();
-        }
     }
 
     /// Bytes for gathering small packets.

@@ -25,6 +25,8 @@ pub(crate) struct LoadInlet {
     /// The device of the packet before: most packets are for the same.
     recent: Option<Arc<LoadDevice>>,
     counters: Arc<ChannelCounters>,
+    /// Whether its packets wait for their turn, see `room.rs`.
+    patient: bool,
 }
 
 impl LoadInlet {
@@ -37,6 +39,7 @@ impl LoadInlet {
             packer,
             recent: None,
             counters,
+            patient: true,
         }
     }
 
@@ -113,6 +116,10 @@ impl LoadInlet {
     /// buffer, and for the packet that the device needs next at the least its reserve. `None` where
     /// there is none now.
     pub(crate) fn try_lease(&mut self, packet: &Incoming) -> Result<Option<Buffer>> {
+        self.find(packet, false)
+    }
+
+    fn find(&mut self, packet: &Incoming, patient: bool) -> Result<Option<Buffer>> {
         if let Some(error) = self.stopped(&packet.device) {
             return Err(error);
         }
@@ -122,12 +129,15 @@ impl LoadInlet {
         }
         let layout = self.load.pool.layout();
         let next = inbox.next() == packet.index;
-        // The last buffers are for packets that a device needs next, so that these pass whole.
-        let spared = if next { 0 } else { layout.spared() };
+        let limit = if next {
+            layout.buffers
+        } else {
+            self.load.room.limit(patient)
+        };
         if layout.buffers > 0
             && let Some(lease) = self
                 .packer
-                .lease_sparing(packet.remaining.min(layout.buffer_len), spared)
+                .lease_within(packet.remaining.min(layout.buffer_len), limit)
         {
             return Ok(Some(lease));
         }
@@ -143,30 +153,41 @@ impl LoadInlet {
 
     /// As [`LoadInlet::try_lease`], waiting for it. Ends with memory, or the packet's or the load's end.
     pub(crate) fn lease(&mut self, packet: &Incoming) -> Result<Buffer> {
-        if let Some(lease) = self.try_lease(packet)? {
+        if let Some(lease) = self.find(packet, true)? {
+            self.patient = true;
             return Ok(lease);
         }
         // A buffer that is not full would be held for as long as the wait lasts.
         self.rest();
         let since = Instant::now();
         let load = self.load.clone();
-        let found = load.room.wait(None, || {
-            if packet.index < packet.device.inbox.next() {
-                return Some(Err(packet
-                    .device
-                    .refuse(Violation::IndexAlreadyWritten, packet.index)));
-            }
-            if let Some(error) = self.stopped(&packet.device) {
-                return Some(Err(error));
-            }
-            // What `make_room` tells of, and nothing else.
-            if packet.index != packet.device.inbox.next() && !self.load.pool.is_roomy() {
-                return None;
-            }
-            self.try_lease(packet).transpose()
-        });
+        let mut found = None;
+        if self.patient {
+            found = load.room.wait_patiently(|| self.look(packet, true));
+            self.patient = found.is_some();
+        }
+        let found = found.unwrap_or_else(|| load.room.wait(|| self.look(packet, false)));
         self.counters.blocked.add_time(since.elapsed());
-        found.expect("a wait without a deadline ends with a look")
+        load.room.pass_on();
+        found
+    }
+
+    /// What a channel that waits looks for.
+    fn look(&mut self, packet: &Incoming, patient: bool) -> Option<Result<Buffer>> {
+        let device = &packet.device;
+        if packet.index < device.inbox.next() {
+            return Some(Err(
+                device.refuse(Violation::IndexAlreadyWritten, packet.index)
+            ));
+        }
+        // What the driver tells of, and nothing else.
+        if self.stopped(device).is_none()
+            && packet.index != device.inbox.next()
+            && !self.load.room.is_wide(patient)
+        {
+            return None;
+        }
+        self.find(packet, patient).transpose()
     }
 
     /// Publishes what a lease of this packet was filled with.
@@ -225,7 +246,7 @@ impl LoadInlet {
     fn publish_rest(&mut self, device: &LoadDevice, index: u32, filled: Packet) -> Publish {
         let load = self.load.clone();
         let mut waiting = Some(filled);
-        let found = load.room.wait(None, || {
+        load.room.wait(|| {
             let filled = waiting.take().expect("put back below");
             if self.stopped(device).is_some() {
                 return Some(Publish::Closed(filled));
@@ -237,8 +258,7 @@ impl LoadInlet {
                 }
                 done => Some(done),
             }
-        });
-        found.expect("a wait without a deadline ends with a look")
+        })
     }
 
     /// Why nothing more should be received for `device`, if so.
@@ -255,7 +275,7 @@ impl LoadInlet {
     /// Gives up memory that is not in use.
     fn rest(&mut self) {
         self.packer.release();
-        self.load.given_up();
+        self.load.room.pass_on();
     }
 
     /// The load that it brings packets for.

@@ -231,12 +231,6 @@ impl LoadFlow {
         len
     }
 
-    /// Says that the next packet is missing.
-    fn ask_for_more(&self) {
-        // Relaxed: read by this same thread, at the end of its round.
-        self.load.hungry.store(true, Ordering::Relaxed);
-    }
-
     /// A staging buffer, if one is free. There are few for all devices; without one small packets
     /// go as they are.
     fn stage(&mut self, index: u32) -> Option<(u32, Buffer, usize)> {
@@ -297,7 +291,7 @@ impl Flow for LoadFlow {
                 &self.device.counters,
             );
             if !self.cursor.is_ready(&self.device.inbox, context.guard) {
-                self.ask_for_more();
+                self.load.room.miss();
             }
             return Pump::Busy;
         }
@@ -317,14 +311,14 @@ impl Flow for LoadFlow {
                 .at_index(self.cursor.next());
             return Pump::Finished(Err(error));
         }
-        self.ask_for_more();
+        self.load.room.miss();
         Pump::Starved
     }
 
     fn prepare(&mut self, guard: &Guard) -> Result<()> {
         let gathered = self.gather(guard);
         if !self.config_taken && !self.ready.is_full() {
-            self.ask_for_more();
+            self.load.room.miss();
         }
         gathered
     }

@@ -77,12 +77,6 @@ impl PoolLayout {
     /// The most buffers and reserves together: what an id in a [`Piece`] can name.
     pub const MAX_BUFFERS: u32 = (1 << Piece::ID_BITS) - 1;
 
-    /// How many buffers are kept for packets that a device needs next.
-    #[must_use]
-    pub fn spared(&self) -> u32 {
-        (self.buffers / 8).min(4)
-    }
-
     /// The arena's size in bytes.
     #[must_use]
     pub const fn size(&self) -> usize {
@@ -288,13 +282,6 @@ impl Pool {
         (self.in_use.load(Relaxed), self.in_use_high.load(Relaxed))
     }
 
-    /// Whether so much of the pool is free that it is worth waking somebody for it.
-    #[must_use]
-    pub fn is_roomy(&self) -> bool {
-        // Relaxed: a guess. Whoever waits for a packet that must come is told in any case.
-        self.in_use.load(Relaxed) + self.layout.buffers.div_ceil(4) <= self.layout.buffers
-    }
-
     /// Takes a buffer off the free list, with one hold on it.
     fn pop(&self) -> Option<u32> {
         // recycle edge, acquire side: `next` below, and the bytes, are the last holder's.
@@ -439,15 +426,15 @@ impl<P: Deref<Target = Pool> + Clone> Packer<P> {
     ///
     /// Where `len` is 0 or above the pool's buffer length.
     pub fn lease(&mut self, len: usize) -> Option<Lease<P>> {
-        self.lease_sparing(len, 0)
+        self.lease_within(len, u32::MAX)
     }
 
-    /// As [`Packer::lease`], but leaves the pool's last `spared` buffers to others.
+    /// As [`Packer::lease`], but takes no further buffer where `limit` of the pool's are out.
     ///
     /// # Panics
     ///
     /// As [`Packer::lease`].
-    pub fn lease_sparing(&mut self, len: usize, spared: u32) -> Option<Lease<P>> {
+    pub fn lease_within(&mut self, len: usize, limit: u32) -> Option<Lease<P>> {
         let whole = self.pool.layout.buffer_len;
         assert!(len > 0 && len <= whole, "a lease fits a buffer");
         let taken = len.next_multiple_of(ALIGN);
@@ -466,9 +453,9 @@ impl<P: Deref<Target = Pool> + Clone> Packer<P> {
                 return Some(Lease::new(self.pool.clone(), current.buffer, offset, len));
             }
         }
-        // Relaxed: a guess. Where several leave the same buffer to others, or take it, no harm is
-        // done: a device's reserve is behind it.
-        if spared > 0 && self.pool.in_use.load(Relaxed) + spared >= self.pool.layout.buffers {
+        // Relaxed: a guess. Where several take the last one at once no harm is done: it is the
+        // free list that says what there is.
+        if self.pool.in_use.load(Relaxed) >= limit {
             return None;
         }
         let buffer = self.pool.pop()?;

@@ -107,7 +107,7 @@ impl LoadBuilder {
             driver,
             handle,
             load.collector.clone(),
-            move || room.make_room(),
+            move || room.room.after_round(),
             move |error| {
                 failing.fail(error);
             },

@@ -1,0 +1,121 @@
+//! How much of the pool the channels may fill, and when they are told that there is room.
+//!
+//! | a packet | may take buffers until so many are out |
+//! |---|---|
+//! | that its device needs next | all; and then there is the device's reserve |
+//! | any other | [`AHEAD`] bytes' |
+//! | any other, after [`PATIENCE`] | all but a few, so that next packets pass whole |
+//!
+//! The budget is for disorder: for packets that wait for one which is late. While none is late, what
+//! the channels hold beyond the next writes gains nothing and costs time: bytes that wait for longer
+//! than the cache keeps them are fetched from memory again. So a channel is patient at first, and
+//! where that did not help it goes on through the whole budget, until it finds room at once again.
+//!
+//! A channel that finds room for one packet and sleeps again costs more than the packet. So the
+//! driver tells *one* channel when there is room for many packets, and *all* of them when a device
+//! misses its next packet, for that one is always let in. A channel that was told, and leaves room
+//! for many, tells the next.
+//!
+//! The driver alone writes `missed`. What ends a channel's wait: the driver's rounds go on as long as
+//! anything moves, and the last of them ends with a device that misses a packet, or with an end.
+
+use super::*;
+
+/// How far the channels may be ahead, in bytes, while nothing is late: what a core's share of the
+/// last cache keeps, and several times what the driver writes at once.
+const AHEAD: usize = 12 << 20;
+
+/// How long a channel waits for its packets' turn: longer than a fast device takes for [`AHEAD`].
+const PATIENCE: Duration = Duration::from_millis(5);
+
+/// The room that channels wait for.
+pub(crate) struct Room {
+    pool: Arc<Pool>,
+    /// Who waits within [`AHEAD`].
+    patient: Waiters,
+    /// Who waits within the budget.
+    others: Waiters,
+    ahead: u32,
+    most: u32,
+    /// Whether a device missed its next packet in this round of the driver's.
+    missed: AtomicBool,
+}
+
+impl Room {
+    pub(crate) fn new(pool: Arc<Pool>) -> Self {
+        let layout = pool.layout();
+        let most = layout.buffers - (layout.buffers / 8).min(4);
+        let ahead = AHEAD / layout.buffer_len.max(1);
+        Self {
+            patient: Waiters::new(),
+            others: Waiters::new(),
+            ahead: u32::try_from(ahead)
+                .unwrap_or(u32::MAX)
+                .clamp(1, most.max(1)),
+            most,
+            missed: AtomicBool::new(false),
+            pool,
+        }
+    }
+
+    /// How many buffers may be out after a packet that is not next has taken one.
+    pub(super) const fn limit(&self, patient: bool) -> u32 {
+        if patient { self.ahead } else { self.most }
+    }
+
+    /// Whether there is room for many packets that are not next.
+    pub(super) fn is_wide(&self, patient: bool) -> bool {
+        let limit = self.limit(patient);
+        // A guess: whoever waits for a packet that must come is told in any case.
+        self.pool.in_use().0 + limit.div_ceil(4) <= limit
+    }
+
+    /// The driver: a device misses its next packet.
+    pub(super) fn miss(&self) {
+        // Relaxed: read by this same thread, at the end of its round.
+        self.missed.store(true, Ordering::Relaxed);
+    }
+
+    /// The driver, after each of its rounds: tells those for whom it is worth their while.
+    pub(crate) fn after_round(&self) {
+        // Relaxed: the driver's own.
+        if self.missed.load(Ordering::Relaxed) {
+            self.missed.store(false, Ordering::Relaxed);
+            self.notify_all();
+        } else {
+            self.pass_on();
+        }
+    }
+
+    /// A channel that has given memory up, or that was told of more room than it took.
+    pub(super) fn pass_on(&self) {
+        if self.is_wide(true) {
+            self.patient.notify_one();
+        }
+        if self.is_wide(false) {
+            self.others.notify_one();
+        }
+    }
+
+    /// Something has ended, and whoever waits should look.
+    pub(crate) fn notify_all(&self) {
+        self.patient.notify_all();
+        self.others.notify_all();
+    }
+
+    /// Waits until `look` finds something, but not longer than patience lasts.
+    pub(super) fn wait_patiently<R>(&self, look: impl FnMut() -> Option<R>) -> Option<R> {
+        self.patient.wait(Some(Instant::now() + PATIENCE), look)
+    }
+
+    /// Waits until `look` finds something.
+    pub(super) fn wait<R>(&self, look: impl FnMut() -> Option<R>) -> R {
+        let found = self.others.wait(None, look);
+        found.expect("a wait without a deadline ends with a look")
+    }
+
+    /// See [`Waiters::late`].
+    pub(crate) fn late(&self) -> u64 {
+        self.patient.late() + self.others.late()
+    }
+}
