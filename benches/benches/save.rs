@@ -34,7 +34,7 @@ fn save(c: &mut Criterion) {
         b.iter_custom(|n| timed(n, || copy_save::save(&plan, &sinks)));
     });
     group.bench_function("raw", |b| {
-        b.iter_custom(|n| timed(n, || raw::save(&plan, &sinks[0])));
+        b.iter_custom(|n| timed(n, || raw::save(&plan, &sinks[0], 1)));
     });
     group.finish();
 }

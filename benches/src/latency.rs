@@ -2,8 +2,9 @@
 
 use std::{
     fs::File,
-    io::{self, Read},
+    io::{self, Read, Write},
     os::fd::OwnedFd,
+    sync::atomic::{AtomicU32, Ordering::Relaxed},
     thread,
     time::{Duration, Instant},
 };
@@ -120,6 +121,44 @@ pub fn wake_mutex(count: u32) -> io::Result<Vec<u64>> {
             times.push(nanos(since));
         }
         loader.end(count);
+        io::Result::Ok(times)
+    })?;
+    times.sort_unstable();
+    Ok(times)
+}
+
+/// The same without anything to hand over: a thread that sleeps on a futex is woken, and writes.
+///
+/// # Errors
+///
+/// The kernel's.
+///
+/// # Panics
+///
+/// Where the pipe fails.
+pub fn wake_bare(count: u32) -> io::Result<Vec<u64>> {
+    let (sink, mut reader) = pipe()?;
+    let mut file = sink.file()?;
+    let published = AtomicU32::new(0);
+    let mut times = thread::scope(|scope| {
+        let sleeper = scope.spawn(|| {
+            for index in 0..count {
+                // Relaxed: the number is all there is.
+                while published.load(Relaxed) <= index {
+                    thread::park();
+                }
+                file.write_all(&[7; SMALL]).expect("a pipe takes all");
+            }
+        });
+        let mut times = Vec::new();
+        for _ in 0..count {
+            thread::sleep(REST);
+            let since = Instant::now();
+            published.fetch_add(1, Relaxed);
+            sleeper.thread().unpark();
+            arrived(&mut reader)?;
+            times.push(nanos(since));
+        }
         io::Result::Ok(times)
     })?;
     times.sort_unstable();

@@ -21,6 +21,7 @@
 #[cfg(all(loom, not(crossbeam_loom)))]
 compile_error!("`--cfg loom` without `--cfg crossbeam_loom` models the slots but not the epochs");
 
+mod arena;
 mod channel;
 mod device;
 mod driver;

@@ -23,7 +23,7 @@ use crossbeam_epoch::{Atomic, Collector, Guard, Owned};
 
 use crate::sync::{
     Arc, Mutex,
-    atomic::Ordering::{AcqRel, Acquire},
+    atomic::Ordering::{Acquire, Release},
     lock,
 };
 
@@ -89,8 +89,8 @@ impl<T> Router<T> {
     }
 
     fn replace(&self, map: Vec<Entry<T>>, guard: &Guard) {
-        // map edge, release side; and acquire, for what is taken out.
-        let old = self.map.swap(Owned::new(map), AcqRel, guard);
+        // map edge, release side. What is taken out was put in under the lock, which carries it.
+        let old = self.map.swap(Owned::new(map), Release, guard);
         // SAFETY: the swap took it out, under the lock; those who still read it hold guards.
         unsafe { guard.defer_destroy(old) };
     }

@@ -20,7 +20,7 @@ const LAYERS: &[&[&str]] = &[
     &["section"],
     &["task", "router", "wire"],
     &["reorder"],
-    &["stats", "trace", "verdict"],
+    &["arena", "stats", "trace", "verdict"],
     &["error", "id", "state", "sync"],
 ];
 
@@ -33,6 +33,7 @@ const HOMES: &[(&str, &[&str])] = &[
 
 /// Where `unsafe` is opened.
 const UNSAFE: &[&str] = &[
+    "engine/src/arena.rs",
     "engine/src/device/sim/mapping.rs",
     "engine/src/reorder/pool.rs",
     "engine/src/reorder/table.rs",

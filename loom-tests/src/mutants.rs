@@ -21,8 +21,8 @@ mod table;
 
 use table::{EXPLAINED, HAND_WRITTEN};
 
-/// Where the modules are, below the workspace.
-const MODULES: &str = "engine/src/reorder";
+/// Where the modules are, below the workspace: in the one or in the other.
+const MODULES: [&str; 2] = ["engine/src/reorder", "engine/src"];
 
 /// What of the workspace is copied.
 const COPIED: [&str; 6] = [
@@ -35,7 +35,7 @@ const COPIED: [&str; 6] = [
 ];
 
 /// Each module, with the test files that its mutants have to pass, the most telling first.
-const FILES: [(&str, &[&str]); 8] = [
+const FILES: [(&str, &[&str]); 10] = [
     ("slot", &["slot", "inbox", "doorbell", "queue"]),
     ("pool", &["pool", "slot", "waiters"]),
     ("table", &["table", "inbox", "queue"]),
@@ -44,6 +44,8 @@ const FILES: [(&str, &[&str]); 8] = [
     ("doorbell", &["doorbell", "driver"]),
     ("waiters", &["waiters", "queue", "control"]),
     ("control", &["control", "doorbell", "driver"]),
+    ("router", &["router"]),
+    ("stats", &["stats"]),
 ];
 
 /// A hand-written mutant: `find` occurs once in the module, and is replaced.
@@ -208,7 +210,8 @@ fn how(output: &str) -> &str {
 
 /// A module's path.
 fn source(workspace: &Path, module: &str) -> std::path::PathBuf {
-    workspace.join(MODULES).join(format!("{module}.rs"))
+    let [first, other] = MODULES.map(|folder| workspace.join(folder).join(format!("{module}.rs")));
+    if first.exists() { first } else { other }
 }
 
 /// Copies what the models need of `from` to `to`, afresh.

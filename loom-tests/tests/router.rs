@@ -63,7 +63,10 @@ fn a_device_is_unplugged_while_a_channel_routes() {
             }
         });
         let handle = collector.register();
-        assert!(router.insert(b"a", 0, device(1), &handle.pin()));
+        // Pinned first: its fence would carry the device's contents, and hide the map edge.
+        let guard = handle.pin();
+        assert!(router.insert(b"a", 0, device(1), &guard));
+        drop(guard);
         let gone = router.remove(b"a", 0, &handle.pin()).unwrap();
         assert_eq!(gone.value(), 1);
         handle.pin().flush();

@@ -5,8 +5,12 @@
 //! ```
 //!
 //! Contenders that several figures share run once for all of them. It exits 0 whatever the figures.
+//!
+//! A row that ends in `-limit` says how far the figure could go on this machine: what the bare
+//! copies, calls and wake-ups reach where nobody hands anything over, over the same yardstick in the
+//! same round.
 
-use std::{io, process::ExitCode};
+use std::{io, process::ExitCode, thread};
 
 use clap::Parser;
 use serde_json::json;
@@ -30,8 +34,11 @@ const MIB: usize = 1 << 20;
 /// Every figure, in the order of the report, with its goal.
 const FIGURES: &[(&str, Goal)] = &[
     ("load-1m-vs-mutex", AtLeast(3.5)),
+    ("load-1m-vs-mutex-limit", Open),
     ("load-64k-vs-mutex", AtLeast(4.5)),
+    ("load-64k-vs-mutex-limit", Open),
     ("load-4k-vs-mutex", AtLeast(5.0)),
+    ("load-4k-vs-mutex-limit", Open),
     ("load-1m-cpu-vs-mutex", AtMost(0.33)),
     ("load-1m-vs-raw", AtLeast(0.95)),
     ("load-1m-memfd-vs-raw", Open),
@@ -42,8 +49,11 @@ const FIGURES: &[(&str, Goal)] = &[
     ("mutex-vs-raw", AtLeast(0.25)),
     ("threads-vs-raw", AtLeast(0.5)),
     ("load-tcp-1m-vs-mutex", AtLeast(2.2)),
+    ("load-tcp-1m-vs-mutex-limit", Open),
     ("load-tcp-64k-vs-mutex", AtLeast(2.2)),
+    ("load-tcp-64k-vs-mutex-limit", Open),
     ("load-tcp-4k-vs-mutex", AtLeast(2.0)),
+    ("load-tcp-4k-vs-mutex-limit", Open),
     ("load-tcp-1m-vs-raw", AtLeast(0.95)),
     ("publish-p50-vs-mutex", AtMost(1.0 / 2000.0)),
     ("publish-p99-vs-mutex", Open),
@@ -52,19 +62,28 @@ const FIGURES: &[(&str, Goal)] = &[
     ("publish-p99-us", Open),
     ("publish-p999-us", Open),
     ("devices-64-64k-vs-threads", AtLeast(2.0)),
+    ("devices-64-64k-vs-threads-limit", Open),
     ("devices-64-4k-vs-threads", AtLeast(5.0)),
+    ("devices-64-4k-vs-threads-limit", Open),
     ("devices-64-1m-vs-mutex", AtLeast(2.5)),
+    ("devices-64-1m-vs-mutex-limit", Open),
     ("save-1m-vs-raw", AtLeast(0.95)),
+    ("save-1m-vs-raw-limit", Open),
     ("save-1m-vs-copy", AtLeast(2.0)),
+    ("save-1m-vs-copy-limit", Open),
     ("whole-state-time", AtLeast(3.0)),
     ("whole-state-memory", AtMost(1.0 / 20.0)),
     ("whole-state-by-device-time", Open),
     ("whole-state-by-device-memory", Open),
     ("wake-p50-vs-condvar", AtMost(0.5)),
+    ("wake-p50-vs-condvar-limit", Open),
     ("wake-p50-us", Open),
     ("load-null-1m-vs-mutex", AtLeast(8.0)),
+    ("load-null-1m-vs-mutex-limit", Open),
     ("load-null-64k-vs-mutex", AtLeast(10.0)),
+    ("load-null-64k-vs-mutex-limit", Open),
     ("load-null-4k-vs-mutex", AtLeast(15.0)),
+    ("load-null-4k-vs-mutex-limit", Open),
     ("fd-syscalls-per-4k-packet", AtMost(0.03)),
     ("ring-calls-per-4k-packet", Open),
     ("cancel-p90-us", AtMost(200.0)),
@@ -74,6 +93,7 @@ const FIGURES: &[(&str, Goal)] = &[
     ("rss-over-budget-mib", AtMost(8.0)),
     ("uring-vs-blocking-1-device-1m", AtLeast(0.95)),
     ("uring-vs-blocking-64-devices-64k", AtLeast(1.2)),
+    ("uring-vs-blocking-64-devices-64k-limit", Open),
 ];
 
 /// Yardsticks' own checks: below these the rows that lean on them are void.
@@ -135,6 +155,7 @@ const SUITES: &[Suite] = &[
     (
         &[
             "load-1m-vs-mutex",
+            "load-1m-vs-mutex-limit",
             "load-1m-cpu-vs-mutex",
             "load-1m-vs-raw",
             "load-1m-memfd-vs-raw",
@@ -153,28 +174,56 @@ const SUITES: &[Suite] = &[
     (
         &[
             "load-64k-vs-mutex",
+            "load-64k-vs-mutex-limit",
             "load-64k-vs-raw",
             "load-64k-memfd-vs-raw",
             "load-64k-plain-vs-raw",
         ],
         load_64k,
     ),
-    (&["load-4k-vs-mutex"], load_4k),
-    (&["load-tcp-1m-vs-mutex", "load-tcp-1m-vs-raw"], load_tcp_1m),
-    (&["load-tcp-64k-vs-mutex"], |run| {
-        load_tcp(run, "load-tcp-64k-vs-mutex", 64 * KIB)
+    (&["load-4k-vs-mutex", "load-4k-vs-mutex-limit"], |run| {
+        versus(run, "load-4k-vs-mutex", 1, 4 * KIB, Kind::Memfd)
     }),
-    (&["load-tcp-4k-vs-mutex"], |run| {
-        load_tcp(run, "load-tcp-4k-vs-mutex", 4 * KIB)
-    }),
-    (&["devices-64-64k-vs-threads"], |run| {
-        devices_threads(run, "devices-64-64k-vs-threads", 64 * KIB)
-    }),
-    (&["devices-64-4k-vs-threads"], |run| {
-        devices_threads(run, "devices-64-4k-vs-threads", 4 * KIB)
-    }),
-    (&["devices-64-1m-vs-mutex"], devices_mutex),
-    (&["save-1m-vs-raw", "save-1m-vs-copy"], save),
+    (
+        &[
+            "load-tcp-1m-vs-mutex",
+            "load-tcp-1m-vs-mutex-limit",
+            "load-tcp-1m-vs-raw",
+        ],
+        |run| load_tcp(run, "load-tcp-1m-vs-mutex", MIB),
+    ),
+    (
+        &["load-tcp-64k-vs-mutex", "load-tcp-64k-vs-mutex-limit"],
+        |run| load_tcp(run, "load-tcp-64k-vs-mutex", 64 * KIB),
+    ),
+    (
+        &["load-tcp-4k-vs-mutex", "load-tcp-4k-vs-mutex-limit"],
+        |run| load_tcp(run, "load-tcp-4k-vs-mutex", 4 * KIB),
+    ),
+    (
+        &[
+            "devices-64-64k-vs-threads",
+            "devices-64-64k-vs-threads-limit",
+        ],
+        |run| versus(run, "devices-64-64k-vs-threads", 64, 64 * KIB, Kind::Memfd),
+    ),
+    (
+        &["devices-64-4k-vs-threads", "devices-64-4k-vs-threads-limit"],
+        |run| versus(run, "devices-64-4k-vs-threads", 64, 4 * KIB, Kind::Memfd),
+    ),
+    (
+        &["devices-64-1m-vs-mutex", "devices-64-1m-vs-mutex-limit"],
+        |run| versus(run, "devices-64-1m-vs-mutex", 64, MIB, Kind::Memfd),
+    ),
+    (
+        &[
+            "save-1m-vs-raw",
+            "save-1m-vs-raw-limit",
+            "save-1m-vs-copy",
+            "save-1m-vs-copy-limit",
+        ],
+        save,
+    ),
     (
         &[
             "whole-state-time",
@@ -184,16 +233,26 @@ const SUITES: &[Suite] = &[
         ],
         whole_state,
     ),
-    (&["wake-p50-vs-condvar", "wake-p50-us"], wake),
-    (&["load-null-1m-vs-mutex"], |run| {
-        load_null(run, "load-null-1m-vs-mutex", MIB)
-    }),
-    (&["load-null-64k-vs-mutex"], |run| {
-        load_null(run, "load-null-64k-vs-mutex", 64 * KIB)
-    }),
-    (&["load-null-4k-vs-mutex"], |run| {
-        load_null(run, "load-null-4k-vs-mutex", 4 * KIB)
-    }),
+    (
+        &[
+            "wake-p50-vs-condvar",
+            "wake-p50-vs-condvar-limit",
+            "wake-p50-us",
+        ],
+        wake,
+    ),
+    (
+        &["load-null-1m-vs-mutex", "load-null-1m-vs-mutex-limit"],
+        |run| versus(run, "load-null-1m-vs-mutex", 1, MIB, Kind::Null),
+    ),
+    (
+        &["load-null-64k-vs-mutex", "load-null-64k-vs-mutex-limit"],
+        |run| versus(run, "load-null-64k-vs-mutex", 1, 64 * KIB, Kind::Null),
+    ),
+    (
+        &["load-null-4k-vs-mutex", "load-null-4k-vs-mutex-limit"],
+        |run| versus(run, "load-null-4k-vs-mutex", 1, 4 * KIB, Kind::Null),
+    ),
     (
         &["fd-syscalls-per-4k-packet", "ring-calls-per-4k-packet"],
         fd_syscalls,
@@ -210,9 +269,13 @@ const SUITES: &[Suite] = &[
     (&["uring-vs-blocking-1-device-1m"], |run| {
         backends(run, "uring-vs-blocking-1-device-1m", 1, MIB)
     }),
-    (&["uring-vs-blocking-64-devices-64k"], |run| {
-        backends(run, "uring-vs-blocking-64-devices-64k", 64, 64 * KIB)
-    }),
+    (
+        &[
+            "uring-vs-blocking-64-devices-64k",
+            "uring-vs-blocking-64-devices-64k-limit",
+        ],
+        |run| backends(run, "uring-vs-blocking-64-devices-64k", 64, 64 * KIB),
+    ),
 ];
 
 fn report(mut arguments: Arguments) -> io::Result<()> {
@@ -393,6 +456,7 @@ fn load_1m(run: &Run) -> io::Result<Found> {
     });
     Ok(found([
         ("load-1m-vs-mutex", ratio(&rounds, 0, 1)),
+        ("load-1m-vs-mutex-limit", ratio(&rounds, 2, 1)),
         ("load-1m-cpu-vs-mutex", cpu),
         ("load-1m-vs-raw", worse(&memfd, &plain)),
         ("load-1m-memfd-vs-raw", memfd),
@@ -438,80 +502,68 @@ fn load_64k(run: &Run) -> io::Result<Found> {
     let plain = plain_vs_raw(run, &plan, &source)?;
     Ok(found([
         ("load-64k-vs-mutex", ratio(&rounds, 0, 1)),
+        ("load-64k-vs-mutex-limit", ratio(&rounds, 2, 1)),
         ("load-64k-vs-raw", worse(&memfd, &plain)),
         ("load-64k-memfd-vs-raw", memfd),
         ("load-64k-plain-vs-raw", plain),
     ]))
 }
 
-/// The engine from memory, over the mutex algorithm.
-fn versus_mutex(
-    run: &Run,
-    name: &str,
-    devices: u32,
-    packet: usize,
-    kind: Kind,
-) -> io::Result<Found> {
+/// The engine from memory, over the yardstick that the figure's name ends with; and the limit.
+fn versus(run: &Run, name: &str, devices: u32, packet: usize, kind: Kind) -> io::Result<Found> {
     let plan = run.plan(devices, packet);
     let source = Source::new(packet);
     let sinks = Sink::several(kind, devices, plan.device_bytes())?;
-    let rounds = run.samples(
-        name,
-        &["engine", "mutex"],
-        &mut [&mut || ours(&plan, &sinks, &source), &mut || {
-            mutex::load_memory(&plan, &sinks, &source)
-        }],
-    );
-    Ok(found([(name, ratio(&rounds, 0, 1))]))
-}
-
-fn load_4k(run: &Run) -> io::Result<Found> {
-    versus_mutex(run, "load-4k-vs-mutex", 1, 4 * KIB, Kind::Memfd)
-}
-
-fn load_null(run: &Run, name: &str, packet: usize) -> io::Result<Found> {
-    versus_mutex(run, name, 1, packet, Kind::Null)
-}
-
-fn devices_mutex(run: &Run) -> io::Result<Found> {
-    versus_mutex(run, "devices-64-1m-vs-mutex", 64, MIB, Kind::Memfd)
-}
-
-fn devices_threads(run: &Run, name: &str, packet: usize) -> io::Result<Found> {
-    let plan = run.plan(64, packet);
-    let source = Source::new(packet);
-    let sinks = Sink::several(Kind::Memfd, 64, plan.device_bytes())?;
-    let rounds = run.samples(
-        name,
-        &["engine", "threads"],
-        &mut [&mut || ours(&plan, &sinks, &source), &mut || {
+    let (alone, limit) = bare(run, packet, kind)?;
+    let threads = name.ends_with("threads");
+    let yardstick = || {
+        if threads {
             threads::load_memory(&plan, &sinks, &source)
-        }],
+        } else {
+            mutex::load_memory(&plan, &sinks, &source)
+        }
+    };
+    let rounds = run.samples(
+        name,
+        &["engine", "yardstick", "raw, one device"],
+        &mut [
+            &mut || ours(&plan, &sinks, &source),
+            &mut || yardstick(),
+            &mut || raw::load_memory(&alone, &limit, &source),
+        ],
     );
-    Ok(found([(name, ratio(&rounds, 0, 1))]))
+    let limit = limit_over(&rounds, 2, 1, devices);
+    Ok(vec![
+        (name.to_owned(), ratio(&rounds, 0, 1)),
+        (format!("{name}-limit"), limit),
+    ])
+}
+
+/// One device's plan and sink for the machine's limit.
+fn bare(run: &Run, packet: usize, kind: Kind) -> io::Result<(Plan, Sink)> {
+    let plan = run.plan(1, packet);
+    let sink = Sink::new(kind, plan.device_bytes())?;
+    Ok((plan, sink))
+}
+
+/// The most that any engine could reach of a ratio: the bare copies and writes, with no hand-over,
+/// over the yardstick. For one device whose writes come one after the other, that is how fast they
+/// go; for several, how fast they go on all cores, taken from their CPU time.
+fn limit_over(rounds: &[Vec<Sample>], raw: usize, over: usize, devices: u32) -> Vec<f64> {
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    let cores = f64::from(u32::try_from(cores).unwrap_or(1));
+    values(rounds, |round| {
+        let rate = if devices == 1 {
+            round[raw].rate()
+        } else {
+            cores * f64::from(1 << 30) / round[raw].cpu_per_gib()
+        };
+        rate / round[over].rate()
+    })
 }
 
 fn tcp(plan: &Plan, sinks: &[Sink], source: &Source) -> Sample {
     engine::load_sockets(plan, sinks, source, Wire::Tcp, Settings::default()).sample
-}
-
-fn load_tcp_1m(run: &Run) -> io::Result<Found> {
-    let plan = run.plan(1, MIB);
-    let source = Source::new(MIB);
-    let sinks = Sink::several(Kind::Memfd, 1, plan.device_bytes())?;
-    let rounds = run.samples(
-        "1 MiB from TCP",
-        &["engine", "mutex", "raw"],
-        &mut [
-            &mut || tcp(&plan, &sinks, &source),
-            &mut || mutex::load_sockets(&plan, &sinks, &source, Wire::Tcp),
-            &mut || raw::load_sockets(&plan, &sinks[0], &source, Wire::Tcp),
-        ],
-    );
-    Ok(found([
-        ("load-tcp-1m-vs-mutex", ratio(&rounds, 0, 1)),
-        ("load-tcp-1m-vs-raw", ratio(&rounds, 0, 2)),
-    ]))
 }
 
 fn load_tcp(run: &Run, name: &str, packet: usize) -> io::Result<Found> {
@@ -520,12 +572,21 @@ fn load_tcp(run: &Run, name: &str, packet: usize) -> io::Result<Found> {
     let sinks = Sink::several(Kind::Memfd, 1, plan.device_bytes())?;
     let rounds = run.samples(
         name,
-        &["engine", "mutex"],
-        &mut [&mut || tcp(&plan, &sinks, &source), &mut || {
-            mutex::load_sockets(&plan, &sinks, &source, Wire::Tcp)
-        }],
+        &["engine", "mutex", "raw"],
+        &mut [
+            &mut || tcp(&plan, &sinks, &source),
+            &mut || mutex::load_sockets(&plan, &sinks, &source, Wire::Tcp),
+            &mut || raw::load_sockets(&plan, &sinks[0], &source, Wire::Tcp),
+        ],
     );
-    Ok(found([(name, ratio(&rounds, 0, 1))]))
+    let mut found = vec![
+        (name.to_owned(), ratio(&rounds, 0, 1)),
+        (format!("{name}-limit"), ratio(&rounds, 2, 1)),
+    ];
+    if packet == MIB {
+        found.push(("load-tcp-1m-vs-raw".to_owned(), ratio(&rounds, 0, 2)));
+    }
+    Ok(found)
 }
 
 fn save(run: &Run) -> io::Result<Found> {
@@ -533,16 +594,19 @@ fn save(run: &Run) -> io::Result<Found> {
     let sinks = Sink::several(Kind::Memfd, 1, plan.device_bytes())?;
     let rounds = run.samples(
         "save of 1 MiB",
-        &["engine", "raw", "copy"],
+        &["engine", "raw", "copy", "raw, in turn"],
         &mut [
             &mut || engine::save_null(&plan, &sinks).sample,
-            &mut || raw::save(&plan, &sinks[0]),
+            &mut || raw::save(&plan, &sinks[0], 1),
             &mut || copy_save::save(&plan, &sinks),
+            &mut || raw::save(&plan, &sinks[0], 8),
         ],
     );
     Ok(found([
         ("save-1m-vs-raw", ratio(&rounds, 0, 1)),
+        ("save-1m-vs-raw-limit", ratio(&rounds, 3, 1)),
         ("save-1m-vs-copy", ratio(&rounds, 0, 2)),
+        ("save-1m-vs-copy-limit", ratio(&rounds, 1, 2)),
     ]))
 }
 
@@ -613,9 +677,11 @@ fn whole_state(run: &Run) -> io::Result<Found> {
 
 fn wake(run: &Run) -> io::Result<Found> {
     let count = if run.quick { 50 } else { 1000 };
-    let rounds = run.in_turn(&mut [&mut || latency::wake_engine(count), &mut || {
-        latency::wake_mutex(count)
-    }]);
+    let rounds = run.in_turn(&mut [
+        &mut || latency::wake_engine(count),
+        &mut || latency::wake_mutex(count),
+        &mut || latency::wake_bare(count),
+    ]);
     let mut medians = Vec::new();
     for round in rounds {
         let mut row = Vec::new();
@@ -625,12 +691,16 @@ fn wake(run: &Run) -> io::Result<Found> {
         medians.push(row);
     }
     if run.verbose {
-        eprintln!("  wake: engine, condvar: {medians:.1?} us");
+        eprintln!("  wake: engine, condvar, bare: {medians:.1?} us");
     }
     Ok(found([
         (
             "wake-p50-vs-condvar",
             values(&medians, |round| round[0] / round[1]),
+        ),
+        (
+            "wake-p50-vs-condvar-limit",
+            values(&medians, |round| round[2] / round[1]),
         ),
         ("wake-p50-us", values(&medians, |round| round[0])),
     ]))
@@ -695,6 +765,7 @@ fn backends(run: &Run, name: &str, devices: u32, packet: usize) -> io::Result<Fo
     let plan = run.plan(devices, packet);
     let source = Source::new(packet);
     let sinks = Sink::several(Kind::Memfd, devices, plan.device_bytes())?;
+    let (alone, limit) = bare(run, packet, Kind::Memfd)?;
     let with = |backend| {
         let settings = engine::with_backend(backend);
         let Outcome { sample, .. } = engine::load_memory(&plan, &sinks, &source, settings);
@@ -702,12 +773,19 @@ fn backends(run: &Run, name: &str, devices: u32, packet: usize) -> io::Result<Fo
     };
     let rounds = run.samples(
         name,
-        &["uring", "blocking"],
-        &mut [&mut || with(Backend::Uring), &mut || {
-            with(Backend::Blocking)
-        }],
+        &["uring", "blocking", "raw, one device"],
+        &mut [
+            &mut || with(Backend::Uring),
+            &mut || with(Backend::Blocking),
+            &mut || raw::load_memory(&alone, &limit, &source),
+        ],
     );
-    Ok(found([(name, ratio(&rounds, 0, 1))]))
+    let mut found = vec![(name.to_owned(), ratio(&rounds, 0, 1))];
+    if devices > 1 {
+        let limit = limit_over(&rounds, 2, 1, devices);
+        found.push((format!("{name}-limit"), limit));
+    }
+    Ok(found)
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 //! ```text
 //!   from memory   one thread writes preloaded buffers to the data fd │ another copies as much
 //!   from TCP      one thread writes one fixed buffer                 │ others recv into one each
-//!   save          one thread reads into one fixed buffer
+//!   save          one thread reads into one fixed buffer, or several in turn
 //! ```
 //!
 //! What the two threads of the first touch is together as large as the engine's pool.
@@ -109,17 +109,24 @@ pub fn load_sockets(plan: &Plan, sink: &Sink, source: &Source, wire: Wire) -> Sa
     Sample::between(begun, end, plan.bytes())
 }
 
-/// Reads all of a device into one fixed buffer.
+/// Reads all of a device into fixed buffers: one, or as many in turn as an engine must have that
+/// reads ahead.
 ///
 /// # Panics
 ///
 /// Where the file fails.
 #[must_use]
-pub fn save(plan: &Plan, sink: &Sink) -> Sample {
+pub fn save(plan: &Plan, sink: &Sink, buffers: usize) -> Sample {
     sink.rewind().expect("a sink can be rewound");
     let mut file = sink.file().expect("an fd can be duplicated");
-    let mut fixed = vec![1; plan.packet];
+    let mut fixed = vec![1; plan.packet * buffers];
     let begun = Mark::now();
-    while file.read(&mut fixed).expect("a file") > 0 {}
-    Sample::between(begun, Mark::now(), plan.bytes())
+    let mut at = 0;
+    loop {
+        let buffer = &mut fixed[at * plan.packet..][..plan.packet];
+        if file.read(buffer).expect("a file") == 0 {
+            return Sample::between(begun, Mark::now(), plan.bytes());
+        }
+        at = (at + 1) % buffers;
+    }
 }

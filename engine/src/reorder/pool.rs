@@ -35,20 +35,18 @@
 )]
 
 use std::{
-    alloc::{self, Layout},
     fmt,
     mem::ManuallyDrop,
     ops::{Deref, Range},
-    ptr::NonNull,
     slice,
 };
 
 use crossbeam_utils::CachePadded;
 use vfio_migration_uring::Buffer as RingBuffer;
 
-use crate::sync::{
-    Shadow,
-    atomic::{
+use crate::{
+    arena::{Arena, GRANULE},
+    sync::atomic::{
         AtomicU32, AtomicU64,
         Ordering::{AcqRel, Acquire, Relaxed, Release},
     },
@@ -56,7 +54,7 @@ use crate::sync::{
 
 /// What every lease is rounded up to, in bytes: a cache line, so that two packets of one buffer
 /// share none.
-pub const ALIGN: usize = 64;
+pub const ALIGN: usize = GRANULE;
 
 /// How a pool's arena is cut. Sizes are multiples of [`ALIGN`].
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -166,61 +164,6 @@ struct Buffer {
     holders: AtomicU32,
     /// The one below it on the free list.
     next: AtomicU32,
-}
-
-/// The pool's bytes: one allocation, freed with the pool.
-struct Arena {
-    start: NonNull<u8>,
-    layout: Layout,
-    shadow: Shadow,
-}
-
-// SAFETY: the arena is plain memory. `Lease` is the only way to it, and gives each range to one
-// thread at a time.
-unsafe impl Send for Arena {}
-// SAFETY: as above.
-unsafe impl Sync for Arena {}
-
-impl Arena {
-    /// Large enough that the kernel can back it with huge pages.
-    const ALIGN: usize = 2 << 20;
-
-    fn new(len: usize) -> Self {
-        let align = if len >= Self::ALIGN {
-            Self::ALIGN
-        } else {
-            4096
-        };
-        let layout = Layout::from_size_align(len.max(ALIGN), align)
-            .expect("a budget is far below isize::MAX");
-        // SAFETY: the layout's size is not 0.
-        let start = unsafe { alloc::alloc(layout) };
-        let Some(start) = NonNull::new(start) else {
-            alloc::handle_alloc_error(layout)
-        };
-        // Every page is touched here, so that no transfer pays for a fault. The value is not 0, or
-        // the compiler would ask for zeroed pages instead, which are not touched.
-        // SAFETY: the block is ours, and `layout.size()` bytes long.
-        unsafe { start.as_ptr().write_bytes(0xa5, layout.size()) };
-        Self {
-            start,
-            layout,
-            shadow: Shadow::new(if cfg!(loom) { len / ALIGN } else { 0 }),
-        }
-    }
-
-    fn at(&self, offset: usize) -> *mut u8 {
-        debug_assert!(offset <= self.layout.size());
-        // SAFETY: `offset` is within the block, by the pool's arithmetic.
-        unsafe { self.start.as_ptr().add(offset) }
-    }
-}
-
-impl Drop for Arena {
-    fn drop(&mut self) {
-        // SAFETY: allocated by `new` with this layout, and every lease holds the pool.
-        unsafe { alloc::dealloc(self.start.as_ptr(), self.layout) };
-    }
 }
 
 /// A fixed set of buffers and reserves.
@@ -562,7 +505,7 @@ impl<P: Deref<Target = Pool>> Lease<P> {
     /// The bytes.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
-        self.pool.arena.shadow.read(self.granules());
+        self.pool.arena.reads(self.granules());
         // SAFETY: the range was cut for this lease alone, it is initialised since the arena was
         // made, and `&self` keeps it from `bytes_mut` and from a ring. The unhold and recycle
         // edges ordered all earlier owners' accesses before ours, the publish edge the filler's.
@@ -571,7 +514,7 @@ impl<P: Deref<Target = Pool>> Lease<P> {
 
     /// The bytes, to be filled.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
-        self.pool.arena.shadow.write(self.granules());
+        self.pool.arena.writes(self.granules());
         // SAFETY: as in `bytes`, and `&mut self` is the only use of this lease.
         unsafe { slice::from_raw_parts_mut(self.pool.arena.at(self.start()), self.size()) }
     }

@@ -489,6 +489,29 @@ pub(super) const HAND_WRITTEN: &[HandWritten] = &[
         "let look = || self.is_ended().then_some(());",
         "let look = || (self.is_ended() || self.stop().is_some()).then_some(());",
     ),
+    // The router.
+    mutant(
+        "router",
+        "a snapshot is freed at once",
+        "unsafe { guard.defer_destroy(old) };",
+        "drop(unsafe { old.into_owned() });",
+    ),
+    mutant(
+        "router",
+        "insert takes no lock",
+        "guard: &Guard) -> bool {
+        let _changes = lock(&self.changes);",
+        "guard: &Guard) -> bool {",
+    ),
+    // The statistics.
+    mutant(
+        "stats",
+        "a snapshot reads the published first",
+        "let taken = self.taken.load(Acquire);
+        (self.published.get(), taken)",
+        "let published = self.published.get();
+        (published, self.taken.load(Acquire))",
+    ),
 ];
 
 /// Why a weaker finish edge survives.
