@@ -37,7 +37,8 @@ pub(crate) fn serve_device(
 
 /// Takes a device whose save failed back to work. Not one that a transfer is stuck in.
 pub(crate) fn put_back(device: &mut Device) {
-    if device.state().is_saving() {
+    // Also where STOP_COPY was refused, and the device recovered to STOP.
+    if device.state() != DeviceState::Running {
         // The save's own error is the one to report; a device that is lost says so from now on.
         let _lost = device.set_state(DeviceState::Running, Recover::Reset);
     }
