@@ -21,11 +21,11 @@ pub(crate) fn serve_device(
     let result = result.and_then(|()| finish_load(load, shared, device));
     if let Err(error) = &result
         && *error.kind() != ErrorKind::Stuck
-        && device.state() == DeviceState::Resuming
+        && (device.state() == DeviceState::Resuming || *error.kind() == ErrorKind::Panicked)
     {
         // Where the switchover never began the main channel's side still has the fd.
         drop(lock(&shared.iterable).take());
-        // A RESUMING session is ended only so. The first error is the one to report; a reset that
+        // A RESUMING session is ended only so, and so is the doubt after a panic. The first error is the one to report; a reset that
         // fails makes the device lost, and it says so from now on.
         let _lost = device.reset();
     }
