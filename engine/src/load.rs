@@ -58,7 +58,7 @@ use crate::{
     stats::{ChannelCounters, DeviceCounters},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering, fence},
         lock,
     },
     trace,
@@ -186,6 +186,12 @@ impl Load {
             unplugged: AtomicBool::new(false),
         });
         self.add_route(id, Route::Device(device.clone()))?;
+        // Partner: the fence in `fail`, which sets the reason and then looks for devices. One of the
+        // two finds the other: a device that comes too late is stopped here.
+        fence(Ordering::SeqCst);
+        if self.failure().is_some() {
+            device.control.quit();
+        }
         Ok(device)
     }
 
@@ -231,6 +237,8 @@ impl Load {
     pub(crate) fn fail(&self, error: Error) -> bool {
         let first = self.verdict.fail(error);
         if first {
+            // Partner: the fence in `add`.
+            fence(Ordering::SeqCst);
             for device in self.devices() {
                 device.control.quit();
             }
