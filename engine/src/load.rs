@@ -248,6 +248,14 @@ impl Load {
         first
     }
 
+    /// Waits until it is known why the load has failed. For a channel that found a device closed: the
+    /// driver closes it, and the device's thread says why. Ends with that; or, where nothing has
+    /// failed (a device was taken out), soon.
+    pub(crate) fn wait_for_reason(&self) {
+        let soon = Some(Instant::now() + SLACK);
+        let _reason = self.room.wait(soon, || self.failure());
+    }
+
     /// Says that one more thread may bring packets.
     pub(crate) fn open_input(&self) {
         // Relaxed: made from an input that is open, or before the load starts.

@@ -118,7 +118,7 @@ impl LoadBuilder {
             session.spawn_device(device, sender.clone())?;
         }
         drop(sender);
-        session.common.set_up(&results, count)?;
+        session.set_up(&results, count)?;
         for channel in channels {
             session.add_channel(channel)?;
         }
@@ -241,6 +241,15 @@ impl LoadSession {
         )
     }
 
+    /// Waits for the results of set-ups. One that was cancelled has its reason elsewhere.
+    fn set_up(&self, results: &mpsc::Receiver<Result<()>>, count: usize) -> Result<()> {
+        let set_up = self.common.set_up(results, count);
+        set_up.map_err(|error| match self.failure() {
+            Some(reason) if error.is_cancelled() => reason,
+            _ => error,
+        })
+    }
+
     /// Adds a device while the session runs (`max_devices` has to leave room for it), and returns
     /// when it is RESUMING.
     ///
@@ -250,7 +259,7 @@ impl LoadSession {
     pub fn add_device(&self, device: Device) -> Result<()> {
         let (sender, results) = mpsc::channel();
         self.spawn_device(device, sender)?;
-        self.common.set_up(&results, 1)
+        self.set_up(&results, 1)
     }
 
     /// Takes a device out while the session runs: an unplug. Its packets are refused from now on,
@@ -326,6 +335,9 @@ impl LoadSession {
                 let result = receiver.run(&mut inlet, |id| greet(&greeted, id));
                 drop(inlet);
                 if let Err(error) = result {
+                    if error.is_cancelled() {
+                        load.wait_for_reason();
+                    }
                     load.fail(error);
                 }
             },
