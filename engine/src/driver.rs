@@ -16,14 +16,16 @@
 //!
 //! What ends each wait: the ring's sleep, a completion, a wake, or [`RECHECK`]; a flow, its result,
 //! its stop, or the time without progress; a flow that was stopped while the kernel has its
-//! operations, their completion or the grace time, after which file and buffers are leaked.
+//! operations, their completion or the grace time, after which file and buffers are leaked; a ring
+//! whose waits fail for want of memory, one that does not, or the grace time.
 
 use std::{
-    fmt, mem,
+    fmt, mem, thread,
     time::{Duration, Instant},
 };
 
 use crossbeam_epoch::{Collector, Guard};
+use nix::errno::Errno;
 use vfio_migration_uring::{Completion, Ring, Waker};
 
 use crate::{
@@ -40,6 +42,9 @@ use crate::{
         lock,
     },
 };
+
+/// How soon to try again what the ring could not do for want of memory.
+const RETRY: Duration = Duration::from_millis(1);
 
 /// What a flow works with during one call.
 pub(crate) struct Context<'a> {
@@ -227,6 +232,8 @@ pub(crate) struct Driver<F> {
     round: usize,
     limits: Limits,
     last_progress: Instant,
+    /// Since when the ring's waits have failed.
+    failing: Option<Instant>,
 }
 
 impl<F: Flow> Driver<F> {
@@ -239,12 +246,19 @@ impl<F: Flow> Driver<F> {
             round: 0,
             limits,
             last_progress: Instant::now(),
+            failing: None,
         }
     }
 
     /// Runs until it is closed and its last flow has finished. `progressed` is called after each
     /// round in which something moved.
-    pub(crate) fn run(mut self, collector: &Collector, progressed: impl Fn()) {
+    /// `broken` is told where the ring cannot be waited for any more, before any flow is.
+    pub(crate) fn run(
+        mut self,
+        collector: &Collector,
+        progressed: impl Fn(),
+        broken: impl FnOnce(Error),
+    ) {
         let epoch = collector.register();
         loop {
             self.take_in();
@@ -273,13 +287,19 @@ impl<F: Flow> Driver<F> {
             self.handle.doorbell.get_up();
             match waited {
                 Ok(woken) => {
+                    self.failing = None;
                     let guard = epoch.pin();
                     let reaped = self.reap(&guard);
                     if !woken && !reaped && self.must_stay_up(&guard) {
                         self.handle.late.add(1);
                     }
                 }
-                Err(error) => return self.give_up(&error),
+                // Short of memory, which passes; or else the grace time does.
+                Err(error) if passes(&error) && !self.is_out_of_patience() => {
+                    thread::sleep(RETRY);
+                    continue;
+                }
+                Err(error) => return self.give_up(&error, broken),
             }
         }
         let leaking = self
@@ -516,16 +536,30 @@ impl<F: Flow> Driver<F> {
         }
     }
 
-    /// The ring is broken: nothing can be reaped any more.
-    fn give_up(mut self, error: &std::io::Error) {
-        let errno = error
-            .raw_os_error()
-            .unwrap_or(nix::errno::Errno::EIO as i32);
+    /// Whether the ring's waits have failed for longer than the grace time.
+    fn is_out_of_patience(&mut self) -> bool {
+        let since = *self.failing.get_or_insert_with(Instant::now);
+        since.elapsed() > self.limits.grace
+    }
+
+    /// The ring is broken: what it has is taken back, or leaked where the kernel keeps it.
+    fn give_up(mut self, error: &std::io::Error, broken: impl FnOnce(Error)) {
+        let errno = error.raw_os_error().unwrap_or(Errno::EIO as i32);
+        let host = || {
+            Error::new(ErrorKind::Host, Phase::Load)
+                .caused_by(std::io::Error::from_raw_os_error(errno))
+        };
+        // First, so that what follows from it is not taken for the reason.
+        broken(host());
+        let leaked = self.ring.drain(self.limits.grace).leaked > 0;
         for at in 0..self.seats.len() {
             if let Seat::Active { ending, flow, .. } = &mut self.seats[at] {
-                let why = Error::new(ErrorKind::Host, Phase::Load)
+                let why = flow
+                    .stalled()
+                    .with_kind(ErrorKind::Host)
                     .caused_by(std::io::Error::from_raw_os_error(errno));
-                if flow.lane().is_idle() {
+                // Which lane's operations were leaked nobody knows.
+                if flow.lane().is_idle() || !leaked {
                     self.finish(at, Err(why));
                 } else {
                     *ending = Some((why, Instant::now()));
@@ -536,11 +570,15 @@ impl<F: Flow> Driver<F> {
         self.handle.close();
         self.take_in();
         for at in 0..self.seats.len() {
-            let why = Error::new(ErrorKind::Host, Phase::Load)
-                .caused_by(std::io::Error::from_raw_os_error(errno));
-            self.finish(at, Err(why));
+            self.finish(at, Err(host()));
         }
     }
+}
+
+/// Whether the ring may do better the next time.
+fn passes(error: &std::io::Error) -> bool {
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    matches!(errno, Some(Errno::EAGAIN | Errno::EBUSY | Errno::ENOMEM))
 }
 
 impl<F> fmt::Debug for Driver<F> {

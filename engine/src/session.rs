@@ -341,13 +341,14 @@ impl Common {
         handle: Arc<Handle<F>>,
         collector: crossbeam_epoch::Collector,
         progressed: impl Fn() + Send + 'static,
-        failed: impl FnOnce(Error) + Send + 'static,
+        failed: impl FnOnce(Error) + Clone + Send + 'static,
     ) -> Result<()> {
+        let broken = failed.clone();
         Crew::spawn(
             crew,
             TaskKind::Driver,
             "vfio-mig-driver".into(),
-            move || driver.run(&collector, progressed),
+            move || driver.run(&collector, progressed, broken),
             move |error| {
                 // Whatever was attached and never taken in goes away here, and says so.
                 handle.abandon();
