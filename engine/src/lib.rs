@@ -48,6 +48,8 @@ pub use vfio_migration_uring::Backend;
 
 #[cfg(feature = "sim")]
 pub use crate::device::sim;
+#[cfg(feature = "sim")]
+pub use crate::reorder::refusals::LeasePlan;
 pub use crate::{
     channel::{Channel, RamSink},
     device::{

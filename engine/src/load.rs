@@ -120,7 +120,7 @@ pub(crate) struct Load {
     pub(crate) collector: Collector,
     pub(crate) router: Router<Route>,
     pub(crate) pool: Arc<Pool>,
-    staging: Arc<Pool>,
+    pub(crate) staging: Arc<Pool>,
     pub(crate) driver: Arc<Handle<LoadFlow>>,
     pub(crate) settings: LoadSettings,
     /// Channels that wait for room.

@@ -38,6 +38,8 @@ pub use self::{
     publisher::{PacketLease, Publisher},
     save::{SaveBuilder, SaveSession},
 };
+#[cfg(feature = "sim")]
+use crate::reorder::refusals::LeasePlan;
 use crate::{
     channel::{Channel, Terms},
     device::{Device, Recover},
@@ -69,6 +71,8 @@ struct Parts {
     spawner: Option<Spawner>,
     #[cfg(feature = "sim")]
     simulation: Option<SimConfig>,
+    #[cfg(feature = "sim")]
+    refusals: Option<LeasePlan>,
 }
 
 impl Parts {
@@ -156,6 +160,13 @@ macro_rules! builder_methods {
         #[cfg(feature = "sim")]
         pub fn simulated_ring(mut self, config: vfio_migration_uring::sim::SimConfig) -> Self {
             self.0.simulation = Some(config);
+            self
+        }
+
+        /// Has leases of the session's memory refused by a plan.
+        #[cfg(feature = "sim")]
+        pub fn refuse_leases(mut self, plan: crate::LeasePlan) -> Self {
+            self.0.refusals = Some(plan);
             self
         }
     };
@@ -318,7 +329,7 @@ impl Common {
     fn stats<F>(&self, devices: Vec<DeviceStats>, pool: &Pool, driver: &Handle<F>) -> Stats {
         let channels = lock(&self.channels);
         let channels = (0..).zip(&*channels);
-        let (_, high) = pool.in_use();
+        let (now, high) = pool.in_use();
         let layout = pool.layout();
         let reserves = layout.reserves as usize * layout.reserve_len;
         Stats {
@@ -327,6 +338,7 @@ impl Common {
                 .map(|(at, counters)| counters.snapshot(at))
                 .collect(),
             budget: self.budget as u64,
+            held: u64::from(now) * layout.buffer_len as u64,
             held_high: (high as usize * layout.buffer_len + reserves) as u64,
             backend: self.backend,
             ring_calls: driver.ring_calls.get(),

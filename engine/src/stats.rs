@@ -153,6 +153,9 @@ pub struct Stats {
     pub channels: Vec<ChannelStats>,
     /// The budget in bytes: all memory that packets are held in.
     pub budget: u64,
+    /// How much of it, in whole buffers and without the devices' reserves, is in use. In a report:
+    /// what the kernel still holds.
+    pub held: u64,
     /// How much of it, in whole buffers, was in use at most at one time.
     pub held_high: u64,
     /// The backend in use: `uring` or `blocking`.

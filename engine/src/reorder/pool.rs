@@ -174,6 +174,9 @@ pub struct Pool {
     buffers: Box<[CachePadded<Buffer>]>,
     layout: PoolLayout,
     arena: Arena,
+    /// What a harness has it refuse.
+    #[cfg(feature = "sim")]
+    refusals: std::sync::OnceLock<super::refusals::LeasePlan>,
 }
 
 impl Pool {
@@ -209,7 +212,15 @@ impl Pool {
             buffers,
             layout,
             arena: Arena::new(layout.size()),
+            #[cfg(feature = "sim")]
+            refusals: std::sync::OnceLock::new(),
         }
+    }
+
+    /// Has it refuse leases by a plan, from now on. Once.
+    #[cfg(feature = "sim")]
+    pub fn refuse_by(&self, plan: super::refusals::LeasePlan) {
+        assert!(self.refusals.set(plan).is_ok(), "a pool has one plan");
     }
 
     /// How the pool is cut.
@@ -380,6 +391,10 @@ impl<P: Deref<Target = Pool> + Clone> Packer<P> {
     pub fn lease_within(&mut self, len: usize, limit: u32) -> Option<Lease<P>> {
         let whole = self.pool.layout.buffer_len;
         assert!(len > 0 && len <= whole, "a lease fits a buffer");
+        #[cfg(feature = "sim")]
+        if self.pool.refusals.get().is_some_and(|plan| plan.refuses()) {
+            return None;
+        }
         let taken = len.next_multiple_of(ALIGN);
         if let Some(current) = &mut self.current {
             let holders = &self.pool.buffers[current.buffer as usize].holders;

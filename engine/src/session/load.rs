@@ -77,6 +77,11 @@ impl LoadBuilder {
                 grace: settings.grace,
             },
         ));
+        #[cfg(feature = "sim")]
+        if let Some(plan) = parts.refusals {
+            load.pool.refuse_by(plan.clone());
+            load.staging.refuse_by(plan);
+        }
         for id in others {
             load.add_route(&id, Route::NotMultifd(id.clone()))?;
         }

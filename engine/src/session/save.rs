@@ -70,6 +70,10 @@ impl SaveBuilder {
         let handle = Arc::new(Handle::new(waker));
         let grace = parts.settings.grace;
         let save = Arc::new(Save::new(sized, memory.pool, handle.clone(), grace));
+        #[cfg(feature = "sim")]
+        if let Some(plan) = parts.refusals {
+            save.pool.refuse_by(plan);
+        }
         let session = SaveSession {
             common: Arc::new(Common {
                 crew: Arc::new(Crew::new(parts.spawner)?),
