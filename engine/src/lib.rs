@@ -48,7 +48,7 @@ pub use vfio_migration_uring::Backend;
 
 #[cfg(feature = "sim")]
 pub use crate::device::sim;
-#[cfg(feature = "sim")]
+#[cfg(feature = "faults")]
 pub use crate::reorder::refusals::LeasePlan;
 pub use crate::{
     channel::{Channel, RamSink},

@@ -20,7 +20,7 @@
 //! | [`waiters`] | every other thread's sleep |
 //! | [`control`] | what a device's migration has been told, and its end |
 //!
-//! (`refusals`, feature `sim`, lets a harness refuse leases.)
+//! (`refusals`, feature `faults`, lets a harness refuse leases.)
 //!
 //! No module here makes a system call of its own or knows a file, a device or a byte's meaning:
 //! that is what makes them modellable. What the models show is written in each module's *Edges*.
@@ -30,7 +30,7 @@ pub mod cursor;
 pub mod doorbell;
 pub mod pool;
 pub mod queue;
-#[cfg(feature = "sim")]
+#[cfg(feature = "faults")]
 pub mod refusals;
 pub mod slot;
 pub mod table;

@@ -38,7 +38,7 @@ pub use self::{
     publisher::{PacketLease, Publisher},
     save::{SaveBuilder, SaveSession},
 };
-#[cfg(feature = "sim")]
+#[cfg(feature = "faults")]
 use crate::reorder::refusals::LeasePlan;
 use crate::{
     channel::{Channel, Terms},
@@ -71,7 +71,7 @@ struct Parts {
     spawner: Option<Spawner>,
     #[cfg(feature = "sim")]
     simulation: Option<SimConfig>,
-    #[cfg(feature = "sim")]
+    #[cfg(feature = "faults")]
     refusals: Option<LeasePlan>,
 }
 
@@ -164,7 +164,7 @@ macro_rules! builder_methods {
         }
 
         /// Has leases of the session's memory refused by a plan.
-        #[cfg(feature = "sim")]
+        #[cfg(feature = "faults")]
         pub fn refuse_leases(mut self, plan: crate::LeasePlan) -> Self {
             self.0.refusals = Some(plan);
             self

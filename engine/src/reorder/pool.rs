@@ -175,7 +175,7 @@ pub struct Pool {
     layout: PoolLayout,
     arena: Arena,
     /// What a harness has it refuse.
-    #[cfg(feature = "sim")]
+    #[cfg(feature = "faults")]
     refusals: std::sync::OnceLock<super::refusals::LeasePlan>,
 }
 
@@ -212,13 +212,13 @@ impl Pool {
             buffers,
             layout,
             arena: Arena::new(layout.size()),
-            #[cfg(feature = "sim")]
+            #[cfg(feature = "faults")]
             refusals: std::sync::OnceLock::new(),
         }
     }
 
     /// Has it refuse leases by a plan, from now on. Once.
-    #[cfg(feature = "sim")]
+    #[cfg(feature = "faults")]
     pub fn refuse_by(&self, plan: super::refusals::LeasePlan) {
         assert!(self.refusals.set(plan).is_ok(), "a pool has one plan");
     }
@@ -391,7 +391,7 @@ impl<P: Deref<Target = Pool> + Clone> Packer<P> {
     pub fn lease_within(&mut self, len: usize, limit: u32) -> Option<Lease<P>> {
         let whole = self.pool.layout.buffer_len;
         assert!(len > 0 && len <= whole, "a lease fits a buffer");
-        #[cfg(feature = "sim")]
+        #[cfg(feature = "faults")]
         if self.pool.refusals.get().is_some_and(|plan| plan.refuses()) {
             return None;
         }

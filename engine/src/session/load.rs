@@ -77,7 +77,7 @@ impl LoadBuilder {
                 grace: settings.grace,
             },
         ));
-        #[cfg(feature = "sim")]
+        #[cfg(feature = "faults")]
         if let Some(plan) = parts.refusals {
             load.pool.refuse_by(plan.clone());
             load.staging.refuse_by(plan);

@@ -70,7 +70,7 @@ impl SaveBuilder {
         let handle = Arc::new(Handle::new(waker));
         let grace = parts.settings.grace;
         let save = Arc::new(Save::new(sized, memory.pool, handle.clone(), grace));
-        #[cfg(feature = "sim")]
+        #[cfg(feature = "faults")]
         if let Some(plan) = parts.refusals {
             save.pool.refuse_by(plan);
         }

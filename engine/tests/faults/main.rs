@@ -22,7 +22,7 @@
 //! too large for every test run, every fault still meets every stride-th operation, and the stride's
 //! phase comes from the seed: `VFIO_MIGRATION_FAULTS=all` does the whole product, and
 //! `VFIO_MIGRATION_FAULTS_SEED` moves the phase.
-#![cfg(feature = "sim")]
+#![cfg(feature = "faults")]
 #![allow(missing_docs, reason = "a test")]
 
 mod calls;

@@ -1,0 +1,154 @@
+//! Random migrations in a loop, each judged: for as long as you like.
+//!
+//! ```text
+//!   seed ─▶ plan (what, over what, what goes wrong) ─▶ migrate ─▶ judge ─▶ next seed
+//!                                                         └ or with a peer process, to be killed
+//! ```
+//!
+//! One migration after the other, and everything random comes from its seed, but for the kernel's
+//! and the scheduler's part in it. After each: what succeeded has the right digests, what failed says
+//! why, devices are in the states that the sessions report, and no thread, file or memory is left.
+//! A line for each failure has the seed that repeats it: `soak --seed N --count 1`.
+//!
+//! The main thread runs the migrations; a watchdog ends the process where one does not end. It counts
+//! its own wake-ups rather than the clock's time, so that a machine that stands still ends nothing.
+
+mod judge;
+mod migrate;
+mod peer;
+mod plan;
+
+use std::{
+    collections::BTreeMap,
+    panic::{AssertUnwindSafe, catch_unwind},
+    process::ExitCode,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use clap::Parser;
+
+use self::plan::{Plan, Scene};
+
+/// How long one migration may take before the watchdog ends the process.
+const PATIENCE: Duration = Duration::from_secs(180);
+
+/// Random migrations in a loop, each judged.
+#[derive(Parser)]
+struct Args {
+    /// For how long. The migration under way is ended.
+    #[arg(long, default_value_t = 2.0)]
+    minutes: f64,
+    /// The first migration's seed; each one after it has the next.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// How many, instead of for how long.
+    #[arg(long)]
+    count: Option<u64>,
+    /// Says what each migration is before it begins.
+    #[arg(long)]
+    verbose: bool,
+    /// This process is the peer of the migration with this seed: connect here.
+    #[arg(long, hide = true)]
+    peer: Option<std::net::SocketAddr>,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    if let Some(address) = args.peer {
+        return peer::serve(&Plan::new(args.seed), address);
+    }
+    let began = Instant::now();
+    let now = Arc::new(AtomicU64::new(args.seed));
+    watch(now.clone());
+    let mut done: BTreeMap<Scene, Count> = BTreeMap::new();
+    let mut failed = 0_u64;
+    let mut said = Instant::now();
+    let mut total = 0;
+    while args.count.map_or(
+        began.elapsed().as_secs_f64() < args.minutes * 60.0,
+        |count| total < count,
+    ) {
+        let seed = args.seed.wrapping_add(total);
+        total += 1;
+        // Relaxed: for a human.
+        now.store(seed, Relaxed);
+        let plan = Plan::new(seed);
+        if args.verbose {
+            println!("seed {seed}: {plan:?}");
+        }
+        let before = judge::left_over();
+        let result = catch_unwind(AssertUnwindSafe(|| migrate::run(&plan)))
+            .unwrap_or_else(|panic| Err(format!("panicked: {}", judge::message(&*panic))))
+            .and_then(|success| judge::settled(before).map(|()| success));
+        let count = done.entry(plan.scene).or_default();
+        match result {
+            Ok(true) => count.succeeded += 1,
+            Ok(false) => count.refused += 1,
+            Err(why) => {
+                failed += 1;
+                println!("FAILED: {why}; repeat: soak --seed {seed} --count 1; {plan:?}");
+            }
+        }
+        if said.elapsed() > Duration::from_secs(60) {
+            said = Instant::now();
+            println!(
+                "{total} migrations, {failed} failed, {}",
+                rate(total, began)
+            );
+        }
+    }
+    for (scene, count) in &done {
+        println!(
+            "{scene:?}: {} succeeded, {} ended in one clear error",
+            count.succeeded, count.refused
+        );
+    }
+    println!(
+        "soak: {total} migrations from seed {}, {failed} failed, {}, {:.1} min",
+        args.seed,
+        rate(total, began),
+        began.elapsed().as_secs_f64() / 60.0
+    );
+    if failed == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
+
+#[derive(Default)]
+struct Count {
+    succeeded: u64,
+    refused: u64,
+}
+
+fn rate(total: u64, began: Instant) -> String {
+    #[expect(clippy::cast_precision_loss, reason = "for a human")]
+    let total = total as f64;
+    format!(
+        "{:.0} migrations per minute",
+        total * 60.0 / began.elapsed().as_secs_f64()
+    )
+}
+
+/// Ends the process where one migration does not end.
+fn watch(now: Arc<AtomicU64>) {
+    thread::spawn(move || {
+        let (mut last, mut ticks) = (None, 0);
+        loop {
+            thread::sleep(Duration::from_secs(1));
+            let seed = now.load(Relaxed);
+            ticks = if last == Some(seed) { ticks + 1 } else { 0 };
+            last = Some(seed);
+            if ticks > PATIENCE.as_secs() {
+                println!("FAILED: hangs; repeat: soak --seed {seed} --count 1");
+                std::process::abort();
+            }
+        }
+    });
+}

@@ -1,0 +1,298 @@
+//! What one migration is: all of it from a seed.
+
+use std::time::Duration;
+
+use vfio_migration::{
+    Backend, DeviceId, DeviceState, Settings,
+    sim::{
+        CallFault, Callback, Fault as CallEnd, On, SimConfig, Stall, Stream, TransitionFault, Which,
+    },
+};
+use vfio_migration_uring::sim::{Fault, FaultPlan, SimConfig as RingConfig};
+
+/// What goes wrong.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub enum Scene {
+    /// Nothing: it must succeed.
+    Clean,
+    /// Rings are short, late, interrupted, out of order: it must succeed.
+    RoughRing,
+    /// An operation of a ring fails, or never ends.
+    RingFault,
+    /// A callback or a change of state of a device fails, or its stream does.
+    DeviceFault,
+    /// Somebody cancels.
+    Cancel,
+    /// Somebody drops a session.
+    Drop,
+    /// The source is a process of its own, and is killed.
+    SourceKilled,
+    /// The destination is.
+    DestinationKilled,
+    /// One of them is, and is not killed: it must succeed.
+    TwoProcesses,
+}
+
+/// Where a session's bytes move.
+#[derive(Clone, Debug)]
+pub enum RingKind {
+    Real(Backend),
+    Simulated(RingConfig),
+}
+
+/// Which side.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Side {
+    Save,
+    Load,
+}
+
+/// One migration.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub seed: u64,
+    pub scene: Scene,
+    pub devices: Vec<(SimConfig, SimConfig)>,
+    pub channels: usize,
+    pub tcp: bool,
+    pub save: Settings,
+    pub load: Settings,
+    pub save_ring: RingKind,
+    pub load_ring: RingKind,
+    /// When, and on whom, in the scenes that need it.
+    pub after: Duration,
+    pub victim: Side,
+}
+
+impl Scene {
+    /// Whether the migration must succeed.
+    pub const fn must_succeed(self) -> bool {
+        matches!(self, Self::Clean | Self::RoughRing | Self::TwoProcesses)
+    }
+
+    /// Whether one side is a process of its own.
+    pub const fn has_peer(self) -> bool {
+        matches!(
+            self,
+            Self::SourceKilled | Self::DestinationKilled | Self::TwoProcesses
+        )
+    }
+}
+
+impl Plan {
+    pub fn new(seed: u64) -> Self {
+        let mut random = Random(seed ^ 0x5eed_50a4);
+        let scene = random.of(&[
+            Scene::Clean,
+            Scene::Clean,
+            Scene::Clean,
+            Scene::RoughRing,
+            Scene::RoughRing,
+            Scene::RingFault,
+            Scene::RingFault,
+            Scene::DeviceFault,
+            Scene::DeviceFault,
+            Scene::DeviceFault,
+            Scene::Cancel,
+            Scene::Cancel,
+            Scene::Cancel,
+            Scene::Drop,
+            Scene::SourceKilled,
+            Scene::DestinationKilled,
+            Scene::TwoProcesses,
+        ]);
+        let count = random.of(&[1, 1, 2, 2, 3, 4, 8, 16]);
+        let mut devices: Vec<_> = (0..count).map(|at| pair(&mut random, seed, at)).collect();
+        let save_ring = ring(&mut random, scene, seed);
+        let load_ring = ring(&mut random, scene, seed ^ 1);
+        if scene == Scene::DeviceFault {
+            let at = random.below(devices.len() as u64);
+            let (source, destination) = &mut devices[usize::try_from(at).expect("a few")];
+            let config = if random.percent(50) {
+                source
+            } else {
+                destination
+            };
+            spoil(&mut random, config);
+        }
+        let (save, load) = settings(&mut random, scene, devices.len());
+        Self {
+            seed,
+            scene,
+            channels: random.of(&[1, 1, 2, 3, 4, 8]),
+            tcp: random.percent(40),
+            save,
+            load,
+            save_ring,
+            load_ring,
+            after: Duration::from_micros(random.below(30_000)),
+            victim: random.of(&[Side::Save, Side::Load]),
+            devices,
+        }
+    }
+}
+
+/// A device's name.
+pub fn id(at: usize) -> DeviceId {
+    DeviceId::new(format!("0000:00:{at:02x}.0/vfio"), 0).expect("a short name")
+}
+
+fn pair(random: &mut Random, seed: u64, at: u64) -> (SimConfig, SimConfig) {
+    // From the header alone to 4 MiB, each size class as often.
+    let len = 24 + random.next() % (1 << random.below(23));
+    let streams = [
+        Stream::Pipe,
+        Stream::Pipe,
+        Stream::Socket,
+        Stream::PlainWrite,
+        Stream::Memfd,
+    ];
+    let mut config = |seed| SimConfig {
+        seed,
+        len,
+        stream: random.of(&streams),
+        config_len: u32::try_from(random.below(5000)).expect("small"),
+        buffer: random.percent(30).then(|| 4096 << random.below(6)),
+        piece: random.percent(20).then(|| 1 + random.size(20_000)),
+        ..SimConfig::default()
+    };
+    let source = config(seed.wrapping_mul(31) + at);
+    let destination = config(!seed);
+    (source, destination)
+}
+
+fn ring(random: &mut Random, scene: Scene, seed: u64) -> RingKind {
+    let percent = |random: &mut Random| random.of(&[0, 0, 1, 10, 40]);
+    match scene {
+        Scene::RoughRing => RingKind::Simulated(RingConfig {
+            seed,
+            short: percent(random),
+            interrupt: percent(random),
+            again: percent(random),
+            delay: percent(random),
+            reorder: true,
+            ..RingConfig::default()
+        }),
+        Scene::RingFault => {
+            let errno = libc_errno(random);
+            let fault = random.of(&[
+                Fault::Errno(errno),
+                Fault::Errno(errno),
+                Fault::Short(0),
+                Fault::Hang,
+            ]);
+            let bits = random.below(8);
+            let at = random.below(1 << bits);
+            RingKind::Simulated(RingConfig {
+                seed,
+                reorder: true,
+                plan: FaultPlan::new().with(at, fault),
+                ..RingConfig::default()
+            })
+        }
+        _ => RingKind::Real(random.of(&[Backend::Uring, Backend::Auto, Backend::Blocking])),
+    }
+}
+
+fn libc_errno(random: &mut Random) -> i32 {
+    use nix::errno::Errno;
+    random.of(&[
+        Errno::EIO,
+        Errno::ENOSPC,
+        Errno::ENODEV,
+        Errno::ENOMEM,
+        Errno::EPIPE,
+        Errno::EINTR,
+        Errno::EAGAIN,
+    ]) as i32
+}
+
+/// Lets something of a device go wrong.
+fn spoil(random: &mut Random, config: &mut SimConfig) {
+    let states = [
+        None,
+        Some(DeviceState::Stop),
+        Some(DeviceState::Running),
+        Some(DeviceState::Error),
+    ];
+    match random.below(4) {
+        0 => config.faults.transitions.push(TransitionFault {
+            on: On::Any,
+            which: random.of(&[Which::Nth(0), Which::Nth(1), Which::From(0), Which::From(1)]),
+            errno: libc_errno(random),
+            leaves: random.of(&states),
+        }),
+        1 => {
+            let errno = libc_errno(random);
+            config.faults.calls.push(CallFault {
+                callback: random.of(&Callback::ALL[2..]),
+                which: random.of(&[Which::Every, Which::Nth(0), Which::Nth(1)]),
+                fault: random.of(&[CallEnd::Errno(errno), CallEnd::Panic]),
+            });
+        }
+        2 => config.faults.fail_at = Some(random.next() % config.len.max(1)),
+        _ => {
+            config.faults.stall = Some(Stall {
+                at: random.next() % config.len.max(1),
+                time: random.of(&[None, Some(Duration::from_millis(20))]),
+            });
+        }
+    }
+}
+
+fn settings(random: &mut Random, scene: Scene, devices: usize) -> (Settings, Settings) {
+    let packet = random.of(&[512, 4 << 10, 20_000, 64 << 10, 1 << 20]);
+    let mut save = Settings::default();
+    save.grace = Duration::from_secs(5);
+    save.no_progress = if scene.must_succeed() {
+        // So that a machine that stands still fails nothing.
+        Duration::from_secs(1800)
+    } else {
+        Duration::from_secs(1)
+    };
+    save.hello_timeout = save.no_progress;
+    let mut load = save.clone();
+    save.data_len = Some(packet);
+    let least = packet + 4096;
+    save.budget = random.of(&[None, Some(least), Some(least * 2), Some(8 << 20)]);
+    let some = 20_000 + random.size(300_000);
+    load.budget = random.of(&[
+        None,
+        Some(devices * 4096),
+        Some(devices * some),
+        Some(devices * (2 << 20)),
+    ]);
+    load.buffer_len = random.of(&[4096, 64 << 10, 1 << 20]);
+    load.window = random.of(&[1, 3, 100, 1 << 16]);
+    load.config_after_iterables = random.percent(20);
+    (save, load)
+}
+
+/// SplitMix64.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut word = self.0;
+        word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        word ^ (word >> 31)
+    }
+
+    fn below(&mut self, end: u64) -> u64 {
+        self.next() % end.max(1)
+    }
+
+    fn size(&mut self, end: u64) -> usize {
+        usize::try_from(self.below(end)).expect("small")
+    }
+
+    fn percent(&mut self, chances: u64) -> bool {
+        self.below(100) < chances
+    }
+
+    fn of<T: Clone>(&mut self, choices: &[T]) -> T {
+        choices[self.size(choices.len() as u64)].clone()
+    }
+}
