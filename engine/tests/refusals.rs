@@ -452,3 +452,34 @@ fn an_idx_too_far_ahead_waits_and_ends() {
     assert_eq!(*error.kind(), ErrorKind::Stalled);
     assert_eq!((error.device(), error.index()), (Some(&id(1)), Some(0)));
 }
+
+#[test]
+fn a_packet_without_data_waits_for_the_window_too() {
+    let _watchdog = Watchdog::new();
+    let mut settings = Settings::default();
+    settings.no_progress = std::time::Duration::from_millis(300);
+    settings.window = 16;
+    let (_reader, writer) = io::pipe().unwrap();
+    let (mut near, far) = UnixStream::pair().unwrap();
+    let session = LoadSession::builder()
+        .settings(settings)
+        .device(Mock::new(writer).device(1))
+        .channel(far)
+        .start()
+        .unwrap();
+    let mut publisher = session.publisher();
+    for (index, taken) in [(15, true), (16, false), (0xffff_fffe, false)] {
+        let pushed = publisher.try_push(&id(1), &payload(index, false, b""));
+        assert_eq!(pushed.unwrap(), taken, "idx {index}");
+    }
+    drop(publisher);
+    session.switchover_start();
+    near.write_all(&[hello(0), packet(1, 5000, b"")].concat())
+        .unwrap();
+    let report = session.join();
+    let error = report.result.unwrap_err();
+    assert_eq!(*error.kind(), ErrorKind::Stalled);
+    assert_eq!((error.device(), error.index()), (Some(&id(1)), Some(0)));
+    // Only what is inside the window has a slot.
+    assert_eq!(report.stats.devices[0].queued, 1);
+}

@@ -181,13 +181,48 @@ impl LoadInlet {
             ));
         }
         // What the driver tells of, and nothing else.
-        if self.stopped(device).is_none()
-            && packet.index != device.inbox.next()
-            && !self.load.room.is_wide(patient)
-        {
+        if self.stopped(device).is_none() && !self.is_told(packet, patient) {
             return None;
         }
         self.find(packet, patient).transpose()
+    }
+
+    /// Whether a packet without data can be published now: its slot costs memory too, so it must be
+    /// inside the window as any other.
+    ///
+    /// # Errors
+    ///
+    /// The load's end, or the device's.
+    pub(crate) fn is_near(&self, packet: &Incoming) -> Result<bool> {
+        match self.stopped(&packet.device) {
+            Some(error) => Err(error),
+            None => Ok(packet.device.inbox.in_window(packet.index)),
+        }
+    }
+
+    /// Waits until a packet without data can be published. Ends with that, or the packet's or the
+    /// load's end.
+    fn come_near(&mut self, packet: &Incoming) -> Result<()> {
+        if self.is_near(packet)? {
+            return Ok(());
+        }
+        self.rest();
+        let since = Instant::now();
+        let load = self.load.clone();
+        let found = load.room.wait(|| match self.is_near(packet) {
+            // What the driver tells of, and nothing else.
+            Ok(near) if near && self.is_told(packet, false) => Some(Ok(())),
+            Ok(_) => None,
+            Err(error) => Some(Err(error)),
+        });
+        self.counters.blocked.add_time(since.elapsed());
+        load.room.pass_on();
+        found
+    }
+
+    /// Whether the driver tells of what this packet waits for, should it be there.
+    fn is_told(&self, packet: &Incoming, patient: bool) -> bool {
+        packet.index <= packet.device.inbox.next() || self.load.room.is_wide(patient)
     }
 
     /// Publishes what a lease of this packet was filled with.
@@ -201,8 +236,9 @@ impl LoadInlet {
         self.hand_over(packet, filled, len)
     }
 
-    /// Publishes a packet without data.
+    /// Publishes a packet without data. Waits for it to come near enough.
     pub(crate) fn publish_empty(&mut self, packet: &mut Incoming) -> Result<()> {
+        self.come_near(packet)?;
         let filled = Packet {
             payload: Payload::Empty,
             config: packet.config,

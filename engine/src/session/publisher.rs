@@ -88,7 +88,9 @@ impl Publisher {
     ) -> Result<Option<PacketLease<'_>>> {
         let incoming = self.announce(id, header, len)?;
         if len == 0 {
-            return Ok(Some(PacketLease::new(self, incoming, Memory::None)));
+            let near = self.inlet.is_near(&incoming);
+            let near = self.fail_with(near)?;
+            return Ok(near.then(|| PacketLease::new(self, incoming, Memory::None)));
         }
         let found = self.inlet.try_lease(&incoming);
         Ok(match self.fail_with(found)? {
