@@ -81,6 +81,9 @@ pub mod internals {
     pub mod stats {
         pub use crate::stats::DeviceCounters;
     }
+
+    #[cfg(not(loom))]
+    pub use crate::sync::stepped::{Sleep, take_over};
 }
 
 /// The README's examples compile.

@@ -5,10 +5,20 @@
 
 #[cfg(loom)]
 pub(crate) use loom::sync::{Arc, Condvar, Mutex, MutexGuard};
+#[cfg(not(any(loom, feature = "internals")))]
+pub(crate) use std::sync::Condvar;
 #[cfg(not(loom))]
-pub(crate) use std::sync::{Arc, Condvar, Mutex, MutexGuard, atomic};
+pub(crate) use std::sync::{Arc, Mutex, MutexGuard, atomic};
 
-pub(crate) use self::{crossing::Crossing, shadow::Shadow, wait::wait_bounded};
+#[cfg(all(feature = "internals", not(loom)))]
+pub(crate) mod stepped;
+
+#[cfg(all(feature = "internals", not(loom)))]
+pub(crate) use self::stepped::{Condvar, wait_bounded};
+#[cfg(any(loom, not(feature = "internals")))]
+pub(crate) use self::wait::wait_bounded;
+
+pub(crate) use self::{crossing::Crossing, shadow::Shadow};
 
 /// Takes a lock whose holders never panic while they hold it, or leave nothing half done if they
 /// do: a poisoned one is as good as any.
@@ -18,15 +28,16 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
         .unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-#[cfg(not(loom))]
+#[cfg(not(any(loom, feature = "internals")))]
 mod wait {
     use std::{sync::PoisonError, time::Duration};
 
-    use super::{Condvar, MutexGuard};
+    use super::{Condvar, Mutex, MutexGuard};
 
     /// Sleeps on `condvar` for `bound` at most. Returns whether the bound ended the sleep.
     pub(crate) fn wait_bounded<'a, T>(
         condvar: &Condvar,
+        _mutex: &'a Mutex<T>,
         guard: MutexGuard<'a, T>,
         bound: Duration,
     ) -> (MutexGuard<'a, T>, bool) {
@@ -41,11 +52,12 @@ mod wait {
 mod wait {
     use std::time::Duration;
 
-    use super::{Condvar, MutexGuard};
+    use super::{Condvar, Mutex, MutexGuard};
 
     /// Sleeps without a bound: one would end every sleep, and keep every model green.
     pub(crate) fn wait_bounded<'a, T>(
         condvar: &Condvar,
+        _mutex: &'a Mutex<T>,
         guard: MutexGuard<'a, T>,
         _bound: Duration,
     ) -> (MutexGuard<'a, T>, bool) {

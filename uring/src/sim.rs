@@ -57,6 +57,21 @@ pub struct SimConfig {
     pub reorder: bool,
     /// What goes wrong, and where.
     pub plan: FaultPlan,
+    /// What a wait does instead of sleeping. It sleeps unless set.
+    pub idle: Option<Idle>,
+}
+
+/// Called where a wait would sleep, again and again until it says true (and the wait returns as
+/// when its time has passed) or there is something to do. It is told whether there was, since the
+/// call before: a test that steps a whole session in one thread gives its other tasks their turn
+/// here.
+#[derive(Clone)]
+pub struct Idle(pub Arc<dyn Fn(bool) -> bool + Send + Sync>);
+
+impl fmt::Debug for Idle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Idle")
+    }
 }
 
 impl Default for SimConfig {
@@ -70,6 +85,7 @@ impl Default for SimConfig {
             delay: 0,
             reorder: false,
             plan: FaultPlan::new(),
+            idle: None,
         }
     }
 }
@@ -475,12 +491,20 @@ impl<B: Buffer> Ring<B> for SimRing<B> {
         self.apply_cancels()?;
         // A time-out beyond the clock's end is none.
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        let mut fresh = true;
         loop {
             let woken = self.waker.take();
             if woken || !self.ready.is_empty() {
                 return Ok(woken);
             }
             if self.advance()? {
+                fresh = true;
+                continue;
+            }
+            if let Some(Idle(idle)) = &self.config.idle {
+                if idle(mem::take(&mut fresh)) {
+                    return Ok(false);
+                }
                 continue;
             }
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));

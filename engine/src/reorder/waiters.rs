@@ -79,6 +79,7 @@ impl Waiters {
         // Partner: the fence of `notify`.
         fence(SeqCst);
         let mut bound_passed = false;
+        let mut expired = false;
         let found = loop {
             if let Some(found) = look() {
                 if bound_passed {
@@ -88,14 +89,15 @@ impl Waiters {
                 break Some(found);
             }
             let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
-            if left.is_some_and(|left| left.is_zero()) {
+            if expired || left.is_some_and(|left| left.is_zero()) {
                 break None;
             }
             let bound = left.map_or(RECHECK, |left| left.min(RECHECK));
             let slept;
-            (guard, slept) = wait_bounded(&self.condvar, guard, bound);
+            (guard, slept) = wait_bounded(&self.condvar, &self.lock, guard, bound);
             // A deadline is no net: only the re-check's own bound counts.
             bound_passed = slept && bound == RECHECK;
+            expired = slept && left == Some(bound);
         };
         // Relaxed: a notifier that still sees us takes the lock for nothing.
         self.waiting.fetch_sub(1, Relaxed);
