@@ -1,0 +1,10 @@
+//! What the fuzz targets share.
+//!
+//! [`steps`] runs a whole session in one thread, each of its tasks a coroutine, so that an input is
+//! the same run every time. [`stream`] and [`device`] are the two ends that a target holds.
+
+pub mod device;
+pub mod input;
+pub mod session;
+pub mod steps;
+pub mod stream;
