@@ -29,6 +29,7 @@ use std::{
 
 use crate::{
     error::{Error, ErrorKind, Phase, Result, Violation},
+    id::DeviceId,
     lane::Buffer,
     stats::ChannelCounters,
     verdict::Hangup,
@@ -287,6 +288,9 @@ pub(crate) trait Inlet {
         data_len: usize,
     ) -> Result<Self::Packet>;
 
+    /// Which packet it is, for errors.
+    fn place(packet: &Self::Packet) -> (&DeviceId, u32);
+
     /// How many bytes of its data have not been published.
     fn remaining(&self, packet: &Self::Packet) -> usize;
 
@@ -354,11 +358,11 @@ impl Receiver {
     }
 
     /// Receives packets until the peer ends the channel, and hands them on: receive → decode →
-    /// publish. `greeted` says which channel id the hello had.
+    /// publish. `greeted` gets the hello, read and as it came, and says whether it is welcome.
     pub(crate) fn run<I: Inlet>(
         mut self,
         inlet: &mut I,
-        greeted: impl FnOnce(u8) -> Result<()>,
+        greeted: impl FnOnce(&Hello, &[u8]) -> Result<()>,
     ) -> Result<()> {
         self.hello(greeted)?;
         let timeout = self.terms.no_progress;
@@ -412,7 +416,7 @@ impl Receiver {
         }
     }
 
-    fn hello(&mut self, greeted: impl FnOnce(u8) -> Result<()>) -> Result<()> {
+    fn hello(&mut self, greeted: impl FnOnce(&Hello, &[u8]) -> Result<()>) -> Result<()> {
         let deadline = Instant::now() + self.terms.hello_timeout;
         while self.filled.len() < wire::HELLO_LEN {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -443,11 +447,7 @@ impl Receiver {
         else {
             unreachable!("64 bytes are a hello or an error");
         };
-        let (uuid, channels) = (self.terms.uuid, self.terms.channels);
-        hello
-            .check(&uuid, channels)
-            .and_then(|()| greeted(hello.id))
-            .map_err(|error| self.name(error))?;
+        greeted(&hello, staged).map_err(|error| self.name(error))?;
         self.filled = 0..0;
         self.ahead = STAGING;
         Ok(())
@@ -513,7 +513,11 @@ impl Receiver {
         while inlet.remaining(&packet) > 0 {
             let mut lease = inlet.lease(&packet)?;
             let last = lease.size() == inlet.remaining(&packet);
-            self.receive(lease.bytes_mut(), if last { self.ahead } else { 0 })?;
+            self.receive(lease.bytes_mut(), if last { self.ahead } else { 0 })
+                .map_err(|error| {
+                    let (device, index) = I::place(&packet);
+                    error.on_device(device).at_index(index)
+                })?;
             inlet.publish(&mut packet, lease)?;
         }
         Ok(())
@@ -658,12 +662,15 @@ impl Sender {
             .caused_by(source)
     }
 
+    /// Bounds its waits.
+    pub(crate) fn set_timeout(&self, timeout: Duration) -> Result<()> {
+        let set = self.channel.stream.set_timeout(timeout);
+        set.map_err(|error| self.broken(error))
+    }
+
     /// Opens the channel: hello and one SYNC.
     pub(crate) fn greet(&mut self, terms: &Terms, id: u8) -> Result<()> {
-        self.channel
-            .stream
-            .set_timeout(terms.no_progress)
-            .map_err(|error| self.broken(error))?;
+        self.set_timeout(terms.no_progress)?;
         let mut bytes = Hello {
             uuid: terms.uuid,
             id,
@@ -689,7 +696,7 @@ impl Sender {
     }
 
     /// Ends the channel, at a packet's boundary.
-    pub(crate) fn finish(mut self) -> Result<()> {
+    pub(crate) fn finish(&mut self) -> Result<()> {
         let finished = self.channel.stream.finish();
         finished.map_err(|error| self.broken(error))
     }

@@ -322,6 +322,15 @@ fn a_stream_that_is_cut_at_any_byte() {
                 ErrorKind::Protocol(Violation::Truncated),
                 "{cut}"
             );
+            // Within a packet's data it is known whose packet it is.
+            let at = |begin: usize, index| (cut >= begin + DEVICE_PACKET_LEN).then_some(index);
+            let index = if cut < first {
+                at(start, 0)
+            } else {
+                at(first, 1)
+            };
+            let place = (error.device().cloned(), error.index());
+            assert_eq!(place, (index.map(|_| id(1)), index), "{cut}");
         }
         assert!(GOOD.starts_with(&got));
     }

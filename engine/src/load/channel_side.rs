@@ -334,6 +334,10 @@ impl Inlet for LoadInlet {
         Ok(packet)
     }
 
+    fn place(packet: &Incoming) -> (&DeviceId, u32) {
+        (&packet.device.id, packet.index)
+    }
+
     fn remaining(&self, packet: &Incoming) -> usize {
         packet.remaining
     }

@@ -337,7 +337,10 @@ impl LoadSession {
             move || {
                 let receiver = Receiver::new(channel, number, terms);
                 let mut inlet = LoadInlet::new(load.clone(), counters);
-                let result = receiver.run(&mut inlet, |id| greet(&greeted, id));
+                let result = receiver.run(&mut inlet, |hello, _| {
+                    hello.check(&terms.uuid, terms.channels)?;
+                    greet(&greeted, hello.id)
+                });
                 drop(inlet);
                 if let Err(error) = result {
                     if error.is_cancelled() {
