@@ -11,7 +11,7 @@
 //! |---|---|
 //! | `demo`, `send`, `receive`, `replay`, `inspect` | a subcommand each |
 //! | `main_channel` | what `send` and `receive` say to each other beside the packets |
-//! | `network` | addresses, connections, listeners |
+//! | `network`, `door` | addresses, connections, listeners; which connection is what |
 //! | `device`, `file`, `observed` | the devices of a `SPEC`, and what is known of them afterwards |
 //! | `capture` | a captured channel's packets and where they stand |
 //! | `output`, `progress`, `args`, `interrupt` | tables and JSON, bars, sizes and times, Ctrl-C |
@@ -32,6 +32,7 @@ mod args;
 mod capture;
 mod demo;
 mod device;
+mod door;
 mod file;
 mod inspect;
 mod interrupt;

@@ -17,7 +17,7 @@ use std::{
     collections::HashSet,
     io::Read,
     net::Shutdown,
-    os::fd::{AsFd, BorrowedFd},
+    os::fd::AsFd,
     sync::OnceLock,
     thread,
     time::{Duration, Instant},
@@ -27,20 +27,20 @@ use anyhow::{Context, anyhow, bail, ensure};
 use vfio_migration::{
     Device, DeviceId, Error, ErrorKind, LoadSession, Report, Settings, Violation,
     section::{self, SectionSink, Tag},
-    stream::{Command, Event, MAIN_MAGIC, Reader, Reply},
-    wire::MULTIFD_MAGIC,
+    stream::{Command, Event, Reader, Reply},
 };
 
 use crate::{
     Interrupted,
     args::{self, BackendArg},
     device::{self, Spec, Subject},
+    door::{self, Caller, Door},
     interrupt,
     main_channel::{
         self, EXPLANATION, HEARTBEAT, LINGER, REASON, ReturnPath, STILL_HERE, is_the_peers,
         main_failed, show_reason,
     },
-    network::{self, Address, Connection, Listener, Peek, TICK},
+    network::{self, Address, Connection, Listener, TICK},
     output::{Transfer, rate, say},
     progress::Progress,
 };
@@ -98,101 +98,27 @@ impl Options {
         settings.max_packet = packet.saturating_add(12); // the header inside
         settings.config_after_iterables = self.config_after_iterables;
         settings.no_progress = self.timeout;
-        settings.hello_timeout = self.hello_timeout();
+        settings.hello_timeout = door::hello_timeout(self.timeout);
         settings
-    }
-
-    /// How long a connection may take to say what it is.
-    fn hello_timeout(&self) -> Duration {
-        self.timeout.min(Duration::from_secs(10))
     }
 }
 
 // -------------------------------------------------------------------------------- connections
 
-/// What a connection is.
-enum Caller {
-    Main(Connection),
-    Channel(Connection),
-}
-
-/// A connection that has not said yet what it is.
-struct Guest {
-    connection: Connection,
-    since: Instant,
-    /// Whether some of the four bytes are there, so that waiting for any would not wait.
-    begun: bool,
-}
-
-/// The most connections that may be silent at one time; the rest waits outside.
-const MOST_GUESTS: usize = 256;
-
-/// Takes connections in.
-struct Door<'a> {
+/// The source's connections, as they come.
+struct Hall<'a> {
     options: &'a Options,
-    listener: Listener,
-    guests: Vec<Guest>,
+    door: Door,
     /// Channels that came before the main channel.
     early: Vec<Connection>,
 }
 
-impl Door<'_> {
-    /// What to wait for: new connections, and the first bytes of those that are here.
-    fn fds(&self) -> Vec<BorrowedFd<'_>> {
-        let guests = self.guests.iter().filter(|guest| !guest.begun);
-        std::iter::once(self.listener.as_fd())
-            .chain(guests.map(|guest| guest.connection.as_fd()))
-            .collect()
-    }
-
-    /// The next connection that says what it is, if there is one now.
-    fn answer(&mut self) -> anyhow::Result<Option<Caller>> {
-        // Ends: with the connections that are there.
-        while self.guests.len() < MOST_GUESTS
-            && let Some(connection) = self.listener.accept(self.options.timeout)?
-        {
-            self.guests.push(Guest {
-                connection,
-                since: Instant::now(),
-                begun: false,
-            });
-        }
-        let mut at = 0;
-        while let Some(guest) = self.guests.get_mut(at) {
-            match guest.connection.peek() {
-                Ok(Peek::Whole(magic)) => {
-                    let Guest { connection, .. } = self.guests.remove(at);
-                    match u32::from_be_bytes(magic) {
-                        MAIN_MAGIC => return Ok(Some(Caller::Main(connection))),
-                        MULTIFD_MAGIC => return Ok(Some(Caller::Channel(connection))),
-                        magic => say(&format!(
-                            "a connection that began with {magic:#010x} was closed: neither a \
-                             main channel nor a multifd channel"
-                        )),
-                    }
-                }
-                // It was nobody, or a source that was killed: its main channel will tell.
-                Ok(Peek::End) | Err(_) => drop(self.guests.remove(at)),
-                Ok(Peek::Nothing | Peek::Part)
-                    if guest.since.elapsed() > self.options.hello_timeout() =>
-                {
-                    self.guests.remove(at);
-                    say("a connection that said nothing was closed");
-                }
-                Ok(seen) => {
-                    guest.begun = matches!(seen, Peek::Part);
-                    at += 1;
-                }
-            }
-        }
-        Ok(None)
-    }
-
+impl Hall<'_> {
     /// Waits for the main channel.
     fn main(&mut self) -> anyhow::Result<Connection> {
         let deadline = Instant::now() + self.options.accept_timeout;
         loop {
-            match self.answer()? {
+            match self.door.answer()? {
                 Some(Caller::Main(connection)) => return Ok(connection),
                 Some(Caller::Channel(connection)) => {
                     ensure!(
@@ -213,7 +139,7 @@ impl Door<'_> {
                 "no source has connected within {} s",
                 self.options.accept_timeout.as_secs_f64()
             );
-            network::tick(&[], &self.fds())?;
+            network::tick(&[], &self.door.fds())?;
         }
     }
 
@@ -222,7 +148,7 @@ impl Door<'_> {
         if let Some(connection) = self.early.pop() {
             return Ok(Some(connection));
         }
-        match self.answer()? {
+        match self.door.answer()? {
             Some(Caller::Channel(connection)) => Ok(Some(connection)),
             Some(Caller::Main(_)) => {
                 say("a second main channel was closed");
@@ -403,7 +329,7 @@ struct Watch<'a> {
     options: &'a Options,
     session: &'a LoadSession,
     path: &'a ReturnPath,
-    door: Door<'a>,
+    hall: Hall<'a>,
     channels: u32,
     deadline: Instant,
     said: Instant,
@@ -414,7 +340,7 @@ impl Watch<'_> {
     fn admit(&mut self, all: bool) -> anyhow::Result<()> {
         let expected = self.options.channels;
         // Ends: each round is a channel, and they are counted.
-        while let Some(connection) = self.door.channel()? {
+        while let Some(connection) = self.hall.channel()? {
             ensure!(
                 self.channels < expected,
                 "the source makes more than {expected} multifd channels: --channels must be the \
@@ -445,7 +371,7 @@ impl Watch<'_> {
             // Where the source is gone the reader says so, and better.
             let _gone = self.path.reply(&Reply::Pong(STILL_HERE));
         }
-        network::tick(&[self.session.as_fd()], &self.door.fds())?;
+        network::tick(&[self.session.as_fd()], &self.hall.door.fds())?;
         Ok(())
     }
 
@@ -483,13 +409,13 @@ impl Watch<'_> {
 }
 
 fn load(
-    door: Door<'_>,
+    hall: Hall<'_>,
     devices: Vec<Device>,
     subjects: &[Subject],
     main: &Connection,
     path: &ReturnPath,
 ) -> anyhow::Result<(Report, Duration)> {
-    let options = door.options;
+    let options = hall.options;
     let mut builder = LoadSession::builder().settings(options.settings());
     for device in devices {
         builder = builder.device(device);
@@ -509,7 +435,7 @@ fn load(
         options,
         session: &session,
         path,
-        door,
+        hall,
         channels: 0,
         deadline: Instant::now() + options.timeout,
         said: Instant::now(),
@@ -578,15 +504,14 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         device::open(&options.devices, false)?.into_iter().unzip();
     let listener = Listener::bind(&options.listen)?;
     say(&format!("listening on {}", listener.address()));
-    let mut door = Door {
+    let mut hall = Hall {
         options,
-        listener,
-        guests: Vec::new(),
+        door: Door::new(listener, options.timeout),
         early: Vec::new(),
     };
-    let mut main = door.main()?;
+    let mut main = hall.main()?;
     let path = ReturnPath::new(main.try_clone()?);
-    let loaded = load(door, devices, &subjects, &main, &path);
+    let loaded = load(hall, devices, &subjects, &main, &path);
     match &loaded {
         Ok(_) => {
             if path.reply(&Reply::Shut(0)).is_err() {
