@@ -29,6 +29,7 @@ mod error;
 mod id;
 mod lane;
 mod load;
+mod relay;
 mod reorder;
 mod router;
 mod save;
@@ -57,6 +58,7 @@ pub use crate::{
     },
     error::{Error, ErrorKind, Phase, Result, Violation},
     id::DeviceId,
+    relay::{Relay, RelayReport},
     session::{
         DeviceReport, LoadBuilder, LoadSession, PacketLease, Publisher, Report, SaveBuilder,
         SaveSession,

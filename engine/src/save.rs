@@ -74,7 +74,7 @@ use crate::{
 pub(crate) const HEADROOM: usize = (4 + wire::DEVICE_PACKET_LEN).next_multiple_of(ALIGN);
 
 /// Where the headers begin in it.
-const HEADERS: usize = HEADROOM - wire::DEVICE_PACKET_LEN;
+pub(crate) const HEADERS: usize = HEADROOM - wire::DEVICE_PACKET_LEN;
 
 /// One device, as the driver, the channels and its own thread share it.
 pub(crate) struct SaveDevice {

@@ -27,17 +27,18 @@ pub struct Settings {
     /// Which ring moves the devices' bytes: [`Backend::Auto`].
     pub backend: Backend,
     /// All memory that packets are held in, reserves and staging included. Unless set: 32 MiB, or
-    /// one buffer for each device where that is more (load), or two (save).
+    /// one buffer for each device where that is more (load), or two (save); for a relay 64 MiB, or
+    /// four of the largest packets.
     pub budget: Option<usize>,
     /// Load: the size of a buffer of the pool; a larger packet passes in pieces. 1 MiB.
     pub buffer_len: usize,
     /// Save: the most data in a packet. Unless set, the device's estimate of its state, but not
     /// above 1 MiB nor below 64 KiB.
     pub data_len: Option<usize>,
-    /// Load: how far ahead of the packet that a device needs next an idx may be and be held; one
+    /// Load, relay: how far ahead of the packet that a device needs next an idx may be and be held; one
     /// beyond waits. 65 536.
     pub window: u32,
-    /// Load: the largest device-state payload that is accepted, 12-byte header included. 12 bytes
+    /// Load, relay: the largest device-state payload that is accepted, 12-byte header included. 12 bytes
     /// and 4 MiB; at the least 12 bytes and 1 MiB.
     pub max_packet: u32,
     /// Load: how many channels there will be; a hello's id is below it. Load ends its input when
@@ -47,7 +48,7 @@ pub struct Settings {
     /// The VM's uuid, as every hello says it. All zero where it has none.
     pub uuid: [u8; 16],
     /// The most devices over the session's life, those that were removed included. Unless set:
-    /// those given to the builder.
+    /// those given to the builder; for a relay, which is given none, 64.
     pub max_devices: Option<u32>,
     /// Load: whether each device's config waits for its notice on the main channel. Both ends must
     /// agree. Off.
@@ -106,6 +107,13 @@ const MIN_STAGING: usize = 64 << 10;
 const MAX_DEVICES: u32 = 1024;
 
 const _: () = assert!(Settings::ring_capacity(MAX_DEVICES) <= vfio_migration_uring::MAX_CAPACITY);
+
+/// A relay's budget unless set: it shares its channels with RAM, and holds what comes while the
+/// destination's channels stand at a barrier.
+const RELAY_BUDGET: usize = 64 << 20;
+
+/// A relay's devices unless set.
+const RELAY_DEVICES: u32 = 64;
 
 /// What a session's memory is cut into.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -186,6 +194,37 @@ impl Settings {
             pool: layout(buffers, buffer_len, devices, reserve_len)?,
             staging: layout(stagings, staging_len, 0, 0)?,
         })
+    }
+
+    /// A relay's memory, and the most devices that it takes. A packet leaves whole, so a buffer
+    /// holds the largest; and one is kept back, for whichever packet is the next of its device.
+    pub(crate) fn relay_memory(&self) -> Result<(Memory, u32)> {
+        let devices = self.max_devices.unwrap_or(RELAY_DEVICES);
+        if devices == 0 || devices > MAX_DEVICES {
+            return Err(wrong("between 1 and 1024 devices"));
+        }
+        if self.window == 0 {
+            return Err(wrong("a window of at least one packet"));
+        }
+        if self.max_packet < wire::LEAST_MAX_PACKET {
+            return Err(wrong("a maximum packet of at least 12 bytes and 1 MiB"));
+        }
+        let data_len = self.max_packet as usize - wire::PACKET_HEADER_LEN;
+        let packet = data_len.saturating_add(HEADROOM);
+        if packet > PoolLayout::MAX_BUFFER_LEN {
+            return Err(wrong("packets of just below 16 MiB of data at most"));
+        }
+        let packet = packet.next_multiple_of(ALIGN);
+        let budget = self.budget.unwrap_or(RELAY_BUDGET.max(4 * packet));
+        if budget < packet {
+            return Err(wrong("a budget of at least one packet with its headers"));
+        }
+        let memory = Memory {
+            budget,
+            pool: layout((budget - packet) / packet, packet, 1, packet)?,
+            staging: layout(0, 0, 0, 0)?,
+        };
+        Ok((memory, devices))
     }
 
     /// A save's memory, where the largest packet holds `data_len` bytes of data.

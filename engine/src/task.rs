@@ -41,9 +41,11 @@ use crate::{
 #[derive(Clone, Debug, Eq, PartialEq)]
 #[non_exhaustive]
 pub enum TaskKind {
-    /// Moves the bytes of all devices. One for each session. Sleeps in the ring.
+    /// Moves the bytes of all devices. One for each session. Sleeps in the ring; a relay's, which has
+    /// none, on a condition variable.
     Driver,
-    /// Serves one channel, in the order given to the session. Sleeps in its socket.
+    /// Serves one channel, in the order given to the session. Sleeps in its socket. A relay has two
+    /// for each: one receives, one sends.
     Channel(u32),
     /// Sets one device's states and runs its callbacks.
     Device(DeviceId),

@@ -11,7 +11,7 @@ use std::{
 
 /// From the top down.
 const LAYERS: &[&[&str]] = &[
-    &["session"],
+    &["session", "relay"],
     &["settings"],
     &["load", "save"],
     &["channel", "driver"],

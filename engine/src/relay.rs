@@ -1,0 +1,584 @@
+//! Between a source and a destination: a migration's multifd channels in on one side and out on the
+//! other, with each device's state through the engine and everything else untouched.
+//!
+//! ```text
+//!   source                            relay                                      destination
+//!                  ┌───────────────────────────────────────────────────┐
+//!   channel 0 ═════╪═▶ inlet 0 ── hello, RAM, SYNC, as they come ─────▶ ╪═▶ channel 0
+//!   channel 1 ═════╪═▶ inlet 1 ── … ──────────────────────────────────▶ ╪═▶ channel 1
+//!                  │      │                                       ▲    │
+//!                  │      │ lease, publish at idx                 │ send, recycle
+//!                  │      ▼                                       │    │
+//!                  │   each device's slots ─▶ mover ─▶ queue ─▶ outlet 0, 1 … whichever is free
+//!                  │        (by idx)       (next only)  (one sequence)  │
+//!                  └───────────────────────────────────────────────────┘
+//! ```
+//!
+//! It is the load's channel side, joined to the save's channel side: no device, no data fd, no ring.
+//! An inlet receives a packet's data into a leased buffer, behind room for headers; the *mover*, in
+//! the driver's place, takes each device's next packet and appends it to the queue; and an outlet
+//! sends headers and data from that same buffer. So nothing is copied, a device's packets leave in
+//! the order of their idx, and a packet is on the way out what it was on the way in: its name, idx,
+//! flags and data.
+//!
+//! | who | owns | may touch |
+//! |---|---|---|
+//! | an inlet's thread | the source's connection, its packer | every device's slots, its line's sender |
+//! | the mover | every device's cursor | the slots, the queue |
+//! | an outlet's thread | the packet that it took | the queue, its line's sender |
+//! | the main thread | the session | flags |
+//!
+//! # What a destination relies on
+//!
+//! - Within a channel, hello, RAM and SYNC packets stay in their order: one thread passes them on.
+//! - No device packet comes on a channel before that channel's hello and first SYNC: its outlet is
+//!   let in by the inlet, once these two have been sent.
+//! - A packet is sent whole: inlet and outlet of a line share its sender behind a lock, which each
+//!   holds for one packet (an outlet: for one call). What ends the wait for it is the end of that
+//!   packet, or the connection's time-out.
+//! - A channel is ended only when all device state has been sent, on whichever.
+//!
+//! # Memory
+//!
+//! Packets are held in a pool: the budget. One buffer of it, of the largest packet's size, is kept
+//! back for a packet that is the next of its device, and the mover hands on such a packet at once;
+//! so where the source hands out all devices' packets in one sequence, and the destination takes
+//! what is sent to it, there is always one that gets on, however full the pool is.
+//!
+//! RAM shares the channels, though, and a destination's channel stands still at a SYNC until all
+//! have come to theirs. While it does, what follows behind it (the next packet, perhaps) is held up
+//! in the connections, and the packets that other channels carry before their SYNC must fit into the
+//! budget: at the most what the connections' socket buffers hold and one packet for each channel.
+//! Less, and it can stand still for good; then it ends with [`ErrorKind::Stalled`], after
+//! [`Settings::no_progress`] or a few times that, and names the device and the idx.
+//!
+//! # What ends each wait
+//!
+//! An inlet that waits for bytes: the source's, or its end; within a packet, the connection's
+//! time-out. One that waits for room: a packet sent, or taken by the mover; the end of all. The mover:
+//! a packet, the inputs' end, and while a device's state is incomplete, the time without progress. An
+//! outlet: its line's opening, a packet, the queue's end; in a write, the connection's time-out.
+//! Every failure hangs up all connections of both sides, and ends them all.
+
+use std::{
+    fmt, io,
+    io::{IoSlice, Read},
+    os::fd::{AsFd, BorrowedFd},
+    time::{Duration, Instant},
+};
+
+use crossbeam_epoch::{Collector, Guard, LocalHandle};
+
+mod inlet;
+mod line;
+mod mover;
+mod outlet;
+
+use self::line::Line;
+use crate::{
+    channel::{Channel, Inlet, RamSink, Receiver, Sender, Terms},
+    error::{Error, ErrorKind, Phase, Result, Violation},
+    id::DeviceId,
+    lane::Buffer,
+    reorder::{
+        control::SLACK,
+        cursor::{Cursor, Inbox, Next},
+        pool::{Lease, Packer, Pool},
+        queue::{Queue, Ticket},
+        slot::{Packet, Payload, Publish},
+        waiters::Waiters,
+    },
+    router::Router,
+    save::{HEADERS, HEADROOM},
+    settings::{Memory, Settings},
+    stats::{ChannelCounters, DeviceCounters, Stats},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+        lock,
+    },
+    task::{Crew, TaskKind},
+    trace,
+    verdict::Verdict,
+    wire,
+};
+
+/// One device that passes through: known from its first packet on.
+struct RelayDevice {
+    id: DeviceId,
+    ordinal: u32,
+    key: wire::DeviceKey,
+    inbox: Inbox,
+    counters: DeviceCounters,
+}
+
+impl RelayDevice {
+    fn refuse(&self, violation: Violation, index: u32) -> Error {
+        Error::protocol(violation)
+            .on_device(&self.id)
+            .at_index(index)
+    }
+}
+
+/// What all threads of a relay share.
+struct Shared {
+    collector: Collector,
+    router: Router<RelayDevice>,
+    /// By ordinal. Its lock is taken for a device's first packet, and to look for new ones.
+    devices: Mutex<Vec<Arc<RelayDevice>>>,
+    max_devices: u32,
+    window: u32,
+    no_progress: Duration,
+    pool: Arc<Pool>,
+    queue: Queue,
+    channels: Mutex<Vec<Arc<ChannelCounters>>>,
+    /// Inlets that wait for room.
+    room: Waiters,
+    /// The mover, which waits for packets.
+    arrivals: Waiters,
+    /// Outlets that wait for their lines' opening.
+    openings: Waiters,
+    /// How many threads have something to send now, the wait for a line's sender included.
+    sending: Arc<AtomicU32>,
+    /// Inlets that have not ended, and one for those still to come.
+    inputs: AtomicU32,
+    verdict: Verdict,
+}
+
+impl Shared {
+    /// Ends everything, for this reason if it is the first. Not from within a look of `Waiters`.
+    fn fail(&self, error: Error) {
+        if self.verdict.fail(error) {
+            let epoch = self.collector.register();
+            self.queue
+                .close(&epoch.pin(), |packet| packet.recycle(&self.pool));
+            self.room.notify_all();
+            self.arrivals.notify_all();
+            self.openings.notify_all();
+        }
+    }
+
+    /// Why nothing more should be done, if so.
+    fn stopped(&self) -> Option<Error> {
+        self.verdict.failure()
+    }
+
+    /// The device of this name: a new one where it is not known yet.
+    fn device(&self, idstr: &[u8], instance: u32, guard: &Guard) -> Result<Arc<RelayDevice>> {
+        if let Some(device) = self.router.get(idstr, instance, guard) {
+            return Ok(device);
+        }
+        let unknown = || {
+            Error::protocol(Violation::UnknownDevice {
+                idstr: idstr.escape_ascii().to_string(),
+                instance,
+            })
+        };
+        let name = std::str::from_utf8(idstr).map_err(|_| unknown())?;
+        let id = DeviceId::new(name, instance).map_err(|_| unknown())?;
+        let mut devices = lock(&self.devices);
+        if let Some(device) = devices.iter().find(|device| device.id == id) {
+            // Another channel was faster.
+            return Ok(device.clone());
+        }
+        let ordinal = u32::try_from(devices.len()).unwrap_or(u32::MAX);
+        if ordinal >= self.max_devices {
+            let kind = ErrorKind::Config("more devices than max_devices");
+            return Err(Error::new(kind, Phase::Receive).on_device(&id));
+        }
+        let device = Arc::new(RelayDevice {
+            key: wire::DeviceKey::new(&id),
+            id,
+            ordinal,
+            inbox: Inbox::new(self.collector.clone(), self.window),
+            counters: DeviceCounters::default(),
+        });
+        let added = self.router.insert(idstr, instance, device.clone(), guard);
+        assert!(added, "names are added under the lock alone");
+        devices.push(device.clone());
+        Ok(device)
+    }
+
+    /// Says that one inlet will bring no more packets.
+    fn close_input(&self) {
+        // Release: whoever sees no input left sees all that was published.
+        if self.inputs.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.arrivals.notify_all();
+        }
+    }
+
+    /// Whether no packet can come any more.
+    fn input_ended(&self) -> bool {
+        // Acquire: as above.
+        self.inputs.load(Ordering::Acquire) == 0
+    }
+
+    /// Whether something is on its way to the destination: then its connections have time-outs.
+    fn is_sending(&self) -> bool {
+        // Relaxed: a count; who asks has waited for long, and asks again.
+        self.sending.load(Ordering::Relaxed) > 0 || self.queue.waiting() > 0
+    }
+
+    /// Something that changes whenever anything gets on, on any channel.
+    fn activity(&self) -> u64 {
+        let received = lock(&self.channels).iter().fold(0_u64, |sum, counters| {
+            let packets = counters.packets.get() + counters.ram_packets.get();
+            sum + packets + counters.syncs.get() + counters.bytes.get()
+        });
+        let sent = lock(&self.devices)
+            .iter()
+            .fold(0_u64, |sum, device| sum + device.counters.packets().1);
+        received.wrapping_add(sent)
+    }
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared")
+            .field("pool", &self.pool)
+            .field("queue", &self.queue)
+            .finish_non_exhaustive()
+    }
+}
+
+/// How a relay ended.
+#[derive(Debug)]
+#[non_exhaustive]
+#[must_use = "says whether everything got through"]
+pub struct RelayReport {
+    /// How the whole went: the first failure, or that it was cancelled.
+    pub result: Result<()>,
+    /// The counters at the end. A device's packets are those that were sent on; a channel's are
+    /// those that came in on it.
+    pub stats: Stats,
+    /// Threads that did not end within the grace time, and were left behind.
+    pub abandoned_threads: usize,
+}
+
+/// A migration's channels on their way through this process, from a source to a destination.
+///
+/// Devices need not be named: one is known from its first packet on, up to
+/// [`Settings::max_devices`] of them. Of the settings it also heeds `budget`, `window`, `max_packet`
+/// (the budget's buffers have that size), `no_progress`, `hello_timeout` and `grace`. The VM's uuid
+/// is the destination's to check.
+///
+/// All methods may be called from any thread.
+///
+/// ```
+/// use std::{io::{Read, Write}, os::unix::net::UnixStream};
+/// use vfio_migration::{DeviceId, Relay, Settings, wire};
+///
+/// let (mut source, near) = UnixStream::pair()?;
+/// let (far, mut destination) = UnixStream::pair()?;
+/// let relay = Relay::start(&Settings::default())?;
+/// relay.add_channel(near, far)?;
+///
+/// let key = wire::DeviceKey::new(&DeviceId::new("0000:00:03.0/vfio", 0)?);
+/// let mut sent = wire::Hello { uuid: [0; 16], id: 0 }.encode().to_vec();
+/// sent.extend(wire::encode_sync(wire::PageSize::new(4096)?, 0));
+/// sent.extend(wire::encode_packet(&key, 0, false, 5));
+/// sent.extend(b"state");
+/// let config = wire::wrap_config(b"config");
+/// sent.extend(wire::encode_packet(&key, 1, true, config.len() as u32));
+/// sent.extend(config);
+/// source.write_all(&sent)?;
+/// drop(source);
+///
+/// relay.join().result?;
+/// let mut received = Vec::new();
+/// destination.read_to_end(&mut received)?;
+/// assert_eq!(received, sent);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// Dropping it cancels, and waits as [`Relay::join`] does.
+#[must_use = "dropping a relay cancels it"]
+pub struct Relay {
+    shared: Arc<Shared>,
+    crew: Arc<Crew>,
+    terms: Terms,
+    greeted: Arc<Mutex<Vec<u8>>>,
+    complete: AtomicBool,
+    budget: usize,
+    grace: Duration,
+    joined: bool,
+}
+
+impl Relay {
+    /// Allocates all memory, and starts the mover. Channels are added as they come.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Config`] for settings that cannot be; [`ErrorKind::Host`] for what the host does
+    /// not have.
+    pub fn start(settings: &Settings) -> Result<Self> {
+        let (Memory { budget, pool, .. }, max_devices) = settings.relay_memory()?;
+        let collector = Collector::new();
+        let shared = Arc::new(Shared {
+            router: Router::new(collector.clone()),
+            devices: Mutex::new(Vec::new()),
+            max_devices,
+            window: settings.window,
+            no_progress: settings.no_progress,
+            pool: Arc::new(Pool::new(pool)),
+            queue: Queue::new(collector.clone()),
+            collector,
+            channels: Mutex::new(Vec::new()),
+            room: Waiters::new(),
+            arrivals: Waiters::new(),
+            openings: Waiters::new(),
+            sending: Arc::default(),
+            // The one that stands for the channels still to come.
+            inputs: AtomicU32::new(1),
+            verdict: Verdict::default(),
+        });
+        let relay = Self {
+            shared: shared.clone(),
+            crew: Arc::new(Crew::new(None)?),
+            terms: Terms {
+                uuid: settings.uuid,
+                channels: settings.channels,
+                max_packet: settings.max_packet,
+                hello_timeout: settings.hello_timeout,
+                no_progress: settings.no_progress,
+            },
+            greeted: Arc::default(),
+            complete: AtomicBool::new(false),
+            budget,
+            grace: settings.grace,
+            joined: false,
+        };
+        let crew = relay.crew.clone();
+        shared.verdict.add(Box::new(move || crew.notify()));
+        let failing = shared.clone();
+        Crew::spawn(
+            &relay.crew,
+            TaskKind::Driver,
+            "vfio-mig-mover".into(),
+            move || mover::run(&shared),
+            move |error| {
+                if let Some(error) = error {
+                    failing.fail(error);
+                }
+            },
+        )?;
+        Ok(relay)
+    }
+
+    /// Adds a channel: the source's connection, and the one to the destination that carries on
+    /// what comes on it. Two threads serve it. The source's end of the channel may have any page
+    /// size ([`Channel::with_page_size`]); a RAM sink is replaced.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Host`] without a thread; [`ErrorKind::Config`] after
+    /// [`Relay::no_more_channels`].
+    pub fn add_channel(
+        &self,
+        source: impl Into<Channel>,
+        destination: impl Into<Channel>,
+    ) -> Result<()> {
+        let (source, destination) = (source.into(), destination.into());
+        let host = |error| Error::new(ErrorKind::Host, Phase::Setup).caused_by(error);
+        let verdict = &self.shared.verdict;
+        verdict.add(source.hangup().map_err(host)?);
+        verdict.add(destination.hangup().map_err(host)?);
+        let counters = Arc::new(ChannelCounters::default());
+        let number = {
+            let mut channels = lock(&self.shared.channels);
+            // Relaxed: written under the lock.
+            if self.complete.load(Ordering::Relaxed) {
+                let kind = ErrorKind::Config("a channel after no_more_channels");
+                return Err(Error::new(kind, Phase::Setup));
+            }
+            channels.push(counters.clone());
+            // Relaxed: made from an input that is open, the one for those still to come.
+            self.shared.inputs.fetch_add(1, Ordering::Relaxed);
+            u32::try_from(channels.len() - 1).unwrap_or(u32::MAX)
+        };
+        let sender = Sender::new(destination, number);
+        let line = Arc::new(Line::new(number, sender, self.shared.sending.clone()));
+        self.spawn_outlet(line.clone())?;
+        self.spawn_inlet(source, line, counters)
+    }
+
+    fn spawn_inlet(
+        &self,
+        source: Channel,
+        line: Arc<Line>,
+        counters: Arc<ChannelCounters>,
+    ) -> Result<()> {
+        let (shared, greeted, terms) = (self.shared.clone(), self.greeted.clone(), self.terms);
+        let number = line.number();
+        let ending = (self.shared.clone(), line.clone());
+        Crew::spawn(
+            &self.crew,
+            TaskKind::Channel(number),
+            format!("vfio-mig-in{number}"),
+            move || {
+                if let Err(error) = inlet::serve(&shared, source, &line, counters, terms, &greeted)
+                {
+                    shared.fail(error);
+                }
+            },
+            move |error| {
+                let (shared, line) = ending;
+                if let Some(error) = error {
+                    shared.fail(error);
+                }
+                line.end();
+                shared.openings.notify_all();
+                shared.close_input();
+            },
+        )
+    }
+
+    fn spawn_outlet(&self, line: Arc<Line>) -> Result<()> {
+        let (shared, failing) = (self.shared.clone(), self.shared.clone());
+        let number = line.number();
+        Crew::spawn(
+            &self.crew,
+            TaskKind::Channel(number),
+            format!("vfio-mig-out{number}"),
+            move || {
+                if let Err(error) = outlet::serve(&shared, &line) {
+                    shared.fail(error);
+                }
+            },
+            move |error| {
+                if let Some(error) = error {
+                    failing.fail(error);
+                }
+            },
+        )
+    }
+
+    /// Says that no further channel will be added: the relay ends when those that are have ended.
+    pub fn no_more_channels(&self) {
+        let first = {
+            let _added_or_not = lock(&self.shared.channels);
+            // Relaxed: read under the lock.
+            !self.complete.swap(true, Ordering::Relaxed)
+        };
+        if first {
+            self.shared.close_input();
+        }
+    }
+
+    /// How many channels have come, and how many of those the source has not ended.
+    #[must_use]
+    pub fn channels(&self) -> (usize, usize) {
+        let channels = lock(&self.shared.channels);
+        // Relaxed: a count, for a human or a time-out.
+        let inputs = self.shared.inputs.load(Ordering::Relaxed) as usize;
+        let to_come = usize::from(!self.complete.load(Ordering::Relaxed));
+        (channels.len(), inputs.saturating_sub(to_come))
+    }
+
+    /// Cancels. Returns at once; both sides are hung up on.
+    pub fn cancel(&self) {
+        self.fail(Error::cancelled(Phase::Receive));
+    }
+
+    /// Fails the relay for a reason of the embedder's: its main channel's, say.
+    pub fn fail(&self, error: Error) {
+        self.shared.fail(error);
+    }
+
+    /// Why it failed, once it has.
+    #[must_use]
+    pub fn failure(&self) -> Option<Error> {
+        self.shared.verdict.failure()
+    }
+
+    /// Whether all its threads have ended: after [`Relay::no_more_channels`], or a failure.
+    #[must_use]
+    pub fn is_finished(&self) -> bool {
+        self.crew.is_idle()
+    }
+
+    /// The counters as they are.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        let devices = lock(&self.shared.devices).clone();
+        let channels = lock(&self.shared.channels);
+        let (_, high) = self.shared.pool.in_use();
+        let layout = self.shared.pool.layout();
+        let waiters = [
+            &self.shared.room,
+            &self.shared.arrivals,
+            &self.shared.openings,
+        ];
+        let late: u64 = waiters.iter().map(|waiters| waiters.late()).sum();
+        Stats {
+            devices: devices
+                .iter()
+                .map(|device| device.counters.snapshot(&device.id))
+                .collect(),
+            channels: (0..)
+                .zip(&*channels)
+                .map(|(at, counters)| counters.snapshot(at))
+                .collect(),
+            budget: self.budget as u64,
+            held_high: (high as usize * layout.buffer_len + layout.reserve_len) as u64,
+            backend: "none",
+            ring_calls: 0,
+            late_wakeups: late + self.crew.late() + self.shared.queue.late(),
+        }
+    }
+
+    /// Waits until every channel has ended and everything has been sent on, or the relay has failed.
+    /// No further channel can be added.
+    pub fn join(mut self) -> RelayReport {
+        self.end()
+    }
+
+    fn end(&mut self) -> RelayReport {
+        self.joined = true;
+        self.no_more_channels();
+        loop {
+            let failed_at = self.shared.verdict.failed_at();
+            let deadline = failed_at.map(|at| at + self.grace + SLACK);
+            let look = || {
+                let news = self.shared.verdict.failed_at().is_some() != failed_at.is_some();
+                (self.crew.is_idle() || news).then_some(())
+            };
+            let found = self.crew.wait(deadline, look);
+            if found.is_none() || self.crew.is_idle() {
+                break;
+            }
+        }
+        self.crew.join();
+        RelayReport {
+            result: self.failure().map_or(Ok(()), Err),
+            stats: self.stats(),
+            abandoned_threads: self.crew.at_work(),
+        }
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        if !self.joined {
+            self.cancel();
+            let _report = self.end();
+        }
+    }
+}
+
+impl AsFd for Relay {
+    /// An eventfd that becomes readable when a thread has ended or the relay has failed, for an
+    /// event loop. Read its 8 bytes, then look at [`Relay::is_finished`] and [`Relay::failure`].
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.crew.event().as_fd()
+    }
+}
+
+impl fmt::Debug for Relay {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Relay")
+            .field("shared", &self.shared)
+            .field("failure", &self.failure())
+            .finish_non_exhaustive()
+    }
+}
