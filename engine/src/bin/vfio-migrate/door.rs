@@ -67,6 +67,11 @@ impl Door {
             .collect()
     }
 
+    /// Whether nobody is here who has not said what it is.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.guests.is_empty()
+    }
+
     /// The next connection that says what it is, if there is one now.
     pub(crate) fn answer(&mut self) -> anyhow::Result<Option<Caller>> {
         // Ends: with the connections that are there.

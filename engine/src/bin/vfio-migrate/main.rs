@@ -3,13 +3,14 @@
 //! ```text
 //!   demo               source ══ loopback TCP ══▶ destination     one process, simulated devices
 //!   send ── receive    source ══ TCP or unix ═══▶ destination     two processes
+//!   relay              source ═══════▶ relay ═══════▶ destination   QEMU's on both sides, say
 //!   replay             captured channels ───────▶ destination     the state, out of a capture
 //!   inspect            a captured channel ──────▶ its packets     one line for each
 //! ```
 //!
 //! | file | what |
 //! |---|---|
-//! | `demo`, `send`, `receive`, `replay`, `inspect` | a subcommand each |
+//! | `demo`, `send`, `receive`, `relay`, `replay`, `inspect` | a subcommand each |
 //! | `main_channel` | what `send` and `receive` say to each other beside the packets |
 //! | `network`, `door` | addresses, connections, listeners; which connection is what |
 //! | `device`, `file`, `observed` | the devices of a `SPEC`, and what is known of them afterwards |
@@ -20,7 +21,7 @@
 //!
 //! Each subcommand runs on the main thread, which watches over its sessions and over Ctrl-C; the
 //! sessions have threads of their own. `send` and `receive` have one more, which reads the main
-//! channel; one waits for signals. Every wait ends with what it is for, a time that an option sets,
+//! channel, `relay` has two; one waits for signals. Every wait ends with what it is for, a time that an option sets,
 //! or Ctrl-C.
 //!
 //! # How it ends
@@ -42,6 +43,7 @@ mod observed;
 mod output;
 mod progress;
 mod receive;
+mod relay;
 mod replay;
 mod send;
 
@@ -66,6 +68,7 @@ enum Command {
     Demo(demo::Options),
     Send(send::Options),
     Receive(receive::Options),
+    Relay(relay::Options),
     Replay(replay::Options),
     Inspect(inspect::Options),
 }
@@ -79,6 +82,9 @@ Examples:
   From one machine to another; begin with the destination:
     vfio-migrate receive --listen 0.0.0.0:4444 --device sim:id=gpu0
     vfio-migrate send --to host2:4444 --device sim:id=gpu0,size=1GiB,seed=7
+
+  Between two machines' VMMs, with the devices' states through the engine:
+    vfio-migrate relay --listen 0.0.0.0:4444 --to host2:4444
 
   The state out of a capture of QEMU's multifd channels:
     vfio-migrate replay --out state/ 01-c2s.bin 02-c2s.bin
@@ -154,6 +160,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Demo(options) => demo::run(&options),
         Command::Send(options) => send::run(&options),
         Command::Receive(options) => receive::run(&options),
+        Command::Relay(options) => relay::run(&options),
         Command::Replay(options) => replay::run(&options),
         Command::Inspect(options) => inspect::run(&options),
     }

@@ -1,0 +1,470 @@
+//! `relay`: a migration's connections in on one side and out on the other, QEMU's on both, say.
+//!
+//! ```text
+//!   source                       relay                          destination
+//!     main channel  ════▶ pump ═══════════════════════════▶ ════▶  main channel
+//!                   ◀════ ◀═══════════════════════════ pump ◀════
+//!     channel 0 … N ════▶ Relay: RAM and SYNC untouched,   ════▶  channel 0 … N
+//!                         device state by slots and queue
+//! ```
+//!
+//! All come to one address, and are told apart by their first bytes; for each, one connection is
+//! made to the destination. The main channel may also go another way: then the number of multifd
+//! channels has to be given, for its end is what says that no more will come.
+//!
+//! # Threads
+//!
+//! Two pump the main channel, one for each direction, and end when their side ends it, when the
+//! other cannot be written to, or when the main thread shuts both connections down; the `Relay` has
+//! threads of its own. The main thread takes connections in and watches over all that. It ends with
+//! the last connection, a failure, Ctrl-C, or the time-outs of the options.
+
+use std::{
+    io::{self, Read, Write},
+    net::Shutdown,
+    os::fd::AsFd,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use anyhow::{anyhow, bail, ensure};
+use serde::Serialize;
+use vfio_migration::{Channel, Relay, Settings, Stats, wire::PageSize};
+
+use crate::{
+    Interrupted, args, capture,
+    door::{self, Caller, Door},
+    interrupt,
+    main_channel::main_failed,
+    network::{self, Address, Connection, Listener},
+    output::{self, say},
+};
+
+/// Pass a migration on, its devices' states through the engine
+///
+/// Listens on ADDR for one source, and connects to the destination once for each connection of the
+/// source's. The main channel is passed through, both ways; of each multifd channel, hello, RAM and
+/// SYNC packets are passed on untouched and in their order. Device-state packets are received,
+/// put in their idx's order, and sent on by whichever channel is free.
+///
+/// It ends when the source has ended all its connections, and then prints the packets of each device
+/// and channel. Whoever can connect can send: let it listen where only the source can connect.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// Where to listen: HOST:PORT (port 0: any that is free) or unix:PATH
+    #[arg(long, value_name = "ADDR")]
+    listen: Address,
+    /// Where the destination listens: HOST:PORT or unix:PATH
+    #[arg(long, value_name = "ADDR")]
+    to: Address,
+    /// How many multifd channels will come [default: as many as do before the main channel ends]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=255))]
+    channels: Option<u32>,
+    /// The memory that packets may wait in [default: 64MiB]
+    ///
+    /// RAM's barriers hold up the channels: what the source's channels carry of device state while
+    /// one of them has not come to a barrier must find room. Where it does not, and nothing moves
+    /// any more, it fails after --timeout.
+    #[arg(long, value_name = "SIZE", value_parser = args::memory)]
+    budget: Option<usize>,
+    /// The largest packet that is passed on (at least 1MiB); the budget is cut into such pieces
+    #[arg(long, value_name = "SIZE", default_value = "1MiB", value_parser = args::packet)]
+    max_packet: usize,
+    /// The most devices that may come
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    max_devices: u32,
+    /// The page size of the VM's architecture, on which the size of RAM and SYNC packets depends
+    #[arg(long, value_name = "SIZE", default_value = "4KiB", value_parser = capture::page_size)]
+    page_size: PageSize,
+    /// How long nothing may move within a packet, a write, or an incomplete device, in seconds
+    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = args::seconds)]
+    timeout: Duration,
+    /// How long to wait for a source to connect, in seconds
+    #[arg(long, value_name = "SECONDS", default_value = "600", value_parser = args::seconds)]
+    accept_timeout: Duration,
+    /// How long to try to connect to the destination, in seconds
+    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = args::seconds)]
+    connect_timeout: Duration,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+impl Options {
+    fn settings(&self) -> Settings {
+        let mut settings = Settings::default();
+        settings.budget = self.budget;
+        settings.max_devices = Some(self.max_devices);
+        let packet = u32::try_from(self.max_packet).unwrap_or(u32::MAX);
+        settings.max_packet = packet.saturating_add(12); // the header inside
+        settings.no_progress = self.timeout;
+        settings.hello_timeout = door::hello_timeout(self.timeout);
+        settings
+    }
+
+    fn connect(&self) -> anyhow::Result<Connection> {
+        network::connect(&self.to, self.connect_timeout, self.timeout)
+    }
+}
+
+// ------------------------------------------------------------------------------- main channel
+
+/// One direction of the main channel.
+struct Pump {
+    from: Connection,
+    to: Connection,
+    /// Who reads what it brings.
+    reader: &'static str,
+    bytes: Arc<AtomicU64>,
+}
+
+impl Pump {
+    /// Passes bytes on until `from` ends, and then says so to `to`.
+    fn run(mut self) -> anyhow::Result<()> {
+        let mut buffer = vec![0; 64 << 10];
+        loop {
+            let count = match self.from.read(&mut buffer) {
+                // One that was reset ends as well: who did it knows why.
+                Ok(0) => break,
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => break,
+                Ok(count) => count,
+                // A main channel may be silent for as long as its source likes; a peer that is gone
+                // is found by the keepalive.
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+                    ) =>
+                {
+                    continue;
+                }
+                Err(error) => return Err(self.failed(error)),
+            };
+            if let Err(error) = self.to.write_all(&buffer[..count]) {
+                return Err(self.failed(error));
+            }
+            // Relaxed: a counter.
+            self.bytes.fetch_add(count as u64, Relaxed);
+        }
+        self.to.shutdown(Shutdown::Write);
+        Ok(())
+    }
+
+    fn failed(&self, error: io::Error) -> anyhow::Error {
+        // Neither side may wait for what cannot come.
+        self.from.shutdown(Shutdown::Both);
+        self.to.shutdown(Shutdown::Both);
+        anyhow!(error).context(format!("the main channel to the {} failed", self.reader))
+    }
+}
+
+/// The main channel, both ways.
+struct MainChannel {
+    ends: [Connection; 2],
+    pumps: Vec<JoinHandle<anyhow::Result<()>>>,
+    /// To the destination, to the source.
+    bytes: [Arc<AtomicU64>; 2],
+}
+
+impl MainChannel {
+    fn start(source: Connection, destination: Connection) -> anyhow::Result<Self> {
+        let bytes: [Arc<AtomicU64>; 2] = Default::default();
+        let mut main = Self {
+            pumps: Vec::new(),
+            bytes: bytes.clone(),
+            ends: [source.try_clone()?, destination.try_clone()?],
+        };
+        let [there, back] = bytes;
+        let pumps = [
+            Pump {
+                from: source.try_clone()?,
+                to: destination.try_clone()?,
+                reader: "destination",
+                bytes: there,
+            },
+            Pump {
+                from: destination,
+                to: source,
+                reader: "source",
+                bytes: back,
+            },
+        ];
+        for pump in pumps {
+            let thread = thread::Builder::new().name("main".into());
+            main.pumps.push(thread.spawn(|| pump.run())?);
+        }
+        Ok(main)
+    }
+
+    fn is_ended(&self) -> bool {
+        self.pumps.iter().all(JoinHandle::is_finished)
+    }
+
+    /// What has failed, of the pumps that have ended.
+    fn failure(&mut self) -> Option<anyhow::Error> {
+        let ended = self.pumps.extract_if(.., |pump| pump.is_finished());
+        let joined = ended.map(|pump| pump.join().unwrap_or_else(|_| Err(anyhow!("a panic"))));
+        joined.filter_map(Result::err).next()
+    }
+
+    /// Ends both ways, and waits for the pumps.
+    fn close(mut self) -> [u64; 2] {
+        for end in &self.ends {
+            end.shutdown(Shutdown::Both);
+        }
+        for pump in self.pumps.drain(..) {
+            // What it says now is our own doing.
+            let _closed = pump.join();
+        }
+        // Relaxed: the joins have ordered them.
+        self.bytes.each_ref().map(|bytes| bytes.load(Relaxed))
+    }
+}
+
+// --------------------------------------------------------------------------------------- watch
+
+/// The main thread's part.
+struct Watch<'a> {
+    options: &'a Options,
+    door: Door,
+    relay: &'a Relay,
+    main: Option<MainChannel>,
+    /// Since when nothing has been open.
+    idle_since: Instant,
+    /// When the main channel was seen to have ended.
+    main_ended: Option<Instant>,
+}
+
+impl Watch<'_> {
+    /// Takes in those who have come.
+    fn admit(&mut self) -> anyhow::Result<()> {
+        while let Some(caller) = self.door.answer()? {
+            match caller {
+                Caller::Main(_) if self.main.is_some() => say("a second main channel was closed"),
+                Caller::Main(source) => {
+                    let destination = self.options.connect()?;
+                    self.main = Some(MainChannel::start(source, destination)?);
+                }
+                Caller::Channel(source) => {
+                    let (count, _) = self.relay.channels();
+                    let expected = self.options.channels.map(|count| count as usize);
+                    ensure!(
+                        expected.is_none_or(|expected| count < expected),
+                        "the source makes more than {count} multifd channels: see --channels"
+                    );
+                    let destination = self.options.connect()?;
+                    let page_size = self.options.page_size.bytes();
+                    let source = Channel::from(source).with_page_size(page_size)?;
+                    self.relay.add_channel(source, destination)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether every channel has come. Looked at after those who had come were taken in.
+    fn all_have_come(&self) -> bool {
+        match self.options.channels {
+            Some(expected) => self.relay.channels().0 >= expected as usize,
+            None => self.main_ended.is_some() && self.door.is_empty(),
+        }
+    }
+
+    fn main_is_over(&self) -> bool {
+        self.main.as_ref().is_none_or(MainChannel::is_ended)
+    }
+
+    /// Nothing may be waited for that does not come.
+    fn check_patience(&mut self) -> anyhow::Result<()> {
+        let (count, open) = self.relay.channels();
+        if open > 0 || !self.main_is_over() {
+            self.idle_since = Instant::now();
+        }
+        let patience = self.options.accept_timeout;
+        if self.idle_since.elapsed() > patience {
+            let seconds = patience.as_secs_f64();
+            match (self.options.channels, &self.main) {
+                (Some(expected), _) => {
+                    bail!("{count} of {expected} multifd channels have come within {seconds} s")
+                }
+                (None, None) if count == 0 => bail!("no source has connected within {seconds} s"),
+                (None, None) => bail!(
+                    "no main channel has come within {seconds} s: without one, --channels says how \
+                     many multifd channels there are"
+                ),
+                // All is over, and the last of it is under way.
+                (None, Some(_)) => {}
+            }
+        }
+        if self
+            .main_ended
+            .is_some_and(|at| at.elapsed() > self.options.timeout)
+            && open > 0
+        {
+            bail!(
+                "the main channel has ended, but {open} multifd channels have not within {} s",
+                self.options.timeout.as_secs_f64()
+            );
+        }
+        Ok(())
+    }
+
+    /// Until all is over.
+    fn run(&mut self) -> anyhow::Result<()> {
+        loop {
+            // Before a look at who has come: whoever came before the main channel's end is seen.
+            if self.main.is_some() && self.main_is_over() {
+                self.main_ended.get_or_insert_with(Instant::now);
+            }
+            self.admit()?;
+            if self.all_have_come() {
+                self.relay.no_more_channels();
+            }
+            if interrupt::requested() {
+                self.relay.cancel();
+                bail!(Interrupted);
+            }
+            if let Some(error) = self.relay.failure() {
+                bail!(error);
+            }
+            if let Some(error) = self.main.as_mut().and_then(MainChannel::failure) {
+                return Err(error);
+            }
+            if self.relay.is_finished() && self.main_is_over() {
+                return Ok(());
+            }
+            self.check_patience()?;
+            network::tick(&[self.relay.as_fd()], &self.door.fds())?;
+        }
+    }
+}
+
+// -------------------------------------------------------------------------------------- output
+
+#[derive(Serialize)]
+struct DeviceOutput {
+    idstr: String,
+    instance: u32,
+    /// The config packet included.
+    packets: u64,
+    /// The 12-byte packet headers included.
+    bytes: u64,
+}
+
+#[derive(Serialize)]
+struct ChannelOutput {
+    channel: u32,
+    /// Device-state packets that came in on it, and their bytes.
+    packets: u64,
+    bytes: u64,
+    ram_packets: u64,
+    syncs: u64,
+}
+
+#[derive(Serialize)]
+struct Output {
+    role: &'static str,
+    devices: Vec<DeviceOutput>,
+    channels: Vec<ChannelOutput>,
+    /// Bytes of the main channel; none where it went another way.
+    main_to_destination: Option<u64>,
+    main_to_source: Option<u64>,
+    budget: u64,
+    held_high: u64,
+}
+
+impl Output {
+    fn new(stats: &Stats, main: Option<[u64; 2]>) -> Self {
+        let devices = stats.devices.iter().map(|device| DeviceOutput {
+            idstr: device.device.idstr().to_owned(),
+            instance: device.device.instance(),
+            packets: device.packets,
+            bytes: device.bytes,
+        });
+        let channels = stats.channels.iter().map(|channel| ChannelOutput {
+            channel: channel.channel,
+            packets: channel.packets,
+            bytes: channel.bytes,
+            ram_packets: channel.ram_packets,
+            syncs: channel.syncs,
+        });
+        Self {
+            role: "relay",
+            devices: devices.collect(),
+            channels: channels.collect(),
+            main_to_destination: main.map(|[there, _]| there),
+            main_to_source: main.map(|[_, back]| back),
+            budget: stats.budget,
+            held_high: stats.held_high,
+        }
+    }
+
+    fn print(&self, json: bool) -> anyhow::Result<()> {
+        if json {
+            return output::print_json(self);
+        }
+        let mut text = String::new();
+        for device in &self.devices {
+            text.push_str(&format!(
+                "{:?}, instance {}: {} packets, {} bytes\n",
+                device.idstr, device.instance, device.packets, device.bytes
+            ));
+        }
+        if self.devices.is_empty() {
+            text.push_str("no device's packets\n");
+        }
+        let rows = self.channels.iter().map(|channel| {
+            vec![
+                channel.channel.to_string(),
+                channel.packets.to_string(),
+                channel.bytes.to_string(),
+                channel.ram_packets.to_string(),
+                channel.syncs.to_string(),
+            ]
+        });
+        let rows: Vec<Vec<String>> = rows.collect();
+        text.push('\n');
+        text.push_str(&output::table(
+            &["channel", "device packets", "bytes", "RAM", "SYNC"],
+            &rows,
+        ));
+        if let (Some(there), Some(back)) = (self.main_to_destination, self.main_to_source) {
+            text.push_str(&format!(
+                "main channel: {there} bytes to the destination, {back} bytes back\n"
+            ));
+        }
+        output::print(&text)
+    }
+}
+
+/// Runs `relay`.
+pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
+    let _in_order = interrupt::in_order();
+    let listener = Listener::bind(&options.listen)?;
+    let relay = Relay::start(&options.settings())?;
+    say(&format!("listening on {}", listener.address()));
+    let mut watch = Watch {
+        options,
+        door: Door::new(listener, options.timeout),
+        relay: &relay,
+        main: None,
+        idle_since: Instant::now(),
+        main_ended: None,
+    };
+    let watched = watch.run();
+    let main = watch.main.take();
+    if watched.is_err() {
+        relay.fail(main_failed());
+    }
+    let main = main.map(MainChannel::close);
+    let report = relay.join();
+    watched?;
+    if let Err(error) = report.result {
+        bail!(error);
+    }
+    Output::new(&report.stats, main).print(options.json)
+}
