@@ -252,8 +252,8 @@ impl Load {
     /// driver closes it, and the device's thread says why. Ends with that; or, where nothing has
     /// failed (a device was taken out), soon.
     pub(crate) fn wait_for_reason(&self) {
-        let soon = Some(Instant::now() + SLACK);
-        let _reason = self.room.wait(soon, || self.failure());
+        let soon = Instant::now() + SLACK;
+        let _reason = self.room.wait_until(soon, || self.failure());
     }
 
     /// Says that one more thread may bring packets.

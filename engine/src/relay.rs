@@ -502,7 +502,7 @@ impl Relay {
     pub fn stats(&self) -> Stats {
         let devices = lock(&self.shared.devices).clone();
         let channels = lock(&self.shared.channels);
-        let (_, high) = self.shared.pool.in_use();
+        let (held, high) = self.shared.pool.in_use();
         let layout = self.shared.pool.layout();
         let waiters = [
             &self.shared.room,
@@ -520,6 +520,7 @@ impl Relay {
                 .map(|(at, counters)| counters.snapshot(at))
                 .collect(),
             budget: self.budget as u64,
+            held: u64::from(held) * layout.buffer_len as u64,
             held_high: (high as usize * layout.buffer_len + layout.reserve_len) as u64,
             backend: "none",
             ring_calls: 0,

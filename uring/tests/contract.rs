@@ -97,6 +97,7 @@ impl Kind for Sim {
             delay: 20,
             reorder: true,
             plan: FaultPlan::new(),
+            idle: None,
         };
         Some(Box::new(SimRing::new(config, waker.clone()).unwrap()))
     }

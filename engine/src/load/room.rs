@@ -114,6 +114,15 @@ impl Room {
         found.expect("a wait without a deadline ends with a look")
     }
 
+    /// Waits until `look` finds something, or the time has come.
+    pub(super) fn wait_until<R>(
+        &self,
+        deadline: Instant,
+        look: impl FnMut() -> Option<R>,
+    ) -> Option<R> {
+        self.others.wait(Some(deadline), look)
+    }
+
     /// See [`Waiters::late`].
     pub(crate) fn late(&self) -> u64 {
         self.patient.late() + self.others.late()
