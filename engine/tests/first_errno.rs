@@ -11,9 +11,14 @@ use common::{Mock, Watchdog, collect, id, payload};
 use vfio_migration::{Error, ErrorKind, LoadSession, Settings, wire::wrap_config};
 use vfio_migration_uring::sim::{Fault, FaultPlan, SimConfig as RingConfig};
 
-/// Loads 10 packets of `len` bytes over a ring with this plan. All are there before the switchover
-/// starts, so that what can be chained or gathered is. Returns what the device got, and the error.
+/// Loads 10 packets of `len` bytes over a ring with this plan.
 fn load(len: usize, plan: FaultPlan) -> (Vec<u8>, Option<Error>) {
+    load_mixed(&[len; 10], plan)
+}
+
+/// Loads packets of these lengths over a ring with this plan. All are there before the switchover
+/// starts, so that what can be chained or gathered is. Returns what the device got, and the error.
+fn load_mixed(lens: &[usize], plan: FaultPlan) -> (Vec<u8>, Option<Error>) {
     let _watchdog = Watchdog::new();
     let (reader, writer) = io::pipe().unwrap();
     let got = collect(reader);
@@ -30,13 +35,14 @@ fn load(len: usize, plan: FaultPlan) -> (Vec<u8>, Option<Error>) {
         .start()
         .unwrap();
     let mut publisher = load.publisher();
-    for index in 0..10 {
-        let data = vec![u8::try_from(index).unwrap(); len];
+    let count = u32::try_from(lens.len()).unwrap();
+    for (index, len) in (0..count).zip(lens) {
+        let data = vec![u8::try_from(index).unwrap(); *len];
         publisher
             .push(&id(1), &payload(index, false, &data))
             .unwrap();
     }
-    let config = payload(10, true, &wrap_config(b"c"));
+    let config = payload(count, true, &wrap_config(b"c"));
     publisher.push(&id(1), &config).unwrap();
     drop(publisher);
     load.no_more_channels();
@@ -109,4 +115,23 @@ fn an_interruption_without_end_is_an_error() {
     let (got, error) = load(80_000, plan);
     assert_eq!(error.unwrap().raw_os_error(), Some(libc::EAGAIN));
     assert_eq!(got, b"");
+}
+
+/// A small packet's staging buffer is an operation of the chain, too, wherever it stands in it.
+#[test]
+fn a_chain_is_no_longer_than_its_lane_has_places() {
+    for large_before in 0..10 {
+        for small in 1..4 {
+            let mut lens = vec![200_000; large_before];
+            lens.extend(vec![100; small]);
+            lens.extend([200_000; 3]);
+            let (got, error) = load_mixed(&lens, FaultPlan::new());
+            assert!(error.is_none(), "{large_before}, {small}: {error:?}");
+            let whole: Vec<u8> = (0..)
+                .zip(&lens)
+                .flat_map(|(index, len)| vec![index; *len])
+                .collect();
+            assert!(got == whole, "{large_before}, {small}");
+        }
+    }
 }

@@ -65,7 +65,9 @@ impl Batch {
             Some((_, buffer, used)) => buffer.size() - used < self.last_len,
             None => false,
         };
-        staged || self.operations.len() == CHAIN as usize || self.len >= CHAIN_BYTES
+        // The staging buffer becomes an operation, before the one that a large packet is.
+        let operations = self.operations.len() + usize::from(self.staging.is_some());
+        staged || operations >= CHAIN as usize || self.len >= CHAIN_BYTES
     }
 
     /// Cuts the staging buffer to what is in it.
