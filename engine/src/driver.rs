@@ -216,6 +216,8 @@ enum Seat<F> {
     Active {
         flow: F,
         starved: bool,
+        /// When it last waited for this host's own threads.
+        held: Instant,
         /// The stop that the flow is ending for, and until when its operations may take.
         ending: Option<(Error, Instant)>,
     },
@@ -330,6 +332,7 @@ impl<F: Flow> Driver<F> {
             self.seats[at] = Seat::Active {
                 flow,
                 starved: false,
+                held: Instant::now(),
                 ending: None,
             };
             self.active += 1;
@@ -347,6 +350,7 @@ impl<F: Flow> Driver<F> {
             let Seat::Active {
                 flow,
                 starved,
+                held,
                 ending,
             } = &mut self.seats[at]
             else {
@@ -382,12 +386,13 @@ impl<F: Flow> Driver<F> {
                 Pump::Held => {
                     flow.starve();
                     *starved = true;
-                    self.last_progress = now;
+                    *held = now;
                 }
                 Pump::Starved => {
                     flow.starve();
                     *starved = true;
-                    if now.duration_since(self.last_progress) > self.limits.no_progress {
+                    let since = self.last_progress.max(*held);
+                    if now.duration_since(since) > self.limits.no_progress {
                         let error = flow.stalled();
                         self.end(at, error, now);
                     }
@@ -427,6 +432,7 @@ impl<F: Flow> Driver<F> {
             flow,
             starved,
             ending,
+            ..
         } = &mut self.seats[at]
         else {
             return;
@@ -475,6 +481,7 @@ impl<F: Flow> Driver<F> {
                 flow,
                 starved,
                 ending: None,
+                ..
             } => flow.stop().is_some() || *starved && flow.is_ready(guard),
             _ => false,
         })
