@@ -16,7 +16,8 @@
 //! beyond the budget waits in the socket, and holds the source back.
 //!
 //! Each channel is served by one thread, which owns it. What ends its waits: the peer's bytes or its
-//! end; the socket's time-out, within a packet; [`Hangup`], which shuts the connection down.
+//! end; within a packet the socket's time-out, and for a peer that brings a byte now and then the time
+//! that a packet may take; [`Hangup`], which shuts the connection down.
 
 use std::{
     fmt, io,
@@ -271,6 +272,15 @@ pub(crate) struct Terms {
     pub(crate) max_packet: u32,
     pub(crate) hello_timeout: Duration,
     pub(crate) no_progress: Duration,
+    pub(crate) packet_timeout: Duration,
+}
+
+/// Whether a stream has run out of its time.
+fn is_timeout(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
+    )
 }
 
 // --------------------------------------------------------------------------------- receive
@@ -321,6 +331,8 @@ pub(crate) struct Receiver {
     filled: std::ops::Range<usize>,
     /// How far to read ahead.
     ahead: usize,
+    /// How long the peer has been waited for within this packet.
+    waited: Duration,
 }
 
 impl Receiver {
@@ -333,6 +345,7 @@ impl Receiver {
             staging: vec![0; STAGING].into_boxed_slice(),
             filled: 0..0,
             ahead: wire::HELLO_LEN,
+            waited: Duration::ZERO,
         }
     }
 
@@ -341,16 +354,20 @@ impl Receiver {
     }
 
     fn broken(&self, source: io::Error) -> Error {
-        let stalled = matches!(
-            source.kind(),
-            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
-        );
-        let kind = if stalled {
-            ErrorKind::Stalled
+        self.name(if is_timeout(&source) {
+            Error::stalled(Phase::Receive, "the rest of the packet has not come")
         } else {
-            ErrorKind::Channel
-        };
-        self.name(Error::new(kind, Phase::Receive).caused_by(source))
+            Error::new(ErrorKind::Channel, Phase::Receive).caused_by(source)
+        })
+    }
+
+    /// Counts a wait for the peer within a packet, which all together must not last for ever.
+    fn waited_since(&mut self, since: Instant) -> Result<()> {
+        self.waited += since.elapsed();
+        if self.waited > self.terms.packet_timeout {
+            return Err(self.broken(io::ErrorKind::TimedOut.into()));
+        }
+        Ok(())
     }
 
     fn truncated(&self) -> Error {
@@ -365,13 +382,14 @@ impl Receiver {
         greeted: impl FnOnce(&Hello, &[u8]) -> Result<()>,
     ) -> Result<()> {
         self.hello(greeted)?;
-        let timeout = self.terms.no_progress;
+        let timeout = self.terms.no_progress.min(self.terms.packet_timeout);
         self.channel
             .stream
             .set_timeout(timeout)
             .map_err(|error| self.broken(error))?;
         loop {
             let mut need = wire::PREFIX_LEN;
+            self.waited = Duration::ZERO;
             if !self.fill(need, Some(&mut || inlet.rest()))? {
                 return Ok(());
             }
@@ -416,12 +434,16 @@ impl Receiver {
         }
     }
 
+    fn no_hello(&self) -> Error {
+        self.name(Error::stalled(Phase::Receive, "its hello has not come"))
+    }
+
     fn hello(&mut self, greeted: impl FnOnce(&Hello, &[u8]) -> Result<()>) -> Result<()> {
         let deadline = Instant::now() + self.terms.hello_timeout;
         while self.filled.len() < wire::HELLO_LEN {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(self.broken(io::ErrorKind::TimedOut.into()));
+                return Err(self.no_hello());
             }
             self.channel
                 .stream
@@ -432,6 +454,8 @@ impl Receiver {
                 Ok(0) => return Err(self.truncated()),
                 Ok(count) => self.filled.end += count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // The time that was left was this read's.
+                Err(error) if is_timeout(&error) => return Err(self.no_hello()),
                 Err(error) => return Err(self.broken(error)),
             }
         }
@@ -475,17 +499,20 @@ impl Receiver {
             }
             let end = (self.filled.start + need.max(self.ahead)).min(self.staging.len());
             let bytes = &mut self.staging[self.filled.end..end];
+            let waits = resting.is_some() && self.filled.is_empty();
+            let since = Instant::now();
             match self.channel.stream.read(bytes) {
                 Ok(0) if self.filled.is_empty() && begin => return Ok(false),
                 Ok(0) => return Err(self.truncated()),
-                Ok(count) => self.filled.end += count,
+                Ok(count) => {
+                    self.filled.end += count;
+                    if !waits {
+                        self.waited_since(since)?;
+                    }
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
-                    let waits = resting.is_some() && self.filled.is_empty();
-                    let timed_out = matches!(
-                        error.kind(),
-                        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
-                    );
+                    let timed_out = is_timeout(&error);
                     // Between packets a silent peer is the driver's to judge: only it knows
                     // whether anything is missing.
                     if !(waits && timed_out) {
@@ -546,13 +573,17 @@ impl Receiver {
             } else {
                 &mut buffers[..]
             };
+            let since = Instant::now();
             match self.channel.stream.read_vectored(buffers) {
                 Ok(0) => return Err(self.truncated()),
                 Ok(count) if count >= len => {
                     self.filled = 0..count - len;
                     return Ok(());
                 }
-                Ok(count) => rest = &mut rest[count..],
+                Ok(count) => {
+                    rest = &mut rest[count..];
+                    self.waited_since(since)?;
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(self.broken(error)),
             }
@@ -648,18 +679,12 @@ impl Sender {
     }
 
     fn broken(&self, source: io::Error) -> Error {
-        let stalled = matches!(
-            source.kind(),
-            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
-        );
-        let kind = if stalled {
-            ErrorKind::Stalled
+        let error = if is_timeout(&source) {
+            Error::stalled(Phase::Send, "the peer takes nothing")
         } else {
-            ErrorKind::Channel
+            Error::new(ErrorKind::Channel, Phase::Send).caused_by(source)
         };
-        Error::new(kind, Phase::Send)
-            .on_channel(self.number)
-            .caused_by(source)
+        error.on_channel(self.number)
     }
 
     /// Bounds its waits.

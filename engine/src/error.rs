@@ -203,6 +203,13 @@ impl Error {
         Self::new(ErrorKind::Cancelled, phase)
     }
 
+    /// Time is up: `missing` says what has not come.
+    #[must_use]
+    pub fn stalled(phase: Phase, missing: impl Into<String>) -> Self {
+        let missing = io::Error::new(io::ErrorKind::TimedOut, missing.into());
+        Self::new(ErrorKind::Stalled, phase).caused_by(missing)
+    }
+
     fn with(mut self, change: impl FnOnce(&mut Place)) -> Self {
         change(Arc::make_mut(&mut self.0));
         self

@@ -127,6 +127,8 @@ pub(crate) struct Load {
     pub(crate) room: Room,
     /// Channels and publishers that may still bring packets.
     inputs: AtomicU32,
+    /// Channels that were announced and have not come. For messages.
+    awaited: AtomicU32,
     pub(crate) verdict: Verdict,
 }
 
@@ -138,6 +140,7 @@ pub(crate) struct LoadSettings {
     pub(crate) config_after_iterables: bool,
     pub(crate) stop_after_load: bool,
     pub(crate) grace: Duration,
+    pub(crate) config_ready_timeout: Duration,
 }
 
 impl Load {
@@ -158,6 +161,7 @@ impl Load {
             driver,
             settings,
             inputs: AtomicU32::new(0),
+            awaited: AtomicU32::new(0),
             verdict: Verdict::default(),
         }
     }
@@ -268,6 +272,12 @@ impl Load {
         if self.inputs.fetch_sub(1, Ordering::AcqRel) == 1 {
             self.driver.wake();
         }
+    }
+
+    /// Says how many of the channels that were announced have not come.
+    pub(crate) fn await_channels(&self, count: u32) {
+        // Relaxed: for messages.
+        self.awaited.store(count, Ordering::Relaxed);
     }
 
     /// Whether no packet can come any more.

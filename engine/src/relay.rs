@@ -341,6 +341,7 @@ impl Relay {
                 max_packet: settings.max_packet,
                 hello_timeout: settings.hello_timeout,
                 no_progress: settings.no_progress,
+                packet_timeout: settings.packet_timeout,
             },
             greeted: Arc::default(),
             complete: AtomicBool::new(false),

@@ -104,6 +104,7 @@ impl Parts {
             max_packet: self.settings.max_packet,
             hello_timeout: self.settings.hello_timeout,
             no_progress: self.settings.no_progress,
+            packet_timeout: self.settings.packet_timeout,
         }
     }
 
@@ -257,19 +258,27 @@ impl Common {
         self.crew.notify();
     }
 
-    /// Waits for the results of all set-ups.
-    fn set_up(&self, results: &mpsc::Receiver<Result<()>>, count: usize) -> Result<()> {
+    /// Waits for the results of these devices' set-ups.
+    fn set_up(
+        &self,
+        results: &mpsc::Receiver<(DeviceId, Result<()>)>,
+        mut names: Vec<DeviceId>,
+    ) -> Result<()> {
         let deadline = Instant::now() + self.no_progress;
-        for _ in 0..count {
+        while let Some(first) = names.first() {
             let left = deadline.saturating_duration_since(Instant::now());
             match results.recv_timeout(left) {
-                Ok(result) => result?,
+                Ok((device, result)) => {
+                    result?;
+                    names.retain(|name| *name != device);
+                }
                 Err(mpsc::RecvTimeoutError::Timeout) => {
-                    return Err(Error::new(ErrorKind::Stalled, Phase::Setup));
+                    let missing = "the device has not changed its state";
+                    return Err(Error::stalled(Phase::Setup, missing).on_device(first));
                 }
                 Err(mpsc::RecvTimeoutError::Disconnected) => {
                     let kind = ErrorKind::Internal("a device's thread ended before its set-up");
-                    return Err(Error::new(kind, Phase::Setup));
+                    return Err(Error::new(kind, Phase::Setup).on_device(first));
                 }
             }
         }

@@ -42,8 +42,9 @@ pub struct Settings {
     /// and 4 MiB; at the least 12 bytes and 1 MiB.
     pub max_packet: u32,
     /// Load: how many channels there will be; a hello's id is below it. Load ends its input when
-    /// this many have come and ended. 1 unless set; the channels given to the builder where they
-    /// are more.
+    /// this many have come and ended, or nothing is missing any more: a channel that never comes
+    /// ends a load only by what it should have brought ([`Settings::no_progress`]). 1 unless set;
+    /// the channels given to the builder where they are more.
     pub channels: u32,
     /// The VM's uuid, as every hello says it. All zero where it has none.
     pub uuid: [u8; 16],
@@ -64,6 +65,12 @@ pub struct Settings {
     pub no_progress: Duration,
     /// How long a channel may take to say hello. 10 s.
     pub hello_timeout: Duration,
+    /// Load: how long a channel may take to bring one packet, from its first byte to its last. Its
+    /// waits for memory are not counted. 300 s: 14 KiB a second for the largest packet.
+    pub packet_timeout: Duration,
+    /// Load: how long a device that has all its data waits for the notice that its config may be
+    /// loaded, where that is in use. 600 s: the source's other devices may take their time.
+    pub config_ready_timeout: Duration,
 }
 
 impl Default for Settings {
@@ -83,6 +90,8 @@ impl Default for Settings {
             grace: Duration::from_secs(5),
             no_progress: Duration::from_secs(60),
             hello_timeout: Duration::from_secs(10),
+            packet_timeout: Duration::from_secs(300),
+            config_ready_timeout: Duration::from_secs(600),
         }
     }
 }

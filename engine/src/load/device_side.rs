@@ -376,7 +376,13 @@ impl Flow for LoadFlow {
     }
 
     fn stalled(&self) -> Error {
-        Error::new(ErrorKind::Stalled, Phase::Load)
+        // Relaxed: for the message.
+        let missing = match self.load.awaited.load(Ordering::Relaxed) {
+            _ if !self.lane.is_idle() => "the device has not taken what it was given".into(),
+            0 => "this packet has not come, nor any before it".into(),
+            count => format!("this packet has not come, nor have {count} of the channels"),
+        };
+        Error::stalled(Phase::Load, missing)
             .on_device(&self.device.id)
             .at_index(self.position())
     }

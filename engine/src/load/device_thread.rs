@@ -51,7 +51,15 @@ fn finish_load(load: &Load, shared: &LoadDevice, device: &mut Device) -> Result<
     let config = wait_for_driver(load, shared)?;
     let body = wire::config_body(&config).map_err(|error| error.on_device(&shared.id))?;
     if load.settings.config_after_iterables {
-        shared.control.wait_config_ready().map_err(cancelled)?;
+        // A time beyond the clock's end is none.
+        let until = Instant::now().checked_add(load.settings.config_ready_timeout);
+        match shared.control.wait_config_ready_until(until) {
+            Some(told) => told.map_err(cancelled)?,
+            None => {
+                let missing = "the notice that its config may be loaded has not come";
+                return Err(Error::stalled(Phase::Config, missing).on_device(&shared.id));
+            }
+        }
     } else if let Some(stop) = shared.control.stop() {
         return Err(cancelled(stop));
     }

@@ -177,6 +177,12 @@ impl Control {
     ///
     /// Why to stop instead.
     pub fn wait_config_ready(&self) -> Result<(), Stop> {
+        self.wait_config_ready_until(None)
+            .expect("a wait without a deadline ends with a look")
+    }
+
+    /// As [`Control::wait_config_ready`], `deadline` at most: `None` then.
+    pub fn wait_config_ready_until(&self, deadline: Option<Instant>) -> Option<Result<(), Stop>> {
         let look = || {
             // Stop first: after a cancellation nothing is loaded.
             if let Some(stop) = self.stop() {
@@ -185,9 +191,7 @@ impl Control {
                 self.has(Self::CONFIG_READY).then_some(Ok(()))
             }
         };
-        self.changed
-            .wait(None, look)
-            .expect("a wait without a deadline ends with a look")
+        self.changed.wait(deadline, look)
     }
 
     /// Waits until all is over, `deadline` at most. Returns whether it is.

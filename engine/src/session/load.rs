@@ -1,7 +1,7 @@
 //! The destination's session: see the [module above](super).
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt,
     os::fd::{AsFd, BorrowedFd},
     sync::mpsc,
@@ -75,6 +75,7 @@ impl LoadBuilder {
                 config_after_iterables: settings.config_after_iterables,
                 stop_after_load: settings.stop_after_load,
                 grace: settings.grace,
+                config_ready_timeout: settings.config_ready_timeout,
             },
         ));
         #[cfg(feature = "faults")]
@@ -100,11 +101,13 @@ impl LoadBuilder {
             expected,
             ids: Mutex::new(IdsInUse::new(limit)),
             greeted: Arc::new(Mutex::new(Vec::new())),
+            open: Arc::new(Mutex::new(BTreeSet::new())),
             joined: false,
         };
         session.common.notify_of(&load.verdict);
         // The one input that stands for the channels still to come.
         load.open_input();
+        load.await_channels(expected);
         let driver = Driver::new(handle.clone(), ring, limits);
         let (room, failing) = (load.clone(), load.clone());
         Common::spawn_driver(
@@ -118,12 +121,12 @@ impl LoadBuilder {
             },
         )?;
         let (sender, results) = mpsc::channel();
-        let count = devices.len();
+        let names = devices.iter().map(|device| device.id().clone()).collect();
         for device in devices {
             session.spawn_device(device, sender.clone())?;
         }
         drop(sender);
-        session.set_up(&results, count)?;
+        session.set_up(&results, names)?;
         for channel in channels {
             session.add_channel(channel)?;
         }
@@ -204,6 +207,8 @@ pub struct LoadSession {
     expected: u32,
     ids: Mutex<IdsInUse>,
     greeted: Arc<Mutex<Vec<u8>>>,
+    /// The numbers of the channels that have not ended.
+    open: Arc<Mutex<BTreeSet<u32>>>,
     joined: bool,
 }
 
@@ -213,7 +218,11 @@ impl LoadSession {
         LoadBuilder::default()
     }
 
-    fn spawn_device(&self, device: Device, set_up: mpsc::Sender<Result<()>>) -> Result<()> {
+    fn spawn_device(
+        &self,
+        device: Device,
+        set_up: mpsc::Sender<(DeviceId, Result<()>)>,
+    ) -> Result<()> {
         let id = device.id().clone();
         let ordinal = lock(&self.ids).take(&id)?;
         let shared = self.load.add(&id, ordinal)?;
@@ -227,7 +236,7 @@ impl LoadSession {
                 let mut device = device;
                 let result = load::serve_device(&load, &shared, &mut device, |result| {
                     // Nobody listens any more where another device's set-up has failed.
-                    let _gone = set_up.send(result);
+                    let _gone = set_up.send((shared.id.clone(), result));
                 });
                 if let Err(error) = &result
                     && !shared.is_unplugged()
@@ -247,8 +256,12 @@ impl LoadSession {
     }
 
     /// Waits for the results of set-ups. One that was cancelled has its reason elsewhere.
-    fn set_up(&self, results: &mpsc::Receiver<Result<()>>, count: usize) -> Result<()> {
-        let set_up = self.common.set_up(results, count);
+    fn set_up(
+        &self,
+        results: &mpsc::Receiver<(DeviceId, Result<()>)>,
+        names: Vec<DeviceId>,
+    ) -> Result<()> {
+        let set_up = self.common.set_up(results, names);
         set_up.map_err(|error| match self.failure() {
             Some(reason) if error.is_cancelled() => reason,
             _ => error,
@@ -263,8 +276,9 @@ impl LoadSession {
     /// As for [`LoadBuilder::start`].
     pub fn add_device(&self, device: Device) -> Result<()> {
         let (sender, results) = mpsc::channel();
+        let name = device.id().clone();
         self.spawn_device(device, sender)?;
-        self.set_up(&results, 1)
+        self.set_up(&results, vec![name])
     }
 
     /// Takes a device out while the session runs: an unplug. Its packets are refused from now on,
@@ -323,12 +337,14 @@ impl LoadSession {
             number
         };
         self.load.open_input();
+        self.load.await_channels(self.expected - number - 1);
         if number + 1 == self.expected {
             // All have come: the input that stood for them is done.
             self.load.close_input();
         }
         let (load, greeted) = (self.load.clone(), self.greeted.clone());
-        let ending = self.load.clone();
+        let (ending, open) = (self.load.clone(), self.open.clone());
+        lock(&open).insert(number);
         let terms = self.terms;
         Crew::spawn(
             &self.common.crew,
@@ -353,6 +369,7 @@ impl LoadSession {
                 if let Some(error) = error {
                     ending.fail(error);
                 }
+                lock(&open).remove(&number);
                 ending.close_input();
             },
         )
@@ -371,6 +388,7 @@ impl LoadSession {
         let count = u32::try_from(lock(&self.common.channels).len()).unwrap_or(u32::MAX);
         if count < self.expected {
             self.expected = count;
+            self.load.await_channels(0);
             self.load.close_input();
         }
     }
@@ -511,8 +529,11 @@ impl LoadSession {
         let crew = &self.common.crew;
         let ended = || (crew.at_work() <= 1 || failed_at().is_some()).then_some(());
         if crew.wait(Some(patience), ended).is_none() {
-            self.load
-                .fail(Error::new(ErrorKind::Stalled, Phase::Receive));
+            let error = Error::stalled(Phase::Receive, "the channel has not ended");
+            self.load.fail(match lock(&self.open).first() {
+                Some(number) => error.on_channel(*number),
+                None => error,
+            });
         }
         self.load.verdict.hang_up();
         let short = Some(Instant::now() + SLACK);

@@ -112,7 +112,12 @@ impl SaveBuilder {
             session.spawn_channel(number, channel, terms)?;
         }
         // A channel may have failed meanwhile: then that is why a device's set-up was cancelled.
-        let set_up = session.common.set_up(&results, save.devices.len());
+        let names = save
+            .devices
+            .iter()
+            .map(|device| device.id.clone())
+            .collect();
+        let set_up = session.common.set_up(&results, names);
         set_up.map_err(|error| session.failure().unwrap_or(error))?;
         Ok(session)
     }
@@ -139,7 +144,7 @@ impl SaveSession {
         &self,
         shared: Arc<SaveDevice>,
         device: Device,
-        set_up: mpsc::Sender<Result<()>>,
+        set_up: mpsc::Sender<(DeviceId, Result<()>)>,
     ) -> Result<()> {
         let (save, common) = (self.save.clone(), self.common.clone());
         let ending = (self.save.clone(), shared.clone());
@@ -152,7 +157,7 @@ impl SaveSession {
                 let mut device = device;
                 let result = save::serve_device(&save, &shared, &mut device, |result| {
                     // Nobody listens any more where another device's set-up has failed.
-                    let _gone = set_up.send(result);
+                    let _gone = set_up.send((shared.id.clone(), result));
                 });
                 if let Err(error) = &result {
                     save.fail(error.clone());
