@@ -216,6 +216,8 @@ struct Run {
     config_after_iterables: bool,
     /// Something was wrong, so the load may fail.
     wrong: bool,
+    /// The load, or a device's part of it, was called off.
+    called_off: bool,
     /// Every packet was the next one of its device when it was sent.
     orderly: bool,
     /// An operation hangs until it is cancelled.
@@ -308,6 +310,7 @@ impl Run {
             pushing: None,
             config_after_iterables,
             wrong,
+            called_off: false,
             orderly: true,
             hangs,
             removing: Vec::new(),
@@ -531,6 +534,7 @@ impl Run {
             return;
         }
         self.devices[at].removed = true;
+        self.called_off = true;
         self.wrong = true;
         let session = self.session.clone();
         let id = self.devices[at].id.clone();
@@ -613,6 +617,7 @@ impl Run {
             249..=251 => self.add(input),
             252 => {
                 self.session.cancel();
+                self.called_off = true;
                 self.wrong = true;
             }
             253 => {
@@ -772,6 +777,7 @@ impl Run {
         }
         if self.hangs || how == 6 {
             self.session.cancel();
+            self.called_off = true;
             self.wrong = true;
             self.settle();
         }
@@ -783,6 +789,7 @@ impl Run {
             let good = self.orderly && !self.wrong;
             assert!(!good, "a deadlock: {:?}", steps::sleeping());
             self.wrong = true;
+            self.called_off = true;
             self.session.cancel();
             self.settle();
         }
@@ -794,6 +801,7 @@ impl Run {
             session,
             devices,
             wrong,
+            called_off,
             ..
         } = self;
         let session = Rc::try_unwrap(session).expect("nobody else has it any more");
@@ -806,6 +814,8 @@ impl Run {
                     wrong || !complete || how == 7,
                     "nothing was wrong, and yet: {error}"
                 );
+                let called_off = called_off || how == 7;
+                assert!(called_off || !error.is_cancelled(), "who did? {error}");
                 if *error.kind() == ErrorKind::Missing {
                     let dev = devices.iter().find(|dev| Some(&dev.id) == error.device());
                     let dev = dev.expect("it names a device");
