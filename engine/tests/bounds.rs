@@ -435,7 +435,7 @@ fn a_hello_that_drips_ends() {
     settings.hello_timeout = Duration::from_millis(300);
     settings.no_progress = Duration::from_secs(40);
     let report = fed(settings, |socket| {
-        drip(socket, &[hello(0), vec![0; 4000]].concat())
+        drip(socket, &[hello(0), vec![0; 4000]].concat());
     });
     let error = stalled(&report);
     assert_eq!((error.phase(), error.channel()), (Phase::Receive, Some(0)));
