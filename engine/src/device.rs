@@ -36,6 +36,8 @@ mod callbacks;
 mod estimate;
 #[cfg(feature = "sim")]
 pub mod sim;
+#[cfg(feature = "vfio")]
+pub mod vfio;
 
 use std::{
     any::Any,

@@ -49,6 +49,8 @@ pub use vfio_migration_uring::Backend;
 
 #[cfg(feature = "sim")]
 pub use crate::device::sim;
+#[cfg(feature = "vfio")]
+pub use crate::device::vfio;
 #[cfg(feature = "faults")]
 pub use crate::reorder::refusals::LeasePlan;
 pub use crate::{

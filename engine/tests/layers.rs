@@ -29,12 +29,22 @@ const HOMES: &[(&str, &[&str])] = &[
     ("std::sync::atomic", &["engine/src/sync.rs"]),
     ("loom::", &["engine/src/sync.rs"]),
     ("io_uring::", &["uring/src/kernel.rs"]),
+    (
+        "vfio_bindings::",
+        &[
+            "engine/src/device/vfio/ioctl.rs",
+            "engine/src/device/vfio/ioctl/tests.rs",
+        ],
+    ),
+    ("vfio_ioctls::", &["engine/src/device/vfio/open.rs"]),
 ];
 
 /// Where `unsafe` is opened.
 const UNSAFE: &[&str] = &[
     "engine/src/arena.rs",
     "engine/src/device/sim/mapping.rs",
+    "engine/src/device/vfio/ioctl.rs",
+    "engine/src/device/vfio/open.rs",
     "engine/src/reorder/pool.rs",
     "engine/src/reorder/table.rs",
     "engine/src/router.rs",
