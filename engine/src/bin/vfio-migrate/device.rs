@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   sim:id=…,size=…,seed=…   ┐                 ┌─▶ Device, for the session
-//!   file:PATH,id=…           ┴─▶ Spec ──open───┤
+//!   file:PATH,id=…           ├─▶ Spec ──open───┤
+//!   vfio:SYSFS_PATH,id=…     ┘                 │
 //!                                              └─▶ Subject ── describe ──▶ Moved
 //! ```
 //!
@@ -21,6 +22,8 @@ use sha2::{Digest, Sha256};
 use vfio_migration::{
     Device, DeviceId, DeviceStats, MigrationDevice, Stats,
     sim::{Image, SimConfig, SimDevice, SimHandle},
+    vfio,
+    wire::PACKET_HEADER_LEN,
 };
 
 use crate::{
@@ -38,7 +41,9 @@ SPEC is one of:
   file:PATH[,id=ID]               a device whose state is a file: a source reads it, a
                                   destination writes it (PATH.partial until it is whole);
                                   its id is file/NAME unless given, NAME being PATH's last part
-Both take instance=N as well, the instance id (0). Source and destination must name the same
+  vfio:SYSFS_PATH[,id=ID]         a device of the kernel's, bound to a VFIO driver; its id is
+                                  vfio/NAME unless given
+All take instance=N as well, the instance id (0). Source and destination must name the same
 devices: the same ids and instances, in any order.";
 
 /// Where a device's state is.
@@ -46,6 +51,7 @@ devices: the same ids and instances, in any order.";
 enum Kind {
     Sim { size: u64, seed: u64 },
     File(PathBuf),
+    Vfio(PathBuf),
 }
 
 /// A device, as a user names it.
@@ -62,9 +68,15 @@ impl FromStr for Spec {
         if let Some(fields) = text.strip_prefix("sim:") {
             Self::sim(fields)
         } else if let Some(rest) = text.strip_prefix("file:") {
-            Self::file(rest)
+            Self::path("file", rest, Kind::File)
+        } else if let Some(rest) = text.strip_prefix("vfio:") {
+            Self::path("vfio", rest, Kind::Vfio)
         } else {
-            Err("a device is sim:id=ID[,size=SIZE][,seed=N] or file:PATH[,id=ID]".into())
+            Err(
+                "a device is sim:id=ID[,size=SIZE][,seed=N], file:PATH[,id=ID] or \
+                 vfio:SYSFS_PATH[,id=ID]"
+                    .into(),
+            )
         }
     }
 }
@@ -100,7 +112,7 @@ impl Spec {
     }
 
     /// What stands behind the path is taken from its end, for a path may hold commas itself.
-    fn file(rest: &str) -> Result<Self, String> {
+    fn path(kind: &str, rest: &str, make: fn(PathBuf) -> Kind) -> Result<Self, String> {
         let (mut path, mut id, mut instance) = (rest, None, 0);
         while let Some((before, field)) = path.rsplit_once(',') {
             match field.split_once('=') {
@@ -114,12 +126,12 @@ impl Spec {
         let base = path.file_name().and_then(|base| base.to_str());
         let id = match (id, base) {
             (Some(id), _) => id.to_owned(),
-            (None, Some(base)) => format!("file/{base}"),
+            (None, Some(base)) => format!("{kind}/{base}"),
             (None, None) => return Err("this path ends in no name; give id=ID".into()),
         };
         Ok(Self {
             id: name(&id, instance)?,
-            kind: Kind::File(path),
+            kind: make(path),
         })
     }
 
@@ -128,6 +140,7 @@ impl Spec {
         match &self.kind {
             Kind::Sim { size, .. } => Some((*size).max(Image::HEADER_LEN)),
             Kind::File(path) => std::fs::metadata(path).ok().map(|meta| meta.len()),
+            Kind::Vfio(_) => None,
         }
     }
 }
@@ -136,6 +149,8 @@ impl Spec {
 enum State {
     Sim(SimHandle),
     File(PathBuf),
+    /// Nowhere: it is its driver's.
+    Vfio,
 }
 
 /// What stays with the command of a device that it has given to a session.
@@ -155,11 +170,11 @@ pub(crate) fn open(specs: &[Spec], source: bool) -> anyhow::Result<Vec<(Device, 
         if !names.insert(&spec.id) {
             bail!(Usage(format!("two devices are named {}", spec.id)));
         }
-        if let Kind::File(path) = &spec.kind
+        if let Kind::File(path) | Kind::Vfio(path) = &spec.kind
             && !files.insert(path)
         {
             bail!(Usage(format!(
-                "two devices have the file {}",
+                "two devices have the path {}",
                 path.display()
             )));
         }
@@ -187,6 +202,10 @@ pub(crate) fn open(specs: &[Spec], source: bool) -> anyhow::Result<Vec<(Device, 
                 }
                 let device = FileDevice::new(path.clone());
                 (Box::new(device), State::File(path.clone()))
+            }
+            Kind::Vfio(path) => {
+                let device = vfio::open(path).context("cannot open the device")?;
+                (Box::new(device), State::Vfio)
             }
         };
         let config = ConfigSeen::default();
@@ -239,6 +258,8 @@ fn digest_file(path: &PathBuf) -> io::Result<(u64, String)> {
 impl Subject {
     /// What of it has been moved, when all is over: its state is looked at as it is now.
     fn describe(&self, stats: &DeviceStats) -> anyhow::Result<Moved> {
+        let config = self.config.get();
+        let config = config.with_context(|| format!("device {}: no config was moved", self.id))?;
         let (state_bytes, state_sha256) = match &self.state {
             State::Sim(handle) => {
                 // What came says itself which image it is; its digest says whether it was all.
@@ -249,12 +270,18 @@ impl Subject {
                         self.id
                     );
                 }
-                digest_image(image)
+                let (bytes, digest) = digest_image(image);
+                (bytes, Some(digest))
             }
-            State::File(path) => digest_file(path).with_context(|| path.display().to_string())?,
+            State::File(path) => {
+                let digest = digest_file(path).with_context(|| path.display().to_string())?;
+                (digest.0, Some(digest.1))
+            }
+            State::Vfio => {
+                let headers = PACKET_HEADER_LEN as u64 * stats.packets;
+                (stats.bytes.saturating_sub(headers + config.bytes), None)
+            }
         };
-        let config = self.config.get();
-        let config = config.with_context(|| format!("device {}: no config was moved", self.id))?;
         Ok(Moved {
             idstr: self.id.idstr().to_owned(),
             instance: self.id.instance(),
@@ -320,6 +347,10 @@ mod tests {
         let spec = parse("file:/a,id=x,instance=2").expect("it is right");
         assert_eq!(spec.id, DeviceId::new("x", 2).expect("a name"));
         assert_eq!(spec.kind, Kind::File("/a".into()));
+        let spec = parse("vfio:/sys/bus/mdev/devices/83b8").expect("it is right");
+        assert_eq!(spec.id.idstr(), "vfio/83b8");
+        assert_eq!(spec.kind, Kind::Vfio("/sys/bus/mdev/devices/83b8".into()));
+        assert!(parse("vfio:").is_err());
         assert!(parse("file:").is_err());
         assert!(parse("file:/").is_err());
     }

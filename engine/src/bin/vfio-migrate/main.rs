@@ -5,12 +5,13 @@
 //!   send ── receive    source ══ TCP or unix ═══▶ destination     two processes
 //!   relay              source ═══════▶ relay ═══════▶ destination   QEMU's on both sides, say
 //!   replay             captured channels ───────▶ destination     the state, out of a capture
+//!   probe              a device of the kernel's        what it can do
 //!   inspect            a captured channel ──────▶ its packets     one line for each
 //! ```
 //!
 //! | file | what |
 //! |---|---|
-//! | `demo`, `send`, `receive`, `relay`, `replay`, `inspect` | a subcommand each |
+//! | `demo`, `send`, `receive`, `relay`, `probe`, `replay`, `inspect` | a subcommand each |
 //! | `main_channel` | what `send` and `receive` say to each other beside the packets |
 //! | `network`, `door` | addresses, connections, listeners; which connection is what |
 //! | `device`, `file`, `observed` | the devices of a `SPEC`, and what is known of them afterwards |
@@ -41,6 +42,7 @@ mod main_channel;
 mod network;
 mod observed;
 mod output;
+mod probe;
 mod progress;
 mod receive;
 mod relay;
@@ -69,6 +71,7 @@ enum Command {
     Send(send::Options),
     Receive(receive::Options),
     Relay(relay::Options),
+    Probe(probe::Options),
     Replay(replay::Options),
     Inspect(inspect::Options),
 }
@@ -82,6 +85,10 @@ Examples:
   From one machine to another; begin with the destination:
     vfio-migrate receive --listen 0.0.0.0:4444 --device sim:id=gpu0
     vfio-migrate send --to host2:4444 --device sim:id=gpu0,size=1GiB,seed=7
+
+  A device of the kernel's; what can it do?
+    vfio-migrate probe /sys/bus/pci/devices/0000:3b:00.2
+    vfio-migrate send --to host2:4444 --device vfio:/sys/bus/pci/devices/0000:3b:00.2,id=nic0
 
   Between two machines' VMMs, with the devices' states through the engine:
     vfio-migrate relay --listen 0.0.0.0:4444 --to host2:4444
@@ -161,6 +168,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Send(options) => send::run(&options),
         Command::Receive(options) => receive::run(&options),
         Command::Relay(options) => relay::run(&options),
+        Command::Probe(options) => probe::run(&options),
         Command::Replay(options) => replay::run(&options),
         Command::Inspect(options) => inspect::run(&options),
     }

@@ -118,7 +118,8 @@ pub(crate) struct Moved {
     /// The config packet included.
     pub(crate) packets: u64,
     pub(crate) state_bytes: u64,
-    pub(crate) state_sha256: String,
+    /// Of a device of the kernel's nobody but its driver sees the state.
+    pub(crate) state_sha256: Option<String>,
     /// The config packet's data: framing tags included.
     pub(crate) config_bytes: u64,
     pub(crate) config_sha256: String,
@@ -139,7 +140,10 @@ impl Moved {
             "{idstr:?}, instance {instance}: {packets} packets\n  \
              state   {:>12} bytes  sha256 {}\n  \
              config  {:>12} bytes  sha256 {}\n",
-            state_bytes, self.state_sha256, config_bytes, self.config_sha256
+            state_bytes,
+            self.state_sha256.as_deref().unwrap_or("(its driver's)"),
+            config_bytes,
+            self.config_sha256
         )
     }
 }

@@ -392,7 +392,7 @@ impl Target {
             instance: self.id.instance(),
             packets,
             state_bytes: state.bytes,
-            state_sha256: state.sha256,
+            state_sha256: Some(state.sha256),
             config_bytes: config.len() as u64,
             config_sha256: hex(&Sha256::digest(&config)),
         })
