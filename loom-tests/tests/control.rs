@@ -57,7 +57,7 @@ impl Device {
         let result = self
             .control
             .wait_drained()
-            .and_then(|()| self.control.wait_config_ready());
+            .and_then(|()| self.control.wait_config_ready(None).unwrap());
         self.act();
         assert!(self.control.end(), "the end is announced once");
         result
@@ -165,7 +165,7 @@ fn a_config_notice_ends_the_wait() {
                 assert!(device.control.config_ready());
             }
         });
-        assert_eq!(device.control.wait_config_ready(), Ok(()));
+        assert_eq!(device.control.wait_config_ready(None).unwrap(), Ok(()));
         device.look();
         main.join().unwrap();
     });
@@ -180,7 +180,7 @@ fn of_two_config_notices_one_is_the_first() {
             let device = Arc::clone(&device);
             thread::spawn(move || device.control.config_ready())
         });
-        assert_eq!(device.control.wait_config_ready(), Ok(()));
+        assert_eq!(device.control.wait_config_ready(None).unwrap(), Ok(()));
         let first = notices.map(|notice| notice.join().unwrap());
         assert_eq!(first.iter().filter(|&&first| first).count(), 1);
     });
@@ -199,7 +199,7 @@ fn a_cancellation_ends_the_wait_for_the_config() {
                 let device = Arc::clone(&device);
                 move || assert!(cancel(&device.control))
             });
-            assert_eq!(device.control.wait_config_ready(), Err(stop));
+            assert_eq!(device.control.wait_config_ready(None).unwrap(), Err(stop));
             main.join().unwrap();
         });
     }
@@ -218,12 +218,15 @@ fn a_cancellation_races_the_config_notice() {
             let device = Arc::clone(&device);
             move || assert!(device.control.quit())
         });
-        let result = device.control.wait_config_ready();
+        let result = device.control.wait_config_ready(None).unwrap();
         assert!(matches!(result, Ok(()) | Err(Stop::Quit)));
         main.join().unwrap();
         canceller.join().unwrap();
         // Whatever came first: after a cancellation nothing is loaded.
-        assert_eq!(device.control.wait_config_ready(), Err(Stop::Quit));
+        assert_eq!(
+            device.control.wait_config_ready(None).unwrap(),
+            Err(Stop::Quit)
+        );
     });
 }
 

@@ -110,10 +110,11 @@ impl Device {
         let stopped = self.control.wait_drained().err();
         let grace = Instant::now() + Duration::from_secs(3600);
         assert!(self.control.wait_drained_until(grace));
-        let result = match stopped.map_or_else(|| self.control.wait_config_ready(), Err) {
-            Ok(()) => Ok(self.result.with(look)),
-            Err(stop) => Err(stop),
-        };
+        let result =
+            match stopped.map_or_else(|| self.control.wait_config_ready(None).unwrap(), Err) {
+                Ok(()) => Ok(self.result.with(look)),
+                Err(stop) => Err(stop),
+            };
         assert!(self.control.end(), "the end is announced once");
         result
     }

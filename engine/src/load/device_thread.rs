@@ -53,7 +53,7 @@ fn finish_load(load: &Load, shared: &LoadDevice, device: &mut Device) -> Result<
     if load.settings.config_after_iterables {
         // A time beyond the clock's end is none.
         let until = Instant::now().checked_add(load.settings.config_ready_timeout);
-        match shared.control.wait_config_ready_until(until) {
+        match shared.control.wait_config_ready(until) {
             Some(told) => told.map_err(cancelled)?,
             None => {
                 let missing = "the notice that its config may be loaded has not come";

@@ -30,7 +30,7 @@ pub(super) struct Line {
 }
 
 impl Line {
-    pub(super) const fn new(number: u32, sender: Sender, sending: Arc<AtomicU32>) -> Self {
+    pub(super) fn new(number: u32, sender: Sender, sending: Arc<AtomicU32>) -> Self {
         Self {
             number,
             state: AtomicU32::new(0),

@@ -171,18 +171,12 @@ impl Control {
         self.changed.wait(Some(deadline), look).is_some()
     }
 
-    /// Waits until the config may be loaded.
+    /// Waits until the config may be loaded, `deadline` at most: `None` then.
     ///
     /// # Errors
     ///
     /// Why to stop instead.
-    pub fn wait_config_ready(&self) -> Result<(), Stop> {
-        self.wait_config_ready_until(None)
-            .expect("a wait without a deadline ends with a look")
-    }
-
-    /// As [`Control::wait_config_ready`], `deadline` at most: `None` then.
-    pub fn wait_config_ready_until(&self, deadline: Option<Instant>) -> Option<Result<(), Stop>> {
+    pub fn wait_config_ready(&self, deadline: Option<Instant>) -> Option<Result<(), Stop>> {
         let look = || {
             // Stop first: after a cancellation nothing is loaded.
             if let Some(stop) = self.stop() {
@@ -241,8 +235,8 @@ mod tests {
         control.drained();
         assert_eq!(control.wait_drained(), Ok(()));
         assert!(control.config_ready());
-        assert_eq!(control.wait_config_ready(), Err(Stop::Exit));
+        assert_eq!(control.wait_config_ready(None), Some(Err(Stop::Exit)));
         control.quit();
-        assert_eq!(control.wait_config_ready(), Err(Stop::Quit));
+        assert_eq!(control.wait_config_ready(None), Some(Err(Stop::Quit)));
     }
 }
