@@ -492,3 +492,43 @@ fn a_packet_without_data_waits_for_the_window_too() {
     // Only what is inside the window has a slot.
     assert_eq!(report.stats.devices[0].queued, 1);
 }
+
+#[test]
+fn a_second_packet_that_ends_behind_its_device_is_refused() {
+    let _watchdog = Watchdog::new();
+    let (first, to_first) = io::pipe().unwrap();
+    let (_second, to_second) = io::pipe().unwrap();
+    let _got = collect(first);
+    let (mut slow, far) = UnixStream::pair().unwrap();
+    let (mut fast, other) = UnixStream::pair().unwrap();
+    let mock = Mock::new(to_first);
+    let log = mock.log.clone();
+    let session = LoadSession::builder()
+        .device(mock.device(1))
+        .device(Mock::new(to_second).device(2))
+        .channel(far)
+        .channel(other)
+        .start()
+        .unwrap();
+    // One channel announces a packet; the other brings the same, and all the rest of its device.
+    let second = packet(1, 0, GOOD);
+    let (header, data) = second.split_at(DEVICE_PACKET_LEN);
+    slow.write_all(&[&hello(0), header].concat()).unwrap();
+    while session.stats().channels[0].packets == 0 {
+        thread::yield_now();
+    }
+    let whole = [hello(1), packet(1, 0, GOOD), config_packet(1, 1, b"config")];
+    fast.write_all(&whole.concat()).unwrap();
+    session.switchover_start();
+    while log.lock().unwrap().config.is_empty() {
+        thread::yield_now();
+    }
+    slow.write_all(data).unwrap();
+    let error = session.join().result.unwrap_err();
+    assert_eq!(
+        *error.kind(),
+        ErrorKind::Protocol(Violation::IndexAlreadyWritten)
+    );
+    assert_eq!((error.device(), error.index()), (Some(&id(1)), Some(0)));
+    assert_eq!(error.channel(), Some(0));
+}

@@ -265,8 +265,15 @@ impl LoadInlet {
             }
             Publish::Closed(filled) => {
                 filled.recycle(&self.load.pool);
-                let stopped = self.stopped(device);
-                return Err(stopped.unwrap_or_else(|| Error::cancelled(Phase::Receive)));
+                // A device that has got all closes too: then this is one that it has got.
+                let written = || index < device.inbox.next();
+                return Err(match self.stopped(device) {
+                    Some(error) => error,
+                    None if written() => device.refuse(Violation::IndexAlreadyWritten, index),
+                    None => Error::cancelled(Phase::Receive)
+                        .on_device(&device.id)
+                        .at_index(index),
+                });
             }
         }
         let driver = &self.load.driver;
