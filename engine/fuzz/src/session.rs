@@ -485,6 +485,8 @@ impl Run {
     }
 
     fn begin_pushing(&mut self) -> Rc<Pushing> {
+        // Where the input has ended before, nothing can be brought any more.
+        self.wrong |= self.channels.iter().all(|chan| chan.over);
         let pushing = Rc::new(Pushing::default());
         self.pushing = Some(pushing.clone());
         let (session, shared) = (self.session.clone(), pushing.clone());
