@@ -693,10 +693,11 @@ impl Run {
                     .map(|chan| &chan.sent)
                     .collect::<Vec<_>>(),
             );
-            // One that is sent twice may wait for its other half's memory, until that is complete.
+            // A device's reserve may be held by half a packet that another channel has brought, or
+            // brings: a wrong source's doing, which time ends.
             let mut halves = self.channels.iter().flat_map(|chan| chan.sent.last());
             let half = halves
-                .any(|(packet, whole)| !whole && (packet.device, packet.index) == (at, first));
+                .any(|(packet, whole)| !whole && packet.device == at && packet.index <= first);
             for packet in waiting.iter().filter(|_| !half) {
                 assert!(
                     (packet.device, packet.index) != (at, first),
