@@ -172,6 +172,7 @@ pub struct Device {
     state: DeviceState,
     fd: Option<Fd>,
     health: Health,
+    events: bool,
 }
 
 impl Device {
@@ -182,6 +183,14 @@ impl Device {
     /// [`ErrorKind::Device`] where the device does not answer, or has no STOP_COPY (`EOPNOTSUPP`);
     /// [`ErrorKind::Panicked`]. The device is dropped then.
     pub fn new(id: DeviceId, inner: Box<dyn MigrationDevice>) -> Result<Self> {
+        Self::probe(id, inner).map_err(|(error, _inner)| error)
+    }
+
+    /// As [`Device::new`], and gives the VMM its device back where that fails.
+    pub(crate) fn probe(
+        id: DeviceId,
+        inner: Box<dyn MigrationDevice>,
+    ) -> Result<Self, (Error, Box<dyn MigrationDevice>)> {
         let mut device = Self {
             id,
             inner,
@@ -189,13 +198,26 @@ impl Device {
             state: DeviceState::Error,
             fd: None,
             health: Health::Good,
+            events: true,
         };
-        device.flags = device.query(Phase::Setup, |inner| inner.flags())?;
-        if !device.flags.contains(MigrationFlags::STOP_COPY) {
-            return Err(device.error(Phase::Setup).caused_by(Errno::EOPNOTSUPP));
+        match device.ask() {
+            Ok(()) => Ok(device),
+            Err(error) => Err((error, device.inner)),
         }
-        device.state = device.query(Phase::Setup, |inner| inner.state())?;
-        Ok(device)
+    }
+
+    fn ask(&mut self) -> Result<()> {
+        self.flags = self.query(Phase::Setup, |inner| inner.flags())?;
+        if !self.flags.contains(MigrationFlags::STOP_COPY) {
+            return Err(self.error(Phase::Setup).caused_by(Errno::EOPNOTSUPP));
+        }
+        self.state = self.query(Phase::Setup, |inner| inner.state())?;
+        Ok(())
+    }
+
+    /// Whether [`MigrationDevice::event`] is called. It is, unless set.
+    pub const fn set_events(&mut self, events: bool) {
+        self.events = events;
     }
 
     /// The device's name.
@@ -388,6 +410,45 @@ impl Device {
         })
     }
 
+    /// Reads once from the data fd in STOP_COPY, in the caller's thread. 0 is the end of the state.
+    /// May block where the driver does.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Config`] in another state; [`ErrorKind::Device`], [`ErrorKind::Lost`],
+    /// [`ErrorKind::Panicked`].
+    pub fn read_stop_copy(&mut self, buffer: &mut [u8]) -> Result<usize> {
+        let fd = self.lend()?;
+        if self.state != DeviceState::StopCopy {
+            let kind = ErrorKind::Config("not in STOP_COPY");
+            return Err(Error::new(kind, Phase::Save).on_device(&self.id));
+        }
+        loop {
+            match nix::unistd::read(&fd, buffer) {
+                Ok(count) => return Ok(count),
+                // Ends when the driver answers: a signal came before it moved a byte.
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(self.error(Phase::Save).caused_by(errno)),
+            }
+        }
+    }
+
+    /// Writes all of `bytes` to the data fd in RESUMING, in the caller's thread. May block where
+    /// the driver does.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Config`] in another state; [`ErrorKind::Device`], final for the session;
+    /// [`ErrorKind::Lost`], [`ErrorKind::Panicked`].
+    pub fn write_resuming(&mut self, bytes: &[u8]) -> Result<()> {
+        let fd = self.lend()?;
+        if self.state != DeviceState::Resuming {
+            let kind = ErrorKind::Config("not in RESUMING");
+            return Err(Error::new(kind, Phase::Section).on_device(&self.id));
+        }
+        write_all(&fd, bytes).map_err(|error| self.error(Phase::Section).caused_by(error))
+    }
+
     /// Has the VMM write the device's config, and counts its bytes.
     ///
     /// # Errors
@@ -423,8 +484,9 @@ impl Device {
 
     /// SET, with the event that goes before the slowest of them.
     fn request(&mut self, new: DeviceState) -> Result<Option<OwnedFd>, Failure> {
+        let events = self.events;
         self.call(|inner| {
-            if new == DeviceState::PreCopyP2p {
+            if events && new == DeviceState::PreCopyP2p {
                 inner.event(StateEvent::PreCopyP2pPrepare);
             }
             inner.set_state(new)
@@ -506,11 +568,13 @@ impl Device {
         }
         self.state = state;
         trace::migration_set_device_state(&self.id, state);
-        // A panic is noted in `health`, and that is all: the state *has* changed.
-        let _ = self.call(|inner| {
-            inner.event(StateEvent::State(state));
-            Ok(())
-        });
+        if self.events {
+            // A panic is noted in `health`, and that is all: the state *has* changed.
+            let _ = self.call(|inner| {
+                inner.event(StateEvent::State(state));
+                Ok(())
+            });
+        }
     }
 
     /// Keeps the data fd of a session that has begun.
@@ -619,6 +683,21 @@ impl fmt::Display for Failure {
             Self::Panicked(error) => error.fmt(f),
         }
     }
+}
+
+/// Writes all of `bytes` to a data fd. Short writes go on where they stopped; an errno is final.
+pub(crate) fn write_all(fd: &Fd, bytes: &[u8]) -> io::Result<()> {
+    let mut rest = bytes;
+    // Each round writes a byte at least, or ends.
+    while !rest.is_empty() {
+        match nix::unistd::write(fd, rest) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(count) => rest = &rest[count..],
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    Ok(())
 }
 
 /// What a panic had to say.

@@ -62,8 +62,8 @@ pub use crate::{
     id::DeviceId,
     relay::{Relay, RelayReport},
     session::{
-        DeviceReport, LoadBuilder, LoadSession, PacketLease, Publisher, Report, SaveBuilder,
-        SaveSession,
+        DeviceReport, LoadBuilder, LoadSession, NotStarted, PacketLease, Publisher, Report,
+        SaveBuilder, SaveSession,
     },
     settings::Settings,
     state::{DeviceState, MigrationFlags, PrecopyInfo, UnknownState},

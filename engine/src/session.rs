@@ -62,11 +62,41 @@ fn host(error: io::Error) -> Error {
     Error::new(ErrorKind::Host, Phase::Setup).caused_by(error)
 }
 
+/// A session that was not started, and what was given to it.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct NotStarted {
+    /// Why.
+    pub error: Error,
+    /// The devices, put back, in the order given; without those that a callback is stuck in.
+    pub devices: Vec<Device>,
+}
+
+impl fmt::Display for NotStarted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+impl std::error::Error for NotStarted {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        std::error::Error::source(&self.error)
+    }
+}
+
+impl From<NotStarted> for Error {
+    fn from(failed: NotStarted) -> Self {
+        failed.error
+    }
+}
+
 /// What is common to both builders.
 #[derive(Default)]
 struct Parts {
     settings: Settings,
     devices: Vec<Device>,
+    /// Save: the most data in a packet, of the devices that have been sized by the caller.
+    data_lens: Vec<(DeviceId, usize)>,
     channels: Vec<Channel>,
     spawner: Option<Spawner>,
     #[cfg(feature = "sim")]
@@ -230,6 +260,20 @@ impl Report {
                 scope.spawn(|| crate::save::put_back(device));
             }
         });
+    }
+}
+
+/// A device on its way to its thread: whoever comes first takes it, the thread or, where there is
+/// none, the end of the task that was never run.
+struct Ferry(Mutex<Option<Device>>);
+
+impl Ferry {
+    fn new(device: Device) -> Arc<Self> {
+        Arc::new(Self(Mutex::new(Some(device))))
+    }
+
+    fn take(&self) -> Option<Device> {
+        lock(&self.0).take()
     }
 }
 

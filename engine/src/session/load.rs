@@ -11,7 +11,8 @@ use std::{
 use vfio_migration_uring::Waker;
 
 use super::{
-    Common, DeviceReport, Parts, Report, Returned, builder_methods, host, publisher::Publisher,
+    Common, DeviceReport, Ferry, NotStarted, Parts, Report, Returned, builder_methods, host,
+    publisher::Publisher,
 };
 use crate::{
     channel::{Channel, Receiver, Terms},
@@ -19,7 +20,7 @@ use crate::{
     driver::{Driver, Handle},
     error::{Error, ErrorKind, Phase, Result, Violation},
     id::DeviceId,
-    load::{self, Load, LoadDevice, LoadInlet, LoadSettings, Route},
+    load::{self, Load, LoadDevice, LoadFlow, LoadInlet, LoadSettings, Route},
     reorder::control::SLACK,
     settings::Settings,
     stats::{ChannelCounters, Stats},
@@ -52,85 +53,31 @@ impl LoadBuilder {
     /// [`ErrorKind::Config`] for settings that cannot be; [`ErrorKind::Host`] for what the host
     /// does not have; a device's refusal. Devices are put back and dropped.
     pub fn start(self) -> Result<LoadSession> {
+        Ok(self.try_start()?)
+    }
+
+    /// As [`start`](Self::start), and gives the devices back where that fails.
+    ///
+    /// # Errors
+    ///
+    /// As for [`start`](Self::start).
+    pub fn try_start(self) -> Result<LoadSession, NotStarted> {
         let Self(mut parts, others) = self;
         let devices = std::mem::take(&mut parts.devices);
-        let channels = std::mem::take(&mut parts.channels);
-        let limit = parts.settings.device_limit(devices.len())?;
-        let memory = parts.settings.load_memory(limit)?;
-        let given = u32::try_from(channels.len()).unwrap_or(u32::MAX);
-        let expected = parts.settings.channels.max(given);
-        let waker = Waker::new().map_err(host)?;
-        let (ring, backend) = parts.ring(limit, waker.clone())?;
-        let terms = parts.terms(expected);
-        let limits = parts.limits();
-        let settings = parts.settings;
-        let handle = Arc::new(Handle::new(waker));
-        let load = Arc::new(Load::new(
-            memory.pool,
-            memory.staging,
-            handle.clone(),
-            LoadSettings {
-                max_packet: settings.max_packet,
-                window: settings.window,
-                config_after_iterables: settings.config_after_iterables,
-                stop_after_load: settings.stop_after_load,
-                grace: settings.grace,
-                config_ready_timeout: settings.config_ready_timeout,
+        match LoadSession::prepare(&mut parts, others, devices.len()) {
+            Ok((mut session, driver)) => match session.launch(parts, devices, driver) {
+                Ok(()) => Ok(session),
+                Err(error) => {
+                    session.cancel();
+                    let devices = session.end().devices.into_iter();
+                    Err(NotStarted {
+                        error,
+                        devices: devices.filter_map(|report| report.device).collect(),
+                    })
+                }
             },
-        ));
-        #[cfg(feature = "faults")]
-        if let Some(plan) = parts.refusals {
-            load.pool.refuse_by(plan.clone());
-            load.staging.refuse_by(plan);
+            Err(error) => Err(NotStarted { error, devices }),
         }
-        for id in others {
-            load.add_route(&id, Route::NotMultifd(id.clone()))?;
-        }
-        let session = LoadSession {
-            common: Arc::new(Common {
-                crew: Arc::new(Crew::new(parts.spawner)?),
-                returned: Mutex::new(BTreeMap::new()),
-                channels: Mutex::new(Vec::new()),
-                backend,
-                budget: memory.budget,
-                grace: settings.grace,
-                no_progress: settings.no_progress,
-            }),
-            load: load.clone(),
-            terms,
-            expected,
-            ids: Mutex::new(IdsInUse::new(limit)),
-            greeted: Arc::new(Mutex::new(Vec::new())),
-            open: Arc::new(Mutex::new(BTreeSet::new())),
-            joined: false,
-        };
-        session.common.notify_of(&load.verdict);
-        // The one input that stands for the channels still to come.
-        load.open_input();
-        load.await_channels(expected);
-        let driver = Driver::new(handle.clone(), ring, limits);
-        let (room, failing) = (load.clone(), load.clone());
-        Common::spawn_driver(
-            &session.common.crew,
-            driver,
-            handle,
-            load.collector.clone(),
-            move || room.room.after_round(),
-            move |error| {
-                failing.fail(error);
-            },
-        )?;
-        let (sender, results) = mpsc::channel();
-        let names = devices.iter().map(|device| device.id().clone()).collect();
-        for device in devices {
-            session.spawn_device(device, sender.clone())?;
-        }
-        drop(sender);
-        session.set_up(&results, names)?;
-        for channel in channels {
-            session.add_channel(channel)?;
-        }
-        Ok(session)
     }
 }
 
@@ -218,6 +165,103 @@ impl LoadSession {
         LoadBuilder::default()
     }
 
+    /// Everything that needs no thread.
+    fn prepare(
+        parts: &mut Parts,
+        others: Vec<DeviceId>,
+        devices: usize,
+    ) -> Result<(Self, Driver<LoadFlow>)> {
+        let limit = parts.settings.device_limit(devices)?;
+        let memory = parts.settings.load_memory(limit)?;
+        let given = u32::try_from(parts.channels.len()).unwrap_or(u32::MAX);
+        let expected = parts.settings.channels.max(given);
+        let waker = Waker::new().map_err(host)?;
+        let (ring, backend) = parts.ring(limit, waker.clone())?;
+        let settings = &parts.settings;
+        let handle = Arc::new(Handle::new(waker));
+        let load = Arc::new(Load::new(
+            memory.pool,
+            memory.staging,
+            handle.clone(),
+            LoadSettings {
+                max_packet: settings.max_packet,
+                window: settings.window,
+                config_after_iterables: settings.config_after_iterables,
+                stop_after_load: settings.stop_after_load,
+                grace: settings.grace,
+                config_ready_timeout: settings.config_ready_timeout,
+            },
+        ));
+        #[cfg(feature = "faults")]
+        if let Some(plan) = parts.refusals.take() {
+            load.pool.refuse_by(plan.clone());
+            load.staging.refuse_by(plan);
+        }
+        for id in others {
+            load.add_route(&id, Route::NotMultifd(id.clone()))?;
+        }
+        let session = Self {
+            common: Arc::new(Common {
+                crew: Arc::new(Crew::new(parts.spawner.take())?),
+                returned: Mutex::new(BTreeMap::new()),
+                channels: Mutex::new(Vec::new()),
+                backend,
+                budget: memory.budget,
+                grace: settings.grace,
+                no_progress: settings.no_progress,
+            }),
+            load,
+            terms: parts.terms(expected),
+            expected,
+            ids: Mutex::new(IdsInUse::new(limit)),
+            greeted: Arc::new(Mutex::new(Vec::new())),
+            open: Arc::new(Mutex::new(BTreeSet::new())),
+            joined: false,
+        };
+        session.common.notify_of(&session.load.verdict);
+        // The one input that stands for the channels still to come.
+        session.load.open_input();
+        session.load.await_channels(expected);
+        Ok((session, Driver::new(handle, ring, parts.limits())))
+    }
+
+    /// Everything that does.
+    fn launch(&self, parts: Parts, devices: Vec<Device>, driver: Driver<LoadFlow>) -> Result<()> {
+        let (room, failing) = (self.load.clone(), self.load.clone());
+        let driving = Common::spawn_driver(
+            &self.common.crew,
+            driver,
+            self.load.driver.clone(),
+            self.load.collector.clone(),
+            move || room.room.after_round(),
+            move |error| {
+                failing.fail(error);
+            },
+        );
+        if let Err(error) = driving {
+            for device in devices {
+                let ordinal = lock(&self.ids).take(device.id())?;
+                let result = Err(error.clone());
+                self.common.give_back(ordinal, device, result);
+            }
+            return Err(error);
+        }
+        // All of them before anything else, so that whatever fails below they come back.
+        let (sender, results) = mpsc::channel();
+        let names = devices.iter().map(|device| device.id().clone()).collect();
+        let mut started = Ok(());
+        for device in devices {
+            started = started.and(self.spawn_device(device, sender.clone()));
+        }
+        drop(sender);
+        started?;
+        self.set_up(&results, names)?;
+        for channel in parts.channels {
+            self.add_channel(channel)?;
+        }
+        Ok(())
+    }
+
     fn spawn_device(
         &self,
         device: Device,
@@ -225,15 +269,25 @@ impl LoadSession {
     ) -> Result<()> {
         let id = device.id().clone();
         let ordinal = lock(&self.ids).take(&id)?;
-        let shared = self.load.add(&id, ordinal)?;
+        let shared = match self.load.add(&id, ordinal) {
+            Ok(shared) => shared,
+            Err(error) => {
+                self.common.give_back(ordinal, device, Err(error.clone()));
+                return Err(error);
+            }
+        };
         let (load, common) = (self.load.clone(), self.common.clone());
-        let ending = (self.load.clone(), shared.clone());
+        let ending = (self.load.clone(), self.common.clone(), shared.clone());
+        let ferry = Ferry::new(device);
+        let left = ferry.clone();
         Crew::spawn(
             &self.common.crew,
             TaskKind::Device(id),
             format!("vfio-mig-dev{ordinal}"),
             move || {
-                let mut device = device;
+                let Some(mut device) = ferry.take() else {
+                    return;
+                };
                 let result = load::serve_device(&load, &shared, &mut device, |result| {
                     // Nobody listens any more where another device's set-up has failed.
                     let _gone = set_up.send((shared.id.clone(), result));
@@ -246,9 +300,13 @@ impl LoadSession {
                 common.give_back(ordinal, device, result);
             },
             move |error| {
-                let (load, shared) = ending;
+                let (load, common, shared) = ending;
                 if let Some(error) = error {
                     load.fail(error);
+                }
+                if let Some(device) = left.take() {
+                    let result = Err(Error::cancelled(Phase::Setup).on_device(&shared.id));
+                    common.give_back(ordinal, device, result);
                 }
                 shared.control.end();
             },

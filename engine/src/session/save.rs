@@ -10,7 +10,7 @@ use std::{
 
 use vfio_migration_uring::Waker;
 
-use super::{Common, Parts, Report, builder_methods, host};
+use super::{Common, Ferry, NotStarted, Parts, Report, builder_methods, host};
 use crate::{
     channel::{Channel, Sender, Terms},
     device::{Device, buffer_len},
@@ -18,7 +18,7 @@ use crate::{
     error::{Error, ErrorKind, Phase, Result},
     id::DeviceId,
     reorder::control::SLACK,
-    save::{self, Save, SaveDevice},
+    save::{self, Save, SaveDevice, SaveFlow},
     settings::Settings,
     stats::{ChannelCounters, Stats},
     sync::{Arc, Mutex, lock},
@@ -33,6 +33,13 @@ pub struct SaveBuilder(Parts);
 impl SaveBuilder {
     builder_methods!();
 
+    /// As [`device`](Self::device), with the most bytes of data in its packets: the device is not
+    /// asked for its estimate, which costs downtime.
+    pub fn sized_device(mut self, device: Device, data_len: usize) -> Self {
+        self.0.data_lens.push((device.id().clone(), data_len));
+        self.device(device)
+    }
+
     /// Allocates all memory, starts all threads, and sets every device to STOP_COPY, all at once;
     /// each is read from when it is there.
     ///
@@ -42,84 +49,32 @@ impl SaveBuilder {
     /// [`ErrorKind::Host`] for what the host does not have; a device's refusal. Devices are put back
     /// to RUNNING and dropped.
     pub fn start(self) -> Result<SaveSession> {
+        Ok(self.try_start()?)
+    }
+
+    /// As [`start`](Self::start), and gives the devices back where that fails.
+    ///
+    /// # Errors
+    ///
+    /// As for [`start`](Self::start).
+    pub fn try_start(self) -> Result<SaveSession, NotStarted> {
         let mut parts = self.0;
         let mut devices = std::mem::take(&mut parts.devices);
-        let channels = std::mem::take(&mut parts.channels);
-        let count = u32::try_from(channels.len()).unwrap_or(u32::MAX);
-        if count == 0 || count > 255 {
-            let kind = ErrorKind::Config("a save has 1 to 255 channels");
-            return Err(Error::new(kind, Phase::Setup));
-        }
-        let limit = parts.settings.device_limit(devices.len())?;
-        let mut sized: Vec<(DeviceId, usize)> = Vec::with_capacity(devices.len());
-        for device in &mut devices {
-            if sized.iter().any(|(id, _)| id == device.id()) {
-                let kind = ErrorKind::Config("two devices of one name");
-                return Err(Error::new(kind, Phase::Setup).on_device(device.id()));
-            }
-            let len = parts.settings.data_len;
-            let len = len.unwrap_or_else(|| buffer_len(device.data_size().ok()));
-            sized.push((device.id().clone(), len));
-        }
-        let largest = sized.iter().map(|(_, len)| *len).max().unwrap_or(0);
-        let memory = parts.settings.save_memory(limit, largest)?;
-        let waker = Waker::new().map_err(host)?;
-        let (ring, backend) = parts.ring(limit, waker.clone())?;
-        let terms = parts.terms(count);
-        let limits = parts.limits();
-        let handle = Arc::new(Handle::new(waker));
-        let grace = parts.settings.grace;
-        let save = Arc::new(Save::new(sized, memory.pool, handle.clone(), grace));
-        #[cfg(feature = "faults")]
-        if let Some(plan) = parts.refusals {
-            save.pool.refuse_by(plan);
-        }
-        let session = SaveSession {
-            common: Arc::new(Common {
-                crew: Arc::new(Crew::new(parts.spawner)?),
-                returned: Mutex::new(BTreeMap::new()),
-                channels: Mutex::new(Vec::new()),
-                backend,
-                budget: memory.budget,
-                grace,
-                no_progress: parts.settings.no_progress,
-            }),
-            save: save.clone(),
-            joined: false,
-        };
-        session.common.notify_of(&save.verdict);
-        for channel in &channels {
-            save.verdict.add(channel.hangup().map_err(host)?);
-        }
-        let driver = Driver::new(handle.clone(), ring, limits);
-        let failing = save.clone();
-        Common::spawn_driver(
-            &session.common.crew,
-            driver,
-            handle,
-            save.collector.clone(),
-            || {},
-            move |error| {
-                failing.fail(error);
+        match SaveSession::prepare(&mut parts, &mut devices) {
+            Ok((mut session, driver, terms)) => match session.launch(parts, devices, driver, terms)
+            {
+                Ok(()) => Ok(session),
+                Err(error) => {
+                    session.cancel();
+                    let devices = session.end().devices.into_iter();
+                    Err(NotStarted {
+                        error,
+                        devices: devices.filter_map(|report| report.device).collect(),
+                    })
+                }
             },
-        )?;
-        let (sender, results) = mpsc::channel();
-        for (shared, device) in save.devices.iter().zip(devices) {
-            session.spawn_device(shared.clone(), device, sender.clone())?;
+            Err(error) => Err(NotStarted { error, devices }),
         }
-        drop(sender);
-        for (number, channel) in (0..).zip(channels) {
-            session.spawn_channel(number, channel, terms)?;
-        }
-        // A channel may have failed meanwhile: then that is why a device's set-up was cancelled.
-        let names = save
-            .devices
-            .iter()
-            .map(|device| device.id.clone())
-            .collect();
-        let set_up = session.common.set_up(&results, names);
-        set_up.map_err(|error| session.failure().unwrap_or(error))?;
-        Ok(session)
     }
 }
 
@@ -140,6 +95,106 @@ impl SaveSession {
         SaveBuilder::default()
     }
 
+    /// Everything that needs no thread.
+    fn prepare(
+        parts: &mut Parts,
+        devices: &mut [Device],
+    ) -> Result<(Self, Driver<SaveFlow>, Terms)> {
+        let count = u32::try_from(parts.channels.len()).unwrap_or(u32::MAX);
+        if count == 0 || count > 255 {
+            let kind = ErrorKind::Config("a save has 1 to 255 channels");
+            return Err(Error::new(kind, Phase::Setup));
+        }
+        let limit = parts.settings.device_limit(devices.len())?;
+        let mut sized: Vec<(DeviceId, usize)> = Vec::with_capacity(devices.len());
+        for device in devices {
+            if sized.iter().any(|(id, _)| id == device.id()) {
+                let kind = ErrorKind::Config("two devices of one name");
+                return Err(Error::new(kind, Phase::Setup).on_device(device.id()));
+            }
+            let known = parts.data_lens.iter().find(|(id, _)| id == device.id());
+            let len = known.map(|(_, len)| *len).or(parts.settings.data_len);
+            let len = len.unwrap_or_else(|| buffer_len(device.data_size().ok()));
+            sized.push((device.id().clone(), len));
+        }
+        let largest = sized.iter().map(|(_, len)| *len).max().unwrap_or(0);
+        let memory = parts.settings.save_memory(limit, largest)?;
+        let waker = Waker::new().map_err(host)?;
+        let (ring, backend) = parts.ring(limit, waker.clone())?;
+        let handle = Arc::new(Handle::new(waker));
+        let grace = parts.settings.grace;
+        let save = Arc::new(Save::new(sized, memory.pool, handle.clone(), grace));
+        #[cfg(feature = "faults")]
+        if let Some(plan) = parts.refusals.take() {
+            save.pool.refuse_by(plan);
+        }
+        let session = Self {
+            common: Arc::new(Common {
+                crew: Arc::new(Crew::new(parts.spawner.take())?),
+                returned: Mutex::new(BTreeMap::new()),
+                channels: Mutex::new(Vec::new()),
+                backend,
+                budget: memory.budget,
+                grace,
+                no_progress: parts.settings.no_progress,
+            }),
+            save,
+            joined: false,
+        };
+        session.common.notify_of(&session.save.verdict);
+        let driver = Driver::new(handle, ring, parts.limits());
+        Ok((session, driver, parts.terms(count)))
+    }
+
+    /// Everything that does.
+    fn launch(
+        &self,
+        parts: Parts,
+        devices: Vec<Device>,
+        driver: Driver<SaveFlow>,
+        terms: Terms,
+    ) -> Result<()> {
+        let failing = self.save.clone();
+        let driving = Common::spawn_driver(
+            &self.common.crew,
+            driver,
+            self.save.driver.clone(),
+            self.save.collector.clone(),
+            || {},
+            move |error| {
+                failing.fail(error);
+            },
+        );
+        if let Err(error) = driving {
+            for (shared, device) in self.save.devices.iter().zip(devices) {
+                let result = Err(error.clone());
+                self.common.give_back(shared.ordinal(), device, result);
+            }
+            return Err(error);
+        }
+        // All of them before anything else, so that whatever fails below they come back.
+        let (sender, results) = mpsc::channel();
+        let mut started = Ok(());
+        for (shared, device) in self.save.devices.iter().zip(devices) {
+            let spawned = self.spawn_device(shared.clone(), device, sender.clone());
+            started = started.and(spawned);
+        }
+        drop(sender);
+        started?;
+        for channel in &parts.channels {
+            let hangup = channel.hangup().map_err(host)?;
+            self.save.verdict.add(hangup);
+        }
+        for (number, channel) in (0..).zip(parts.channels) {
+            self.spawn_channel(number, channel, terms)?;
+        }
+        // A channel may have failed meanwhile: then that is why a device's set-up was cancelled.
+        let names = self.save.devices.iter();
+        let names = names.map(|device| device.id.clone()).collect();
+        let set_up = self.common.set_up(&results, names);
+        set_up.map_err(|error| self.failure().unwrap_or(error))
+    }
+
     fn spawn_device(
         &self,
         shared: Arc<SaveDevice>,
@@ -147,14 +202,18 @@ impl SaveSession {
         set_up: mpsc::Sender<(DeviceId, Result<()>)>,
     ) -> Result<()> {
         let (save, common) = (self.save.clone(), self.common.clone());
-        let ending = (self.save.clone(), shared.clone());
+        let ending = (self.save.clone(), self.common.clone(), shared.clone());
         let ordinal = shared.ordinal();
+        let ferry = Ferry::new(device);
+        let left = ferry.clone();
         Crew::spawn(
             &self.common.crew,
             TaskKind::Device(shared.id.clone()),
             format!("vfio-mig-dev{ordinal}"),
             move || {
-                let mut device = device;
+                let Some(mut device) = ferry.take() else {
+                    return;
+                };
                 let result = save::serve_device(&save, &shared, &mut device, |result| {
                     // Nobody listens any more where another device's set-up has failed.
                     let _gone = set_up.send((shared.id.clone(), result));
@@ -165,9 +224,13 @@ impl SaveSession {
                 common.give_back(ordinal, device, result);
             },
             move |error| {
-                let (save, shared) = ending;
+                let (save, common, shared) = ending;
                 if let Some(error) = error {
                     save.fail(error);
+                }
+                if let Some(device) = left.take() {
+                    let result = Err(Error::cancelled(Phase::Setup).on_device(&shared.id));
+                    common.give_back(ordinal, device, result);
                 }
                 shared.control.end();
             },
