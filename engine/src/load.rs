@@ -41,7 +41,7 @@ pub(crate) use self::{
 };
 use crate::{
     channel::Inlet,
-    device::{Device, Recover},
+    device::{Device, Recover, write_all},
     driver::{Context, Flow, Handle, Pump},
     error::{Error, ErrorKind, Phase, Result, Violation},
     id::DeviceId,

@@ -89,6 +89,8 @@ pub(crate) struct SaveDevice {
     config: OnceLock<Vec<u8>>,
     /// The config packet's headers, once its idx is known.
     config_headers: OnceLock<[u8; wire::DEVICE_PACKET_LEN]>,
+    /// When the first packet was queued.
+    queued: OnceLock<Instant>,
     drained: Mutex<Option<Result<()>>>,
 }
 
@@ -96,6 +98,21 @@ impl SaveDevice {
     /// Which lane is its own.
     pub(crate) const fn ordinal(&self) -> u32 {
         self.ordinal
+    }
+
+    /// Counts a packet, before it is queued.
+    fn count_published(&self) {
+        self.queued.get_or_init(Instant::now);
+        self.counters.published();
+    }
+
+    /// Counts a packet of `bytes`, after it was sent.
+    fn count_sent(&self, bytes: usize) {
+        self.counters.taken(1);
+        self.counters.bytes.add(bytes as u64);
+        if let Some(queued) = self.queued.get() {
+            self.counters.phases.wire.raise_time(queued.elapsed());
+        }
     }
 }
 
@@ -134,6 +151,7 @@ impl Save {
                 counters: DeviceCounters::default(),
                 config: OnceLock::new(),
                 config_headers: OnceLock::new(),
+                queued: OnceLock::new(),
                 drained: Mutex::new(None),
             })
         };

@@ -59,6 +59,11 @@ impl Counter {
         }
     }
 
+    /// Raises it to a time.
+    pub fn raise_time(&self, duration: Duration) {
+        self.raise(nanos(duration));
+    }
+
     /// What it says.
     #[must_use]
     pub fn get(&self) -> u64 {
@@ -85,19 +90,46 @@ pub struct Latency {
     pub max: Duration,
 }
 
-/// Where one device's share of the downtime went. Phases of several devices run side by side.
+/// Where one device's share of the downtime went. Phases of several devices run side by side, and
+/// so do some of one device's: the wire is at work while the data fd is read.
+///
+/// `stop` and `resume` are measured where the VM's state changes are made through
+/// [`migration`](crate::migration).
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Phases {
-    /// Setting RESUMING, or STOP_COPY.
+    /// Source: the VM stops, with the P2P state first where the device has one.
+    pub stop: Duration,
+    /// Setting STOP_COPY; on the destination, before the downtime, RESUMING.
     pub set_state: Duration,
-    /// From there to the switchover's start: waiting for the source. Load only.
+    /// Source: from STOP_COPY to the last byte from the data fd.
+    pub read: Duration,
+    /// Source: from the first packet's queueing to the last packet's last byte.
+    pub wire: Duration,
+    /// Destination: from the switchover's start on, waiting for the packet that is next.
     pub wait: Duration,
-    /// From the switchover's start, or from STOP_COPY, to the last byte on the data fd.
-    pub transfer: Duration,
+    /// Destination: from the switchover's start to the last byte into the data fd, without `wait`.
+    pub write: Duration,
     /// The config callback.
     pub config: Duration,
-    /// Setting STOP.
-    pub stop: Duration,
+    /// Destination: setting STOP, with which the driver checks the state, and the VM's start.
+    pub resume: Duration,
+}
+
+impl Phases {
+    /// All phases with their names, in the order in which a migration passes them.
+    #[must_use]
+    pub const fn named(&self) -> [(&'static str, Duration); 8] {
+        [
+            ("stop", self.stop),
+            ("set state", self.set_state),
+            ("read", self.read),
+            ("wire", self.wire),
+            ("wait", self.wait),
+            ("write", self.write),
+            ("config", self.config),
+            ("resume", self.resume),
+        ]
+    }
 }
 
 /// One device's counters, as they were at one moment.
@@ -108,6 +140,9 @@ pub struct DeviceStats {
     pub device: DeviceId,
     /// Bytes transferred, the 12-byte packet headers included, config included.
     pub bytes: u64,
+    /// Bytes of data on the main channel: what was read in PRE_COPY, or all where no multifd
+    /// channels are used.
+    pub main_bytes: u64,
     /// Packets transferred, config included.
     pub packets: u64,
     /// Packets published and not yet taken.
@@ -173,6 +208,8 @@ pub struct DeviceCounters {
     taken: CachePadded<AtomicU64>,
     /// Bytes transferred.
     pub bytes: Counter,
+    /// Bytes of data on the main channel.
+    pub main_bytes: Counter,
     /// Highest queue depth seen.
     queued_high: Counter,
     /// Time without work on the data fd.
@@ -186,19 +223,42 @@ pub struct DeviceCounters {
     pub phases: PhaseCounters,
 }
 
-/// Times of a device's phases, each set once.
+/// Times of a device's phases.
 #[derive(Debug, Default)]
 pub struct PhaseCounters {
-    /// See [`Phases::set_state`].
-    pub set_state: Counter,
-    /// See [`Phases::wait`].
-    pub wait: Counter,
-    /// See [`Phases::transfer`].
-    pub transfer: Counter,
-    /// See [`Phases::config`].
-    pub config: Counter,
     /// See [`Phases::stop`].
     pub stop: Counter,
+    /// See [`Phases::set_state`].
+    pub set_state: Counter,
+    /// See [`Phases::read`].
+    pub read: Counter,
+    /// See [`Phases::wire`].
+    pub wire: Counter,
+    /// See [`Phases::wait`].
+    pub wait: Counter,
+    /// See [`Phases::write`].
+    pub write: Counter,
+    /// See [`Phases::config`].
+    pub config: Counter,
+    /// See [`Phases::resume`].
+    pub resume: Counter,
+}
+
+impl PhaseCounters {
+    /// All of them, as they are now.
+    #[must_use]
+    pub fn snapshot(&self) -> Phases {
+        Phases {
+            stop: self.stop.get_time(),
+            set_state: self.set_state.get_time(),
+            read: self.read.get_time(),
+            wire: self.wire.get_time(),
+            wait: self.wait.get_time(),
+            write: self.write.get_time(),
+            config: self.config.get_time(),
+            resume: self.resume.get_time(),
+        }
+    }
 }
 
 impl DeviceCounters {
@@ -238,6 +298,7 @@ impl DeviceCounters {
         DeviceStats {
             device: device.clone(),
             bytes: self.bytes.get(),
+            main_bytes: self.main_bytes.get(),
             packets: taken,
             queued: published - taken,
             queued_high: self.queued_high.get(),
@@ -248,13 +309,7 @@ impl DeviceCounters {
                 max: self.transfer_max.get_time(),
             },
             entries: self.entries.get(),
-            phases: Phases {
-                set_state: self.phases.set_state.get_time(),
-                wait: self.phases.wait.get_time(),
-                transfer: self.phases.transfer.get_time(),
-                config: self.phases.config.get_time(),
-                stop: self.phases.stop.get_time(),
-            },
+            phases: self.phases.snapshot(),
         }
     }
 }

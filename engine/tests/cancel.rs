@@ -303,7 +303,7 @@ fn a_device_that_never_answers_is_left_behind_and_harms_nobody() {
                 .push(&id(2), &payload(index, config, &data))
                 .unwrap();
         }
-        while load.stats().devices[1].phases.stop.is_zero() {
+        while load.stats().devices[1].phases.resume.is_zero() {
             thread::sleep(Duration::from_millis(1));
         }
         drop(publisher);

@@ -298,8 +298,14 @@ impl Flow for LoadFlow {
             return Pump::Busy;
         }
         if self.config_taken {
-            let phases = &self.device.counters.phases;
-            phases.transfer.add_time(started.elapsed());
+            let counters = &self.device.counters;
+            if let Some(since) = self.starved.take() {
+                counters.starved.add_time(since.elapsed());
+            }
+            let waited = counters.starved.get_time();
+            counters.phases.wait.add_time(waited);
+            let wrote = started.elapsed().saturating_sub(waited);
+            counters.phases.write.add_time(wrote);
             trace::load_state_device_buffer_end(&self.device.id);
             return Pump::Finished(Ok(()));
         }

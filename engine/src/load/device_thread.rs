@@ -76,7 +76,7 @@ fn finish_load(load: &Load, shared: &LoadDevice, device: &mut Device) -> Result<
     if load.settings.stop_after_load {
         let since = Instant::now();
         device.set_state(DeviceState::Stop, Recover::Reset)?;
-        shared.counters.phases.stop.add_time(since.elapsed());
+        shared.counters.phases.resume.add_time(since.elapsed());
     }
     Ok(())
 }
@@ -103,16 +103,8 @@ pub(crate) fn write_iterable(shared: &LoadDevice, bytes: &[u8]) -> Result<()> {
         let kind = ErrorKind::Config("iterable data outside setup and switchover");
         return Err(fail(kind));
     };
-    let mut rest = bytes;
-    // Each round writes a byte at least, or ends.
-    while !rest.is_empty() {
-        match nix::unistd::write(fd, rest) {
-            Ok(0) => return Err(fail(ErrorKind::Device).caused_by(io::ErrorKind::WriteZero)),
-            Ok(count) => rest = &rest[count..],
-            Err(nix::errno::Errno::EINTR) => {}
-            Err(errno) => return Err(fail(ErrorKind::Device).caused_by(errno)),
-        }
-    }
+    write_all(fd, bytes).map_err(|error| fail(ErrorKind::Device).caused_by(error))?;
+    shared.counters.main_bytes.add(bytes.len() as u64);
     Ok(())
 }
 

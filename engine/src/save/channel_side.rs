@@ -54,9 +54,8 @@ pub(crate) fn serve_channel(
         for packet in packets.drain(..) {
             counters.packets.add(1);
             counters.bytes.add(packet.len() as u64);
-            packet.device.counters.taken(1);
             let payload = packet.len() - wire::DEVICE_STATE_HEADER_LEN;
-            packet.device.counters.bytes.add(payload as u64);
+            packet.device.count_sent(payload);
         }
         save.recycled();
     }

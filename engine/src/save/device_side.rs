@@ -99,7 +99,7 @@ impl SaveFlow {
         let bytes = buffer.bytes_mut();
         bytes[..4].copy_from_slice(&self.device.ordinal.to_be_bytes());
         bytes[HEADERS..HEADROOM].copy_from_slice(&headers);
-        self.device.counters.published();
+        self.device.count_published();
         let packet = Packet {
             payload: Payload::Piece(buffer.into_piece()),
             config: false,
@@ -126,7 +126,7 @@ impl SaveFlow {
             .config_headers
             .set(headers)
             .expect("a device has one config packet");
-        self.device.counters.published();
+        self.device.count_published();
         let packet = Packet {
             payload: Payload::Aside(self.device.ordinal.into()),
             config: true,
@@ -183,7 +183,7 @@ impl Flow for SaveFlow {
             if end {
                 self.ended = true;
                 let phases = &self.device.counters.phases;
-                phases.transfer.add_time(self.started.elapsed());
+                phases.read.add_time(self.started.elapsed());
             }
             if len > 0 {
                 self.publish(buffer, len, guard)?;

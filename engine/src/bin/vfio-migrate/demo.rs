@@ -158,7 +158,7 @@ struct Times {
 impl Row {
     fn new(pair: &Pair, saved: &DeviceStats, loaded: &DeviceStats) -> Self {
         let times = Times {
-            transfer: loaded.phases.transfer,
+            transfer: loaded.phases.wait + loaded.phases.write,
             starved: loaded.starved,
             blocked: saved.starved,
             writing: loaded.transfers.total,
@@ -178,7 +178,7 @@ impl Row {
             source_stop_copy_seconds: saved.phases.set_state.as_secs_f64(),
             resuming_seconds: loaded.phases.set_state.as_secs_f64(),
             config_seconds: loaded.phases.config.as_secs_f64(),
-            stop_seconds: loaded.phases.stop.as_secs_f64(),
+            stop_seconds: loaded.phases.resume.as_secs_f64(),
             verified: difference.is_none(),
             difference,
             times,
