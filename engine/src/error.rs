@@ -53,10 +53,48 @@ pub enum ErrorKind {
     Stuck,
     /// The ring, a thread, or memory could not be had from the host.
     Host,
+    /// The device, or this VM with it, cannot be migrated.
+    Unmigratable(Refusal),
+    /// The device has new initial data, and asks for the switchover to wait, after it was decided.
+    LateRequest,
     /// The embedder cancelled, or another device's failure did.
     Cancelled,
     /// This system's own mistake, caught before it could do harm.
     Internal(&'static str),
+}
+
+/// Why a device, or a VM with it, cannot be migrated.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+#[non_exhaustive]
+pub enum Refusal {
+    /// The VMM has switched it off for the device.
+    SwitchedOff,
+    /// The kernel has no migration for any such device (`ENOTTY`).
+    NoKernelSupport,
+    /// The device has no migration, or not even STOP_COPY.
+    NoDeviceSupport,
+    /// Nobody tells which memory the device writes to.
+    NoDirtyTracking,
+    /// The device's addresses are a vIOMMU's.
+    Viommu,
+    /// The VM has several devices, and this one has no P2P state, in which it would leave the
+    /// others alone while they stop.
+    SeveralWithoutP2p,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::SwitchedOff => "migration is switched off for the device",
+            Self::NoKernelSupport => "the kernel has no migration for the device",
+            Self::NoDeviceSupport => "the device has no migration",
+            Self::NoDirtyTracking => "nothing tracks the memory that the device writes to",
+            Self::Viommu => "a vIOMMU is in the way",
+            Self::SeveralWithoutP2p => {
+                "several devices are migrated together only where each has P2P"
+            }
+        })
+    }
 }
 
 /// Where in a device's migration it was.
@@ -364,6 +402,8 @@ impl fmt::Display for ErrorKind {
             Self::Stalled => f.write_str("no progress for the time allowed"),
             Self::Stuck => f.write_str("the device did not end its transfer within the grace time"),
             Self::Host => f.write_str("the host has no means for this"),
+            Self::Unmigratable(refusal) => write!(f, "no migration: {refusal}"),
+            Self::LateRequest => f.write_str("new initial data after the switchover was decided"),
             Self::Cancelled => f.write_str("operation cancelled"),
             Self::Internal(what) => write!(f, "internal error: {what}"),
         }

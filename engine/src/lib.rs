@@ -16,6 +16,9 @@
 //!                └─────────────────────────────────┴──────────────────────────────────────────┘
 //! ```
 //!
+//! Around the two stands [`migration`]: the whole life cycle of a VM's devices, from their
+//! realization to the VM that runs on the destination.
+//!
 //! [`wire`], [`section`] and [`stream`] are the formats, usable without the rest.
 
 #[cfg(all(loom, not(crossbeam_loom)))]
@@ -29,6 +32,7 @@ mod error;
 mod id;
 mod lane;
 mod load;
+pub mod migration;
 mod relay;
 mod reorder;
 mod router;
@@ -58,7 +62,7 @@ pub use crate::{
     device::{
         Device, MAX_DATA_SIZE, MigrationDevice, Recover, StateEvent, buffer_len, stop_copy_estimate,
     },
-    error::{Error, ErrorKind, Phase, Result, Violation},
+    error::{Error, ErrorKind, Phase, Refusal, Result, Violation},
     id::DeviceId,
     relay::{Relay, RelayReport},
     session::{

@@ -165,6 +165,16 @@ macro_rules! builder_methods {
             self
         }
 
+        /// The settings as they are.
+        pub const fn settings_mut(&mut self) -> &mut Settings {
+            &mut self.0.settings
+        }
+
+        /// How many devices it has.
+        pub(crate) const fn device_count(&self) -> usize {
+            self.0.devices.len()
+        }
+
         /// Adds a device. The session has it until its report.
         pub fn device(mut self, device: Device) -> Self {
             self.0.devices.push(device);

@@ -193,12 +193,28 @@ pub struct Stats {
     pub held: u64,
     /// How much of it, in whole buffers, was in use at most at one time.
     pub held_high: u64,
-    /// The backend in use: `uring` or `blocking`.
+    /// The backend in use: `uring` or `blocking`; `main channel` where no device uses the channels.
     pub backend: &'static str,
     /// Calls that the driver made into its ring: each submits what is queued and waits.
     pub ring_calls: u64,
     /// What the bounded re-checks of all sleeps found: wake-ups that were lost. Must be 0.
     pub late_wakeups: u64,
+}
+
+impl Stats {
+    /// Of a migration in which no session moves bytes.
+    pub(crate) const fn main_channel_alone() -> Self {
+        Self {
+            devices: Vec::new(),
+            channels: Vec::new(),
+            budget: 0,
+            held: 0,
+            held_high: 0,
+            backend: "main channel",
+            ring_calls: 0,
+            late_wakeups: 0,
+        }
+    }
 }
 
 /// What a device's threads count.

@@ -9,14 +9,6 @@
 //! listens a call is a load and a branch; where one does, it runs in the caller's thread and the
 //! engine waits for it. See [`TARGET`] for what an event looks like and how to filter.
 
-#![cfg_attr(
-    not(test),
-    expect(
-        dead_code,
-        reason = "the whole list is here, also what has no caller yet"
-    )
-)]
-
 use std::fmt;
 
 use crate::{
@@ -334,6 +326,12 @@ pub(crate) fn recovery_failed(device: &DeviceId, step: &'static str, why: &dyn f
     event!(WARN, "recovery_failed", device, step, why = %why);
 }
 
+/// Migration is on although nothing tracks the memory that the device writes to: all of it will be
+/// sent again and again.
+pub(crate) fn no_dirty_tracking(device: &DeviceId) {
+    event!(WARN, "no_dirty_tracking", device);
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::{Arc, Mutex};
@@ -434,6 +432,7 @@ mod tests {
             vmstate_change_prepare(id, false, "paused", state);
             vmstate_change(id, true, "running", state);
             recovery_failed(id, "reset", &"no");
+            no_dirty_tracking(id);
         });
         let expected = "\
 load_bufs_thread_start:
@@ -474,7 +473,8 @@ query_precopy_size: initial=1 dirty=2 ret=0
 query_stop_copy_size: size=1 ret=0
 vmstate_change_prepare: running=false reason=paused state=STOP_COPY
 vmstate_change: running=true reason=running state=STOP_COPY
-recovery_failed: step=\"reset\" why=no";
+recovery_failed: step=\"reset\" why=no
+no_dirty_tracking:";
         assert_eq!(events.len(), expected.lines().count());
         for (event, expected) in events.iter().zip(expected.lines()) {
             let (name, fields) = expected.split_once(':').unwrap();

@@ -11,6 +11,7 @@ use std::{
 
 /// From the top down.
 const LAYERS: &[&[&str]] = &[
+    &["migration"],
     &["session", "relay"],
     &["settings"],
     &["load", "save"],

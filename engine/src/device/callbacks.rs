@@ -8,6 +8,7 @@
 //! call ends when the implementation returns: nothing here can end it sooner.
 
 use std::{
+    fmt,
     io::{self, Read, Write},
     os::fd::{BorrowedFd, OwnedFd},
 };
@@ -122,6 +123,12 @@ pub trait MigrationDevice: Send {
     /// provided method ignores them. Called between two calls to the device, so it should be quick.
     fn event(&mut self, event: StateEvent) {
         let _ = event;
+    }
+}
+
+impl fmt::Debug for dyn MigrationDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a device of the VMM's")
     }
 }
 

@@ -52,6 +52,7 @@ use std::{
     panic::resume_unwind,
     sync::{Arc, Mutex, MutexGuard},
     thread,
+    time::Instant,
 };
 
 use nix::errno::Errno;
@@ -386,6 +387,7 @@ impl MigrationDevice for SimDevice {
     }
 
     fn set_state(&mut self, new: DeviceState) -> io::Result<Option<OwnedFd>> {
+        let began = Instant::now();
         let from = self.shared().state;
         let result = self
             .enter(Callback::SetState)
@@ -396,6 +398,8 @@ impl MigrationDevice for SimDevice {
             asked: new,
             to: shared.state,
             errno: result.as_ref().err().and_then(io::Error::raw_os_error),
+            began,
+            ended: Instant::now(),
         };
         shared.changes.push(change);
         drop(shared);

@@ -11,6 +11,7 @@
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Instant,
 };
 
 use super::{faults::Callback, image::Image, session::Control};
@@ -27,6 +28,10 @@ pub struct Change {
     pub to: DeviceState,
     /// What the device said, where it refused.
     pub errno: Option<i32>,
+    /// When it was asked.
+    pub began: Instant,
+    /// When it answered.
+    pub ended: Instant,
 }
 
 /// What the device and its handles share.

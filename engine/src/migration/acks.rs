@@ -1,0 +1,125 @@
+//! The source's count of switchover acks: who has asked, what has come, whether it is decided.
+//!
+//! Shared by the thread that iterates and the one that reads the return path. Nobody waits here:
+//! the VMM looks, as it looks at its downtime limit.
+
+use std::sync::Arc;
+
+use super::settings::Ack;
+use crate::{
+    error::{Error, ErrorKind, Phase, Result},
+    sync::{Mutex, lock},
+};
+
+#[derive(Debug, Default)]
+struct Count {
+    pending: u32,
+    decided: bool,
+}
+
+/// The switchover acks of one migration, on the source. Clones count the same.
+///
+/// ```
+/// use vfio_migration::migration::{Ack, Acks};
+///
+/// let acks = Acks::new(Ack::Once);
+/// assert!(acks.is_open(), "nobody has asked");
+/// // … `Source::setup` asks, and for each `Reply::SwitchoverAck` on the return path:
+/// acks.received();
+/// ```
+#[derive(Clone, Debug)]
+pub struct Acks {
+    mode: Ack,
+    count: Arc<Mutex<Count>>,
+}
+
+impl Acks {
+    /// For a migration on these terms.
+    #[must_use]
+    pub fn new(mode: Ack) -> Self {
+        Self {
+            mode,
+            count: Arc::default(),
+        }
+    }
+
+    pub(super) const fn mode(&self) -> Ack {
+        self.mode
+    }
+
+    /// A device asks the switchover to wait.
+    pub(super) fn ask(&self) -> Result<()> {
+        let mut count = lock(&self.count);
+        if count.decided {
+            return Err(Error::new(ErrorKind::LateRequest, Phase::Save));
+        }
+        count.pending += 1;
+        Ok(())
+    }
+
+    /// A device that has asked is no longer part of the migration.
+    pub(super) fn withdraw(&self) {
+        let mut count = lock(&self.count);
+        count.pending = count.pending.saturating_sub(1);
+    }
+
+    /// An ack has come. Some destinations send one for all devices, some one for each: what comes
+    /// on top is ignored.
+    pub fn received(&self) {
+        let mut count = lock(&self.count);
+        count.pending = match self.mode {
+            Ack::Off | Ack::Once => 0,
+            Ack::Reusable => count.pending.saturating_sub(1),
+        };
+    }
+
+    /// Whether nothing holds the switchover up any more.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        lock(&self.count).pending == 0
+    }
+
+    /// From now on no device may ask.
+    pub(super) fn decide(&self) -> Result<()> {
+        let mut count = lock(&self.count);
+        if count.pending > 0 {
+            let what = "the destination has not acknowledged the switchover";
+            return Err(Error::new(ErrorKind::Config(what), Phase::Save));
+        }
+        count.decided = true;
+        Ok(())
+    }
+
+    /// Whether it is decided.
+    pub(super) fn is_decided(&self) -> bool {
+        lock(&self.count).decided
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_ack_is_for_all_or_each_is_for_one() {
+        for (mode, after_one) in [(Ack::Once, true), (Ack::Reusable, false)] {
+            let acks = Acks::new(mode);
+            acks.ask().unwrap();
+            acks.ask().unwrap();
+            assert!(!acks.is_open());
+            assert!(acks.decide().is_err());
+            acks.received();
+            assert_eq!(acks.is_open(), after_one);
+            acks.received();
+            acks.received();
+            assert!(acks.is_open());
+        }
+    }
+
+    #[test]
+    fn nobody_asks_once_it_is_decided() {
+        let acks = Acks::new(Ack::Reusable);
+        acks.decide().unwrap();
+        assert_eq!(*acks.ask().unwrap_err().kind(), ErrorKind::LateRequest);
+    }
+}

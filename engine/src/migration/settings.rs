@@ -1,0 +1,214 @@
+//! What the VMM sets for each device, and what both ends have agreed on for one migration.
+//!
+//! Plain values, any thread, no waits. The sizes and times of a session are
+//! [`Settings`](crate::Settings).
+
+use crate::error::{Error, ErrorKind, Phase, Result};
+
+/// A switch that can be left to its rule.
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
+pub enum OnOffAuto {
+    /// By the rule.
+    #[default]
+    Auto,
+    /// Whatever the rule says; where that cannot be, it is an error.
+    On,
+    /// Not.
+    Off,
+}
+
+/// What the VMM sets for one device.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct DeviceSettings {
+    /// Whether the device may be migrated. Auto: where nothing speaks against it. On: what speaks
+    /// against it fails the device's realization; but no dirty tracking is only warned of.
+    pub enable: OnOffAuto,
+    /// Whether its state goes over the multifd channels. Auto: where they can carry it
+    /// ([`Terms::can_carry`]). Looked at once, when a migration is set up.
+    pub transfer: OnOffAuto,
+    /// Whether the device's own dirty tracking may be used. On.
+    pub dirty_tracking: bool,
+    /// Whether the VMM is told of the device's states
+    /// ([`MigrationDevice::event`](crate::MigrationDevice::event)). Off.
+    pub events: bool,
+    /// Source: the most bytes that are read at once, and so a packet's data. Unless set, the
+    /// device's estimate of its state, but not above 1 MiB nor below 64 KiB.
+    pub buffer_len: Option<usize>,
+}
+
+impl Default for DeviceSettings {
+    fn default() -> Self {
+        Self {
+            enable: OnOffAuto::Auto,
+            transfer: OnOffAuto::Auto,
+            dirty_tracking: true,
+            events: false,
+            buffer_len: None,
+        }
+    }
+}
+
+/// How a switchover waits until the destination has loaded the devices' initial data.
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
+pub enum Ack {
+    /// It does not.
+    #[default]
+    Off,
+    /// The destination approves once, when every device that asks has its initial data.
+    Once,
+    /// The destination approves each request by itself, and a device may ask again when new initial
+    /// data has appeared.
+    Reusable,
+}
+
+/// What both ends have agreed on for one migration of a VM.
+///
+/// ```
+/// use vfio_migration::migration::{Ack, Terms};
+///
+/// let mut terms = Terms::default();
+/// terms.switchover_ack = Ack::Once;
+/// assert!(terms.can_carry());
+/// ```
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Terms {
+    /// There are multifd channels. Yes, by default.
+    pub multifd: bool,
+    /// They are compressed.
+    pub compression: bool,
+    /// The target is a file.
+    pub to_file: bool,
+    /// The source says on the main channel when the switchover starts. Yes, by default.
+    pub switchover_start: bool,
+    /// Whether the switchover waits for the destination.
+    pub switchover_ack: Ack,
+    /// Whether a config that came over the channels waits for its notice on the main channel. Auto:
+    /// where the architecture wants it, which is 64-bit Arm: its interrupt controller must be
+    /// restored first.
+    pub config_after_iterables: OnOffAuto,
+    /// The VM may run on the destination before all of its memory is there.
+    pub postcopy: bool,
+    /// The VM is saved while it runs on.
+    pub background_snapshot: bool,
+}
+
+impl Default for Terms {
+    fn default() -> Self {
+        Self {
+            multifd: true,
+            compression: false,
+            to_file: false,
+            switchover_start: true,
+            switchover_ack: Ack::Off,
+            config_after_iterables: OnOffAuto::Auto,
+            postcopy: false,
+            background_snapshot: false,
+        }
+    }
+}
+
+impl Terms {
+    /// Whether the multifd channels can carry devices' states: they are in use, neither compressed
+    /// nor a file, and the switchover's start is announced.
+    #[must_use]
+    pub const fn can_carry(&self) -> bool {
+        self.multifd && !self.compression && !self.to_file && self.switchover_start
+    }
+
+    /// Whether configs wait for their notice.
+    #[must_use]
+    pub const fn config_waits(&self) -> bool {
+        match self.config_after_iterables {
+            OnOffAuto::On => true,
+            OnOffAuto::Off => false,
+            OnOffAuto::Auto => cfg!(target_arch = "aarch64"),
+        }
+    }
+
+    /// Refuses what no device's migration can do.
+    pub(super) fn prepare(&self) -> Result<()> {
+        let refused = if self.postcopy {
+            Some("postcopy: a device cannot fetch what it lacks later")
+        } else if self.background_snapshot {
+            Some("a background snapshot: a device's state cannot be saved while it runs on")
+        } else {
+            None
+        };
+        refused.map_or(Ok(()), |what| {
+            Err(Error::new(ErrorKind::Config(what), Phase::Setup))
+        })
+    }
+
+    /// Whether a device with this setting uses the multifd channels: decided here, once for each
+    /// migration.
+    pub(super) fn decide(&self, transfer: OnOffAuto) -> Result<bool> {
+        match transfer {
+            OnOffAuto::Off => Ok(false),
+            OnOffAuto::Auto => Ok(self.can_carry()),
+            OnOffAuto::On if self.can_carry() => Ok(true),
+            OnOffAuto::On => {
+                let what = "multifd transfer is on, and the channels cannot carry it";
+                Err(Error::new(ErrorKind::Config(what), Phase::Setup))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn transfer_is_decided_by_its_setting_and_what_the_channels_can() {
+        let plain = Terms::default();
+        let mut others = vec![plain.clone(); 4];
+        others[0].multifd = false;
+        others[1].compression = true;
+        others[2].to_file = true;
+        others[3].switchover_start = false;
+        assert!(plain.decide(OnOffAuto::Auto).unwrap());
+        assert!(plain.decide(OnOffAuto::On).unwrap());
+        assert!(!plain.decide(OnOffAuto::Off).unwrap());
+        for terms in others {
+            assert!(!terms.can_carry());
+            assert!(!terms.decide(OnOffAuto::Auto).unwrap());
+            assert!(!terms.decide(OnOffAuto::Off).unwrap());
+            let error = terms.decide(OnOffAuto::On).unwrap_err();
+            assert!(matches!(error.kind(), ErrorKind::Config(_)));
+        }
+    }
+
+    #[test]
+    fn a_config_waits_where_it_is_said_or_the_architecture_wants_it() {
+        let with = |setting| {
+            let terms = Terms {
+                config_after_iterables: setting,
+                ..Terms::default()
+            };
+            terms.config_waits()
+        };
+        assert!(with(OnOffAuto::On));
+        assert!(!with(OnOffAuto::Off));
+        assert_eq!(with(OnOffAuto::Auto), cfg!(target_arch = "aarch64"));
+    }
+
+    #[test]
+    fn what_cannot_work_is_refused_by_its_name() {
+        let mut terms = Terms::default();
+        assert!(terms.prepare().is_ok());
+        terms.postcopy = true;
+        assert!(
+            terms
+                .prepare()
+                .unwrap_err()
+                .to_string()
+                .contains("postcopy")
+        );
+        terms.postcopy = false;
+        terms.background_snapshot = true;
+        let error = terms.prepare().unwrap_err().to_string();
+        assert!(error.contains("background snapshot"));
+    }
+}

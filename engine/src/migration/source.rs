@@ -1,0 +1,378 @@
+//! One device's migration on the source, from its set-up to the switchover.
+//!
+//! ```text
+//!   Realized ─ setup() ─▶ Source ─ iterate() … pending_estimate() … pending_exact() ─▶ Switchover
+//!                           └─ abort() ─▶ Realized, RUNNING
+//! ```
+//!
+//! In PRE_COPY the device runs on and gives what it has already: each iteration reads once, up to
+//! a buffer, and writes what came into the body of the device's section. The estimates drop with
+//! what was read, and are asked for anew by [`Source::pending_exact`] alone.
+//!
+//! Everything here is the caller's thread's, and lasts as long as the device's driver and the main
+//! channel take; nothing here waits for anything else.
+
+use std::io::Write;
+
+use nix::errno::Errno;
+
+use super::{Ack, Acks, DeviceSettings, Failed, Realized, Terms};
+use crate::{
+    device::{Device, MAX_DATA_SIZE, buffer_len, stop_copy_estimate},
+    error::{Error, ErrorKind, Phase, Result},
+    id::DeviceId,
+    section,
+    state::{DeviceState, MigrationFlags},
+    stats::DeviceCounters,
+    trace,
+};
+
+/// What one iteration has done.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[non_exhaustive]
+pub struct Iteration {
+    /// Bytes of the device's data that were written; 0 where it had nothing for now.
+    pub bytes: usize,
+    /// Whether the destination was told that it has the initial data.
+    pub init_data_sent: bool,
+}
+
+/// What a device still has to give, in bytes. Sums of these cannot overflow: no part is believed
+/// above [`MAX_DATA_SIZE`], 1 PiB.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[non_exhaustive]
+pub struct Pending {
+    /// In PRE_COPY: what the destination should have before the switchover.
+    pub initial: u64,
+    /// In PRE_COPY: what has changed since it was read.
+    pub dirty: u64,
+    /// What STOP_COPY would give, where that was asked for; 100 GiB where the device cannot tell.
+    pub stop_copy: u64,
+}
+
+impl Pending {
+    /// All of it.
+    #[must_use]
+    pub const fn total(&self) -> u64 {
+        self.initial + self.dirty + self.stop_copy
+    }
+
+    /// What can be sent while the VM runs.
+    #[must_use]
+    pub const fn precopy(&self) -> u64 {
+        self.initial + self.dirty
+    }
+}
+
+/// One device's migration on the source, while the VM runs.
+///
+/// Dropping it leaves the device as it is; [`Source::abort`] puts it back.
+#[derive(Debug)]
+#[must_use = "the migration of a device under way: complete or abort it"]
+pub struct Source {
+    pub(super) device: Device,
+    pub(super) settings: DeviceSettings,
+    pub(super) multifd: bool,
+    /// Whether its config waits on the destination for a notice.
+    pub(super) config_waits: bool,
+    pub(super) buffer: Vec<u8>,
+    pub(super) counters: Box<DeviceCounters>,
+    acks: Acks,
+    /// What the device has given of its own: from its last query, less what was read since.
+    initial: u64,
+    dirty: u64,
+    /// Whether the device asks for a switchover ack at all.
+    asks: bool,
+    /// Whether it has said that its initial data is sent, since it asked last.
+    init_sent: bool,
+}
+
+impl Source {
+    /// Sets a device's migration up, and writes the body of its START section.
+    ///
+    /// A device with PRE_COPY whose VM runs goes to that state. Whether its data will go over the
+    /// multifd channels is decided here, and not changed any more.
+    ///
+    /// # Errors
+    ///
+    /// The device's refusal; [`ErrorKind::State`] with `EINVAL` in another state than RUNNING and
+    /// STOP; [`ErrorKind::Config`] for what cannot work: postcopy, a background snapshot, a setting
+    /// for multifd transfer that the terms do not allow; [`ErrorKind::Channel`]. The device is
+    /// given back, RUNNING.
+    #[expect(clippy::result_large_err, reason = "the device itself comes back")]
+    pub fn setup<W: Write>(
+        realized: Realized,
+        terms: &Terms,
+        acks: &Acks,
+        body: W,
+    ) -> Result<Self, Failed<Realized>> {
+        let Realized {
+            device, settings, ..
+        } = realized;
+        trace::migration_state_notifier(device.id(), "setup");
+        let mut source = Self {
+            device,
+            settings,
+            multifd: false,
+            config_waits: terms.config_waits(),
+            buffer: Vec::new(),
+            counters: Box::default(),
+            acks: acks.clone(),
+            initial: 0,
+            dirty: 0,
+            asks: false,
+            init_sent: false,
+        };
+        match source.set_up(terms, body) {
+            Ok(()) => Ok(source),
+            Err(error) => {
+                let error = error.on_device(source.id());
+                Err(Failed::new(error, source.abort()))
+            }
+        }
+    }
+
+    fn set_up(&mut self, terms: &Terms, body: impl Write) -> Result<()> {
+        terms.prepare()?;
+        self.multifd = terms.decide(self.settings.transfer)?;
+        let mut writer = section::Writer::new(body);
+        let state = self.device.state();
+        if !matches!(state, DeviceState::Running | DeviceState::Stop) {
+            let error = Error::new(ErrorKind::State, Phase::Setup).caused_by(Errno::EINVAL);
+            return Err(error.between(state, DeviceState::PreCopy));
+        }
+        // Once, for the whole migration: packets are as large as this.
+        let len = self.settings.buffer_len;
+        let len = len.unwrap_or_else(|| buffer_len(self.device.data_size().ok()));
+        writer.setup()?;
+        let precopy = self.flags().contains(MigrationFlags::PRE_COPY);
+        if precopy && state == DeviceState::Running {
+            self.device
+                .set_state(DeviceState::PreCopy, DeviceState::Running)?;
+            self.query_precopy()?;
+            if self.acks.mode() != Ack::Off {
+                self.acks.ask()?;
+                self.asks = true;
+            }
+        }
+        if len == 0 {
+            let kind = ErrorKind::Config("a buffer of at least 1 byte: 0 reads like the end");
+            return Err(Error::new(kind, Phase::Setup));
+        }
+        self.buffer = vec![0; len];
+        trace::save_setup(self.device.id(), len as u64);
+        writer.end()
+    }
+
+    /// The device's name.
+    #[must_use]
+    pub const fn id(&self) -> &DeviceId {
+        self.device.id()
+    }
+
+    /// What the device can do.
+    #[must_use]
+    pub const fn flags(&self) -> MigrationFlags {
+        self.device.flags()
+    }
+
+    /// The device's state as last known.
+    #[must_use]
+    pub const fn state(&self) -> DeviceState {
+        self.device.state()
+    }
+
+    /// Whether its data will go over the multifd channels.
+    #[must_use]
+    pub const fn uses_multifd(&self) -> bool {
+        self.multifd
+    }
+
+    /// Whether there is anything to iterate: the device is in a PRE_COPY state.
+    #[must_use]
+    pub const fn is_active(&self) -> bool {
+        self.device.state().is_precopy()
+    }
+
+    /// Whether the device lets the switchover happen: it has not asked to wait, or was answered
+    /// with all others ([`Acks::is_open`]).
+    #[must_use]
+    pub fn is_switchover_ready(&self) -> bool {
+        !self.asks || self.init_sent && self.acks.is_open()
+    }
+
+    /// Writes the body of a PART section: at most one block of data, and its end, which says once
+    /// that the initial data has been sent.
+    ///
+    /// Reads once, up to a buffer, and never waits for more, so that it holds up no other device.
+    ///
+    /// # Errors
+    ///
+    /// The device's, where it does not let itself be read; [`ErrorKind::Channel`]. Nothing of the
+    /// body can be taken back: the migration has failed.
+    pub fn iterate<W: Write>(&mut self, body: W) -> Result<Iteration> {
+        trace::save_iterate_start(self.device.id());
+        let mut count = 0;
+        if self.is_active() {
+            count = self.device.read_precopy(&mut self.buffer)?;
+            self.was_read(count);
+        }
+        let all = self.asks && !self.init_sent && self.initial == 0;
+        let data = &self.buffer[..count];
+        section::Writer::new(body)
+            .iterate(data, all)
+            .map_err(|error| error.on_device(self.device.id()))?;
+        if all {
+            self.init_sent = true;
+            trace::send_init_data_flag(self.device.id());
+        }
+        self.counters.main_bytes.add(count as u64);
+        trace::save_iterate(self.device.id(), self.initial, self.dirty);
+        Ok(Iteration {
+            bytes: count,
+            init_data_sent: all,
+        })
+    }
+
+    /// The estimates drop by what was read, the initial bytes first.
+    fn was_read(&mut self, count: usize) {
+        if count == 0 {
+            trace::save_block_precopy_empty_hit(self.device.id());
+            (self.initial, self.dirty) = (0, 0);
+            return;
+        }
+        trace::save_block(self.device.id(), count as u64);
+        let count = count as u64;
+        let of_initial = self.initial.min(count);
+        self.initial -= of_initial;
+        self.dirty = self.dirty.saturating_sub(count - of_initial);
+    }
+
+    /// What is left, by what is known already. Cheap: the device is not asked.
+    #[must_use]
+    pub fn pending_estimate(&self) -> Pending {
+        let pending = if self.is_active() {
+            self.pending(0)
+        } else {
+            Pending::default()
+        };
+        let Pending { initial, dirty, .. } = pending;
+        trace::state_pending_estimate(self.id(), pending.precopy(), 0, initial, dirty);
+        trace::state_pending(self.id(), 0, initial, dirty, !self.asks, false);
+        pending
+    }
+
+    /// What is left, by what the device says now.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::LateRequest`] where it has new initial data, and asks again for the switchover
+    /// to wait, which was decided before. [`ErrorKind::Lost`], [`ErrorKind::Panicked`]. A device
+    /// that does not know is no error.
+    pub fn pending_exact(&mut self) -> Result<Pending> {
+        let size = self.device.data_size();
+        let ret = errno(&size);
+        let stop_copy = stop_copy_estimate(known(size)?);
+        trace::query_stop_copy_size(self.device.id(), stop_copy, ret);
+        let mut pending = Pending {
+            stop_copy,
+            ..Pending::default()
+        };
+        if self.is_active() {
+            self.query_precopy()?;
+            pending = self.pending(stop_copy);
+        }
+        let (initial, dirty) = (pending.initial, pending.dirty);
+        let acked = self.is_switchover_ready();
+        trace::state_pending_exact(self.id(), pending.total(), 0, stop_copy, initial, dirty);
+        trace::state_pending(self.id(), stop_copy, initial, dirty, acked, true);
+        Ok(pending)
+    }
+
+    fn pending(&self, stop_copy: u64) -> Pending {
+        Pending {
+            initial: self.initial.min(MAX_DATA_SIZE),
+            dirty: self.dirty.min(MAX_DATA_SIZE),
+            stop_copy,
+        }
+    }
+
+    /// Asks the device what it has in PRE_COPY. Where it does not know it has nothing. Where new
+    /// initial bytes have appeared, the destination must have those too before the switchover.
+    fn query_precopy(&mut self) -> Result<()> {
+        let info = self.device.precopy_info();
+        let ret = errno(&info);
+        let info = known(info)?.unwrap_or_default();
+        (self.initial, self.dirty) = (info.initial_bytes, info.dirty_bytes);
+        trace::query_precopy_size(self.device.id(), self.initial, self.dirty, ret);
+        if !info.reinit || !self.asks || self.acks.mode() != Ack::Reusable {
+            return Ok(());
+        }
+        if self.acks.is_decided() {
+            let late = Error::new(ErrorKind::LateRequest, Phase::Save);
+            return Err(late.on_device(self.id()));
+        }
+        if self.init_sent {
+            self.init_sent = false;
+            self.acks
+                .ask()
+                .map_err(|error| error.on_device(self.id()))?;
+        }
+        Ok(())
+    }
+
+    /// The VM is about to stop for the migration's end: the last chance for a device to object.
+    pub(super) fn decided(&mut self) -> Result<()> {
+        if self.is_active() && self.acks.mode() == Ack::Reusable {
+            self.query_precopy()?;
+        }
+        Ok(())
+    }
+
+    /// The switchover begins: from now on nobody may object.
+    pub(super) fn decide(&self) -> Result<()> {
+        self.acks.decide()
+    }
+
+    /// The data that has been sent was of a session that is over, and the next begins at the front
+    /// again: the destination would get it twice.
+    pub(super) fn check_session(&self) -> Result<()> {
+        if self.counters.main_bytes.get() > 0 && !self.device.state().is_saving() {
+            let kind = ErrorKind::Config("the device's session has ended since it was iterated");
+            return Err(Error::new(kind, Phase::Save).on_device(self.id()));
+        }
+        Ok(())
+    }
+
+    /// The migration is off: puts the device back to RUNNING, or resets it.
+    pub fn abort(self) -> Realized {
+        if self.asks && !self.init_sent {
+            self.acks.withdraw();
+        }
+        let mut realized = self.into_realized();
+        // The migration's own error is the one to report; a device that is lost says so from now
+        // on.
+        let _lost = realized.put_back();
+        realized
+    }
+
+    pub(super) fn into_realized(self) -> Realized {
+        Realized::new(self.device, self.settings)
+    }
+}
+
+/// What a query has found, where the device could tell. Only a device that cannot be used any more
+/// is an error.
+fn known<T>(answer: Result<T>) -> Result<Option<T>> {
+    match answer {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if *error.kind() == ErrorKind::Device => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// 0, or the negative errno.
+fn errno<T>(answer: &Result<T>) -> i32 {
+    let errno = |error: &Error| -error.raw_os_error().unwrap_or(Errno::EINVAL as i32);
+    answer.as_ref().map_or_else(errno, |_| 0)
+}

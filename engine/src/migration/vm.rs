@@ -1,0 +1,234 @@
+//! What the VM's stop and start mean for a set of devices.
+//!
+//! ```text
+//!                 every device with P2P            barrier      every device
+//!   stop()        RUNNING → RUNNING_P2P               │         PRE_COPY* → STOP_COPY, or STOP
+//!                 PRE_COPY → PRE_COPY_P2P             │
+//!   start()       RUNNING_P2P                         │         RUNNING
+//! ```
+//!
+//! A device in a P2P state still runs, but starts no transfer to another: so all are in it before
+//! the first one stops, and no device writes to one that has stopped. In each column all devices
+//! are asked at once, on a thread each, and waited for.
+//!
+//! A wait ends when the last device's driver has answered; nothing here can end it sooner.
+
+use std::{
+    fmt,
+    time::{Duration, Instant},
+};
+
+use super::{Realized, Source, at_once};
+use crate::{
+    device::{Device, Recover},
+    error::Result,
+    state::{DeviceState, MigrationFlags},
+    trace,
+};
+
+/// Why the VM stops.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+#[non_exhaustive]
+pub enum Reason {
+    /// Its migration is about to end.
+    FinishMigration,
+    /// Somebody has paused it.
+    Pause,
+    /// Something else: a shutdown, an error.
+    Other,
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::FinishMigration => "finish-migrate",
+            Self::Pause => "paused",
+            Self::Other => "other",
+        })
+    }
+}
+
+mod sealed {
+    pub trait Sealed {}
+}
+
+/// A device that the VM's state concerns, in whatever part of its life: [`Realized`], [`Source`],
+/// or a reference to one. A set of several kinds is a slice of `&mut dyn Member`.
+pub trait Member: sealed::Sealed + Send {
+    #[doc(hidden)]
+    fn device(&mut self) -> &mut Device;
+
+    /// Between the columns of a stop for the migration's end.
+    #[doc(hidden)]
+    fn between(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// What its part of a stop for the migration's end, or of a start, has taken.
+    #[doc(hidden)]
+    fn took(&mut self, time: Duration);
+}
+
+impl sealed::Sealed for Realized {}
+
+impl Member for Realized {
+    fn device(&mut self) -> &mut Device {
+        &mut self.device
+    }
+
+    fn took(&mut self, time: Duration) {
+        self.took += time;
+    }
+}
+
+impl sealed::Sealed for Source {}
+
+impl Member for Source {
+    fn device(&mut self) -> &mut Device {
+        &mut self.device
+    }
+
+    fn between(&mut self) -> Result<()> {
+        self.decided()
+    }
+
+    fn took(&mut self, time: Duration) {
+        self.counters.phases.stop.add_time(time);
+    }
+}
+
+impl<M: Member + ?Sized> sealed::Sealed for &mut M {}
+
+impl<M: Member + ?Sized> Member for &mut M {
+    fn device(&mut self) -> &mut Device {
+        (**self).device()
+    }
+
+    fn between(&mut self) -> Result<()> {
+        (**self).between()
+    }
+
+    fn took(&mut self, time: Duration) {
+        (**self).took(time);
+    }
+}
+
+/// The VM's processors have stopped: stops the devices. Returns when all of them have been asked
+/// for both columns, whatever some of them said.
+///
+/// ```
+/// # #[cfg(feature = "sim")] {
+/// use vfio_migration::{
+///     Device, DeviceId, DeviceState,
+///     migration::{DeviceSettings, Realized, vm},
+///     sim::{SimConfig, SimDevice},
+/// };
+///
+/// let device = |name| {
+///     let device = Box::new(SimDevice::new(SimConfig::default()).unwrap());
+///     let device = Device::new(DeviceId::new(name, 0).unwrap(), device).unwrap();
+///     Realized::new(device, DeviceSettings::default())
+/// };
+/// let mut devices = [device("a"), device("b")];
+/// vm::stop(&mut devices, vm::Reason::Pause)?;
+/// assert!(devices.iter().all(|device| device.state() == DeviceState::Stop));
+/// vm::start(&mut devices)?;
+/// assert!(devices.iter().all(|device| device.state() == DeviceState::Running));
+/// # }
+/// # Ok::<(), vfio_migration::Error>(())
+/// ```
+///
+/// # Errors
+///
+/// The first device's that refused: it was reset and, where that was before the second column,
+/// stopped after all. The migration, if there is one, has failed. Also
+/// [`ErrorKind::LateRequest`](crate::ErrorKind::LateRequest), where a device has new initial data
+/// only now.
+pub fn stop<M: Member>(devices: &mut [M], reason: Reason) -> Result<()> {
+    let prepared = at_once(devices, |member| {
+        let since = Instant::now();
+        let device = member.device();
+        let asked = match device.state() {
+            DeviceState::Running => DeviceState::RunningP2p,
+            DeviceState::PreCopy => DeviceState::PreCopyP2p,
+            _ => return Ok(()),
+        };
+        if !device.flags().contains(MigrationFlags::P2P) {
+            return Ok(());
+        }
+        let result = device.set_state(asked, Recover::Reset);
+        trace::vmstate_change_prepare(device.id(), false, reason, device.state());
+        if reason == Reason::FinishMigration {
+            member.took(since.elapsed());
+        }
+        result
+    });
+    // The barrier: all are through the first column.
+    let stopped = at_once(devices, |member| {
+        let since = Instant::now();
+        let kept = match reason {
+            Reason::FinishMigration => member.between(),
+            Reason::Pause | Reason::Other => Ok(()),
+        };
+        let device = member.device();
+        let ends = matches!(reason, Reason::FinishMigration | Reason::Pause);
+        let asked = match device.state() {
+            state if state.is_precopy() && ends => DeviceState::StopCopy,
+            state if runs(state) => DeviceState::Stop,
+            // It is not the VM that holds it.
+            _ => return kept,
+        };
+        let result = device.set_state(asked, Recover::Reset);
+        trace::vmstate_change(device.id(), false, reason, device.state());
+        if reason == Reason::FinishMigration {
+            member.took(since.elapsed());
+        }
+        kept.and(result)
+    });
+    prepared.into_iter().chain(stopped).collect()
+}
+
+/// Whether the device works in this state.
+const fn runs(state: DeviceState) -> bool {
+    state.is_precopy() || matches!(state, DeviceState::Running | DeviceState::RunningP2p)
+}
+
+/// The VM's processors are about to start: starts the devices. Returns when all of them have been
+/// asked for both columns.
+///
+/// A session that a device has is over with that. Of a device in RESUMING its driver checks the
+/// state now.
+///
+/// # Errors
+///
+/// The first device's that refused: it was reset, which makes it RUNNING, and what it had loaded is
+/// lost.
+pub fn start<M: Member>(devices: &mut [M]) -> Result<()> {
+    let reason = "running";
+    let prepared = at_once(devices, |member| {
+        let since = Instant::now();
+        let device = member.device();
+        let state = device.state();
+        if runs(state) || !device.flags().contains(MigrationFlags::P2P) {
+            return Ok(());
+        }
+        let result = device.set_state(DeviceState::RunningP2p, Recover::Reset);
+        trace::vmstate_change_prepare(device.id(), true, reason, device.state());
+        member.took(since.elapsed());
+        result
+    });
+    // The barrier: all are through the first column.
+    let started = at_once(devices, |member| {
+        let since = Instant::now();
+        let device = member.device();
+        // A device that runs, and saves while it does, goes on with that.
+        if device.state().is_precopy() {
+            return Ok(());
+        }
+        let result = device.set_state(DeviceState::Running, Recover::Reset);
+        trace::vmstate_change(device.id(), true, reason, device.state());
+        member.took(since.elapsed());
+        result
+    });
+    prepared.into_iter().chain(started).collect()
+}

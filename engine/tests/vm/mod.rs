@@ -1,0 +1,305 @@
+//! A VMM's integration for tests: a source and a destination of simulated devices, one main
+//! channel in memory, multifd channels over socket pairs, all of it step by step on one thread.
+#![allow(dead_code, reason = "no test uses all of it")]
+
+use std::{
+    collections::VecDeque,
+    io::{self, Read, Write},
+    os::unix::net::UnixStream,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU32, Ordering::SeqCst},
+    },
+    time::Duration,
+};
+
+use vfio_migration::{
+    Device, DeviceId, DeviceState, LoadSession, MigrationFlags, Result, SaveSession, Settings,
+    Stats,
+    migration::{
+        Ack, Acks, DeviceSettings, Incoming, OnOffAuto, Realized, Saved, Source, Switchover, Terms,
+        vm,
+    },
+    sim::{Faults, SimConfig, SimDevice, SimHandle},
+    stream::{Command, Event, Reader, Section, SectionKind, Writer},
+};
+
+/// What a test wants to be different.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    pub devices: u32,
+    pub len: u64,
+    pub precopy_initial: u64,
+    pub flags: MigrationFlags,
+    pub state: DeviceState,
+    pub channels: u32,
+    pub transfer: OnOffAuto,
+    /// Every second device does not use the channels.
+    pub mixed: bool,
+    pub ack: Ack,
+    pub config_after_iterables: OnOffAuto,
+    pub delays: Vec<(DeviceState, Duration)>,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self {
+            devices: 1,
+            len: 3 << 20,
+            precopy_initial: 100_000,
+            flags: MigrationFlags::STOP_COPY | MigrationFlags::P2P | MigrationFlags::PRE_COPY,
+            state: DeviceState::Running,
+            channels: 2,
+            transfer: OnOffAuto::Auto,
+            mixed: false,
+            ack: Ack::Off,
+            config_after_iterables: OnOffAuto::Off,
+            delays: Vec::new(),
+        }
+    }
+}
+
+impl Setup {
+    pub fn terms(&self) -> Terms {
+        let mut terms = Terms::default();
+        terms.switchover_ack = self.ack;
+        terms.config_after_iterables = self.config_after_iterables;
+        terms
+    }
+
+    pub fn config(&self, seed: u64) -> SimConfig {
+        SimConfig {
+            seed,
+            len: self.len,
+            precopy_initial: self.precopy_initial,
+            flags: self.flags,
+            state: self.state,
+            faults: Faults {
+                delays: self.delays.clone(),
+                ..Faults::default()
+            },
+            ..SimConfig::default()
+        }
+    }
+
+    pub fn realize(&self, number: u32, config: SimConfig) -> (Realized, SimHandle) {
+        let device = SimDevice::new(config).unwrap();
+        let handle = device.handle();
+        let mut settings = DeviceSettings::default();
+        settings.transfer = self.transfer;
+        if self.mixed && number % 2 == 1 {
+            settings.transfer = OnOffAuto::Off;
+        }
+        let device = Device::new(id(number), Box::new(device)).unwrap();
+        (Realized::new(device, settings), handle)
+    }
+}
+
+pub fn id(number: u32) -> DeviceId {
+    DeviceId::new(format!("0000:00:{number:02x}.0/vfio"), 0).unwrap()
+}
+
+/// A main channel in memory: what is written can be read, and where there is nothing it has ended.
+#[derive(Clone, Debug, Default)]
+pub struct Pipe(Arc<Mutex<VecDeque<u8>>>);
+
+impl Read for Pipe {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().read(buffer)
+    }
+}
+
+impl Write for Pipe {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The source's end of the main channel.
+pub struct Sections(pub Writer<Pipe>);
+
+impl Sections {
+    pub fn open() -> (Self, Pipe) {
+        let pipe = Pipe::default();
+        (Self(Writer::open(pipe.clone()).unwrap()), pipe)
+    }
+
+    pub fn section<R>(
+        &mut self,
+        kind: SectionKind,
+        owner: &DeviceId,
+        body: impl FnOnce(&mut Pipe) -> R,
+    ) -> R {
+        let id = owner.idstr()[8..10].parse().unwrap();
+        let section = Section {
+            kind,
+            id,
+            owner: owner.clone(),
+            version: 1,
+        };
+        self.0.write(&Event::Section(section)).unwrap();
+        let result = body(self.0.body());
+        self.0.footer(id).unwrap();
+        result
+    }
+
+    pub fn command(&mut self, command: Command) {
+        self.0.write(&Event::Command(command)).unwrap();
+    }
+}
+
+/// Reads what there is on the main channel.
+pub fn read_main(reader: &mut Reader<Pipe>, pipe: &Pipe, incoming: &Incoming) -> Result<()> {
+    while !pipe.0.lock().unwrap().is_empty() {
+        match reader.next_event()?.unwrap() {
+            Event::Section(section) => {
+                incoming
+                    .device(&section.owner)?
+                    .load_state(reader.body()?)?;
+                reader.footer()?;
+            }
+            Event::Command(Command::SwitchoverStart) => incoming.switchover_start()?,
+            other => panic!("{other:?}"),
+        }
+    }
+    Ok(())
+}
+
+/// A migration that has succeeded.
+pub struct Ended {
+    pub setup: Setup,
+    pub sources: Vec<SimHandle>,
+    pub destinations: Vec<SimHandle>,
+    pub saved: Saved,
+    /// The destination's.
+    pub stats: Stats,
+    /// How often the switchover was approved.
+    pub acks: u32,
+    pub devices: Vec<Realized>,
+}
+
+impl Ended {
+    /// The devices are what they should be, at both ends.
+    pub fn check(self) {
+        assert_eq!(self.stats.late_wakeups, 0);
+        assert_eq!(self.saved.stats().late_wakeups, 0);
+        for (source, destination) in self.sources.iter().zip(&self.destinations) {
+            assert!(destination.has_loaded());
+            assert_eq!(source.digest(), destination.digest());
+            assert_eq!(source.config_digest(), destination.config_digest());
+            assert_eq!(destination.state(), DeviceState::Running);
+            assert_eq!(source.state(), DeviceState::StopCopy);
+        }
+        for realized in &self.devices {
+            assert_eq!(realized.state(), DeviceState::Running);
+        }
+        for realized in self.saved.cleanup().unwrap() {
+            assert_eq!(realized.state(), DeviceState::Stop);
+        }
+        for source in &self.sources {
+            assert_eq!(source.state(), DeviceState::Stop);
+        }
+    }
+}
+
+/// Everything that a VMM does, from its devices at rest to the VM on the destination.
+pub fn migrate(setup: &Setup) -> Ended {
+    let terms = setup.terms();
+    let (mut load, mut save) = (LoadSession::builder(), SaveSession::builder());
+    for _ in 0..setup.channels {
+        let (near, far) = UnixStream::pair().unwrap();
+        save = save.channel(near);
+        load = load.channel(far);
+    }
+    let numbered = 1..=setup.devices;
+    let (sources, saved_from): (Vec<_>, Vec<_>) = numbered
+        .clone()
+        .map(|at| setup.realize(at, setup.config(at.into())))
+        .unzip();
+    let (destinations, loaded_to): (Vec<_>, Vec<_>) = numbered
+        .map(|at| {
+            let mut config = setup.config(1000 + u64::from(at));
+            config.state = DeviceState::Running;
+            setup.realize(at, config)
+        })
+        .unzip();
+
+    let approvals = Arc::new(AtomicU32::new(0));
+    let acks = Acks::new(setup.ack);
+    let approve = {
+        let (approvals, acks) = (approvals.clone(), acks.clone());
+        move || {
+            approvals.fetch_add(1, SeqCst);
+            acks.received();
+            Ok(())
+        }
+    };
+    let incoming = Incoming::setup(destinations, &terms, load, Box::new(approve)).unwrap();
+    let (mut main, pipe) = Sections::open();
+    let mut reader = Reader::open(pipe.clone()).unwrap();
+
+    let mut under_way = Vec::new();
+    for realized in sources {
+        let id = realized.id().clone();
+        let source = main.section(SectionKind::Start, &id, |body| {
+            Source::setup(realized, &terms, &acks, body).unwrap()
+        });
+        under_way.push(source);
+    }
+    // Until nothing is left that could be sent while the VM runs.
+    for round in 0.. {
+        assert!(round < 1000, "the iterations end");
+        for source in under_way.iter_mut().filter(|source| source.is_active()) {
+            let id = source.id().clone();
+            main.section(SectionKind::Part, &id, |body| source.iterate(body).unwrap());
+        }
+        read_main(&mut reader, &pipe, &incoming).unwrap();
+        let left: u64 = under_way
+            .iter()
+            .map(|it| it.pending_estimate().total())
+            .sum();
+        if left == 0 && under_way.iter().all(Source::is_switchover_ready) {
+            break;
+        }
+    }
+    let reason = vm::Reason::FinishMigration;
+    vm::stop(&mut under_way, reason).unwrap();
+    let ids: Vec<_> = under_way.iter().map(|source| source.id().clone()).collect();
+    let mut switchover = Switchover::begin(under_way, save).unwrap();
+    main.command(Command::SwitchoverStart);
+    for id in &ids {
+        main.section(SectionKind::End, id, |body| {
+            switchover.complete(id, body).unwrap();
+        });
+    }
+    for id in &ids {
+        main.section(SectionKind::Full, id, |body| {
+            switchover.config(id, body).unwrap();
+        });
+    }
+    read_main(&mut reader, &pipe, &incoming).unwrap();
+    let saved = switchover.finish().unwrap();
+    let mut loaded = incoming.finish().unwrap();
+    vm::start(loaded.devices_mut()).unwrap();
+    let stats = loaded.stats();
+    Ended {
+        setup: setup.clone(),
+        sources: saved_from,
+        destinations: loaded_to,
+        saved,
+        stats,
+        acks: approvals.load(SeqCst),
+        devices: loaded.join().unwrap(),
+    }
+}
+
+/// The settings of a session that a test waits for.
+pub fn quick() -> Settings {
+    let mut settings = Settings::default();
+    settings.grace = Duration::from_millis(500);
+    settings
+}
