@@ -23,6 +23,29 @@
 //! (tags, commands) is checked when it comes. Whatever fails gives the devices back ([`Failed`]),
 //! RUNNING again or reset; a device that a call is stuck in is left out.
 //!
+//! ```compile_fail
+//! # use vfio_migration::{SaveSession, migration::{Acks, Ack, Source, Switchover}};
+//! # fn twice(source: Source) -> vfio_migration::Result<()> {
+//! let first = Switchover::begin(vec![source], SaveSession::builder())?;
+//! let second = Switchover::begin(vec![source], SaveSession::builder())?; // it was moved
+//! # Ok(()) }
+//! ```
+//!
+//! ```compile_fail
+//! # use vfio_migration::{SaveSession, migration::{Realized, Switchover}};
+//! # fn before_setup(device: Realized) -> vfio_migration::Result<()> {
+//! let switchover = Switchover::begin(vec![device], SaveSession::builder())?; // no Source
+//! # Ok(()) }
+//! ```
+//!
+//! ```compile_fail
+//! # use vfio_migration::migration::Switchover;
+//! # fn after_the_end(mut switchover: Switchover) -> vfio_migration::Result<()> {
+//! let saved = switchover.finish()?;
+//! switchover.cancel(); // it is over
+//! # Ok(()) }
+//! ```
+//!
 //! The main channel is the VMM's: it writes each section's header and footer and hands over the
 //! body, as `Write` or `Read`. [`stream`](crate::stream) can do the rest for a VMM that has no
 //! main channel yet.

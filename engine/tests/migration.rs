@@ -6,14 +6,32 @@
 mod common;
 mod vm;
 
-use std::time::Duration;
+use std::{
+    io,
+    os::unix::net::UnixStream,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering::SeqCst},
+    },
+    time::Duration,
+};
 
 use common::Watchdog;
+use nix::errno::Errno;
 use vfio_migration::{
-    DeviceState, MigrationFlags,
-    migration::{Ack, OnOffAuto},
+    Device, DeviceState, ErrorKind, LoadSession, MAX_DATA_SIZE, MigrationFlags, Refusal,
+    SaveSession, StateEvent, Violation,
+    migration::{
+        Ack, Acks, Admission, DeviceSettings, Incoming, OnOffAuto, Realization, Realized, Source,
+        Surroundings, Switchover, Terms, vm as state,
+    },
+    section::{self, Tag},
+    sim::{
+        CallFault, Callback, Fault, Faults, On, SimConfig, SimDevice, SimHandle, TransitionFault,
+        Which,
+    },
 };
-use vm::{Setup, migrate};
+use vm::{Setup, id, migrate, quick};
 
 #[test]
 fn a_vm_moves_with_its_devices_over_the_channels() {
@@ -146,4 +164,692 @@ fn the_downtimes_phases_are_measured_for_each_device() {
         assert_eq!(phases.stop + phases.read + phases.wire, Duration::ZERO);
     }
     ended.check();
+}
+
+// ------------------------------------------------------------------------------- one step alone
+
+fn source(config: SimConfig, ack: Ack) -> (Source, SimHandle, Acks) {
+    let setup = Setup {
+        ack,
+        ..Setup::default()
+    };
+    let (realized, handle) = setup.realize(1, config);
+    let acks = Acks::new(ack);
+    let source = Source::setup(realized, &setup.terms(), &acks, io::sink()).unwrap();
+    (source, handle, acks)
+}
+
+fn incoming(setup: &Setup) -> (Incoming, SimHandle, Arc<AtomicU32>) {
+    let (realized, handle) = setup.realize(1, setup.config(9));
+    let approvals = Arc::new(AtomicU32::new(0));
+    let counted = approvals.clone();
+    let approve = move || {
+        counted.fetch_add(1, SeqCst);
+        Ok(())
+    };
+    let session = LoadSession::builder().settings(quick());
+    let incoming =
+        Incoming::setup(vec![realized], &setup.terms(), session, Box::new(approve)).unwrap();
+    (incoming, handle, approvals)
+}
+
+/// Loads a body of these tags, and `data` behind the size of a DATA block.
+fn load(incoming: &Incoming, tags: &[Tag], data: &[u8]) -> vfio_migration::Result<Tag> {
+    let mut body = Vec::new();
+    for tag in tags {
+        body.extend(tag.encode());
+        if *tag == Tag::Data {
+            body.extend((data.len() as u64).to_be_bytes());
+            body.extend(data);
+        }
+    }
+    let piece = incoming.device(&id(1))?.load_state(&mut &body[..])?;
+    Ok(piece.end)
+}
+
+fn refused(result: vfio_migration::Result<Tag>, tag: Tag) {
+    let error = result.unwrap_err();
+    let violation = Violation::SectionTag(tag.value());
+    assert_eq!(*error.kind(), ErrorKind::Protocol(violation), "{error:?}");
+    assert_eq!(error.device(), Some(&id(1)));
+}
+
+#[test]
+fn estimates_drop_with_what_is_read_and_are_never_believed_above_a_pebibyte() {
+    let config = SimConfig {
+        len: 1 << 20,
+        precopy_initial: 100_000,
+        ..SimConfig::default()
+    };
+    let (mut source, handle, _) = source(
+        SimConfig {
+            data_size: Some(u64::MAX - 4096),
+            ..config.clone()
+        },
+        Ack::Off,
+    );
+    assert_eq!(source.pending_estimate().total(), 100_000);
+    let exact = source.pending_exact().unwrap();
+    assert_eq!((exact.initial, exact.stop_copy), (100_000, MAX_DATA_SIZE));
+    assert_eq!(exact.total(), 100_000 + MAX_DATA_SIZE);
+    // New data is known only when the device is asked.
+    handle.dirty(50_000);
+    assert_eq!(source.pending_estimate().dirty, 0);
+    let exact = source.pending_exact().unwrap();
+    assert_eq!((exact.initial, exact.dirty), (100_000, 50_000));
+    let calls = handle.calls(Callback::PrecopyInfo);
+    let read = source.iterate(io::sink()).unwrap().bytes as u64;
+    let estimate = source.pending_estimate();
+    assert_eq!(estimate.total(), 150_000 - read);
+    assert_eq!(estimate.initial, 100_000_u64.saturating_sub(read));
+    assert_eq!(handle.calls(Callback::PrecopyInfo), calls, "cheap");
+    while source.iterate(io::sink()).unwrap().bytes > 0 {}
+    assert_eq!(source.pending_estimate().total(), 0);
+    let _running = source.abort();
+}
+
+#[test]
+fn a_device_that_cannot_tell_is_thought_large_at_the_end_and_empty_before() {
+    let silent = |callback| CallFault {
+        callback,
+        which: Which::Every,
+        fault: Fault::Errno(Errno::EIO as i32),
+    };
+    let config = SimConfig {
+        precopy_initial: 100_000,
+        faults: Faults {
+            calls: vec![silent(Callback::PrecopyInfo), silent(Callback::DataSize)],
+            ..Faults::default()
+        },
+        ..SimConfig::default()
+    };
+    let (mut source, _, _) = source(config, Ack::Off);
+    assert_eq!(source.pending_estimate().total(), 0);
+    assert_eq!(source.pending_exact().unwrap().total(), 100 << 30);
+    // It is read all the same.
+    assert_eq!(source.iterate(io::sink()).unwrap().bytes, 100_000);
+    let _running = source.abort();
+}
+
+#[test]
+fn an_iteration_reads_once_and_says_once_that_the_initial_data_is_sent() {
+    let (mut source, handle, acks) = source(
+        SimConfig {
+            precopy_initial: 70_000,
+            data_size: Some(1), // a buffer of the least size, 64 KiB
+            ..SimConfig::default()
+        },
+        Ack::Once,
+    );
+    assert!(!source.is_switchover_ready() && !acks.is_open());
+    let mut ends = Vec::new();
+    for _ in 0..4 {
+        let mut body = Vec::new();
+        let before = handle.calls(Callback::ReadPrecopy);
+        let iteration = source.iterate(&mut body).unwrap();
+        assert_eq!(handle.calls(Callback::ReadPrecopy), before + 1);
+        assert!(iteration.bytes <= 64 << 10);
+        let end = Tag::decode(body[body.len() - 8..].try_into().unwrap()).unwrap();
+        assert_eq!(iteration.init_data_sent, end == Tag::InitDataSent);
+        let data = if iteration.bytes > 0 { 16 } else { 0 };
+        assert_eq!(body.len(), data + iteration.bytes + 8);
+        ends.push(end);
+        if end == Tag::EndOfState && iteration.bytes == 0 {
+            handle.dirty(10); // not initial: it is not said again
+        }
+    }
+    let said = ends.iter().filter(|end| **end == Tag::InitDataSent);
+    assert_eq!(said.count(), 1, "{ends:?}");
+    assert!(!source.is_switchover_ready());
+    acks.received();
+    assert!(source.is_switchover_ready());
+    let _running = source.abort();
+}
+
+#[test]
+fn a_device_asks_again_where_acks_are_reusable() {
+    let config = SimConfig {
+        precopy_initial: 1000,
+        ..SimConfig::default()
+    };
+    for (ack, again) in [(Ack::Once, false), (Ack::Reusable, true)] {
+        let setup = Setup {
+            ack,
+            ..Setup::default()
+        };
+        // The opt-in is made where the device is realized.
+        let device = SimDevice::new(config.clone()).unwrap();
+        let handle = device.handle();
+        let mut around = Surroundings::default();
+        around.device_dirty_tracking = true;
+        let realization = Admission::default()
+            .realize(
+                id(1),
+                Box::new(device),
+                &DeviceSettings::default(),
+                around,
+                &mut |_, _| Ok(()),
+            )
+            .unwrap();
+        let Realization::Migratable(realized) = realization else {
+            panic!("{realization:?}");
+        };
+        let acks = Acks::new(ack);
+        let mut source = Source::setup(realized, &setup.terms(), &acks, io::sink()).unwrap();
+        assert!(source.iterate(io::sink()).unwrap().init_data_sent);
+        acks.received();
+        assert!(source.is_switchover_ready());
+
+        handle.reinit(500);
+        source.pending_exact().unwrap();
+        assert_eq!(source.is_switchover_ready(), !again);
+        let iteration = source.iterate(io::sink()).unwrap();
+        assert_eq!(iteration.init_data_sent, again);
+        acks.received();
+        assert!(source.is_switchover_ready());
+
+        // And once more, in the last moment.
+        handle.reinit(500);
+        let mut all = [source];
+        let stopped = state::stop(&mut all, state::Reason::FinishMigration);
+        let [source] = all;
+        if again {
+            let error = stopped.unwrap_err();
+            assert_eq!(*error.kind(), ErrorKind::LateRequest);
+            assert_eq!(error.device(), Some(&id(1)));
+            // The migration has failed, also where nobody looks.
+            let (near, _far) = UnixStream::pair().unwrap();
+            let session = SaveSession::builder().channel(near);
+            let failed = Switchover::begin(vec![source], session).unwrap_err();
+            assert_eq!(*failed.error.kind(), ErrorKind::LateRequest);
+            assert_eq!(failed.back[0].state(), DeviceState::Running);
+        } else {
+            stopped.unwrap();
+            let _running = source.abort();
+        }
+        assert_eq!(handle.state(), DeviceState::Running);
+    }
+}
+
+#[test]
+fn a_vm_does_not_stop_for_a_switchover_that_is_not_acknowledged() {
+    let (source, handle, acks) = source(Setup::default().config(1), Ack::Once);
+    let mut all = [source];
+    let error = state::stop(&mut all, state::Reason::FinishMigration).unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::Config(_)));
+    // The VM did stop, and so did the device; but there is no way on.
+    assert_eq!(handle.state(), DeviceState::StopCopy);
+    acks.received();
+    let failed = Switchover::begin(all.into(), SaveSession::builder()).unwrap_err();
+    assert!(matches!(failed.error.kind(), ErrorKind::Config(_)));
+    assert_eq!(handle.state(), DeviceState::Running);
+}
+
+#[test]
+fn setup_refuses_what_cannot_work_and_gives_the_device_back() {
+    let mut postcopy = Terms::default();
+    postcopy.postcopy = true;
+    let mut snapshot = Terms::default();
+    snapshot.background_snapshot = true;
+    let mut compressed = Terms::default();
+    compressed.compression = true;
+    let plain = Terms::default();
+    let p2p = DeviceState::RunningP2p;
+    let running = DeviceState::Running;
+    for (terms, state, transfer) in [
+        (&postcopy, running, OnOffAuto::Auto),
+        (&snapshot, running, OnOffAuto::Auto),
+        (&compressed, running, OnOffAuto::On),
+        (&plain, p2p, OnOffAuto::Auto),
+    ] {
+        let setup = Setup {
+            state,
+            transfer,
+            ..Setup::default()
+        };
+        let (realized, handle) = setup.realize(1, setup.config(1));
+        let failed = Source::setup(realized, terms, &Acks::new(Ack::Off), io::sink()).unwrap_err();
+        assert_eq!(failed.error.device(), Some(&id(1)));
+        if state == p2p {
+            assert_eq!(failed.error.raw_os_error(), Some(Errno::EINVAL as i32));
+            assert_eq!(*failed.error.kind(), ErrorKind::State);
+        } else {
+            assert!(matches!(failed.error.kind(), ErrorKind::Config(_)));
+        }
+        assert_eq!(failed.back.state(), handle.state());
+        assert_eq!(handle.state(), running);
+        if state == running {
+            // And so does the destination.
+            let (realized, handle) = setup.realize(1, setup.config(1));
+            let session = LoadSession::builder();
+            let failed = Incoming::setup(vec![realized], terms, session, Box::new(|| Ok(())));
+            assert_eq!(failed.unwrap_err().back.len(), 1);
+            assert_eq!(handle.state(), running);
+        }
+    }
+}
+
+#[test]
+fn a_device_that_refuses_its_setup_is_put_back_with_the_others() {
+    let faults = |to| Faults {
+        transitions: vec![TransitionFault {
+            on: On::Request {
+                from: DeviceState::Running,
+                to,
+            },
+            which: Which::Every,
+            errno: Errno::EIO as i32,
+            leaves: None,
+        }],
+        ..Faults::default()
+    };
+    let setup = Setup::default();
+    let mut config = setup.config(1);
+    config.faults = faults(DeviceState::PreCopy);
+    let (realized, handle) = setup.realize(1, config);
+    let acks = Acks::new(Ack::Off);
+    let failed = Source::setup(realized, &setup.terms(), &acks, io::sink()).unwrap_err();
+    assert_eq!(failed.error.raw_os_error(), Some(Errno::EIO as i32));
+    assert_eq!(failed.back.state(), DeviceState::Running);
+    assert_eq!(handle.state(), DeviceState::Running);
+
+    for transfer in [OnOffAuto::On, OnOffAuto::Off] {
+        let setup = Setup {
+            transfer,
+            ..Setup::default()
+        };
+        let mut config = setup.config(1);
+        config.faults = faults(DeviceState::Resuming);
+        let (bad, bad_handle) = setup.realize(1, config);
+        let (good, good_handle) = setup.realize(2, setup.config(2));
+        let session = LoadSession::builder().settings(quick());
+        let failed = Incoming::setup(
+            vec![good, bad],
+            &setup.terms(),
+            session,
+            Box::new(|| Ok(())),
+        )
+        .unwrap_err();
+        assert_eq!(failed.error.raw_os_error(), Some(Errno::EIO as i32));
+        assert_eq!(failed.back.len(), 2, "{transfer:?}");
+        for (realized, handle) in failed.back.iter().zip([good_handle, bad_handle]) {
+            assert_eq!(realized.state(), DeviceState::Running);
+            assert_eq!(handle.state(), DeviceState::Running);
+        }
+    }
+}
+
+// ------------------------------------------------------------------- what a source may not say
+
+#[test]
+fn the_switchover_is_approved_once_when_every_device_that_asks_has_its_initial_data() {
+    let setup = Setup {
+        ack: Ack::Once,
+        ..Setup::default()
+    };
+    let terms = setup.terms();
+    let devices: Vec<_> = (1..=2)
+        .map(|number| setup.realize(number, setup.config(number.into())).0)
+        .collect();
+    let approvals = Arc::new(AtomicU32::new(0));
+    let counted = approvals.clone();
+    let approve = move || {
+        counted.fetch_add(1, SeqCst);
+        Ok(())
+    };
+    let session = LoadSession::builder().settings(quick());
+    let incoming = Incoming::setup(devices, &terms, session, Box::new(approve)).unwrap();
+    for (number, approved) in [(1, 0), (2, 1)] {
+        let body = Tag::InitDataSent.encode();
+        let device = incoming.device(&id(number)).unwrap();
+        device.load_state(&mut &body[..]).unwrap();
+        assert_eq!(approvals.load(SeqCst), approved);
+    }
+    refused(
+        load(&incoming, &[Tag::InitDataSent], b""),
+        Tag::InitDataSent,
+    );
+    assert_eq!(approvals.load(SeqCst), 1);
+    assert_eq!(incoming.abort().len(), 2);
+}
+
+#[test]
+fn each_request_is_approved_by_itself_where_acks_are_reusable() {
+    let setup = Setup {
+        ack: Ack::Reusable,
+        ..Setup::default()
+    };
+    let (incoming, _, approvals) = incoming(&setup);
+    for approved in 1..=3 {
+        load(&incoming, &[Tag::InitDataSent], b"").unwrap();
+        assert_eq!(approvals.load(SeqCst), approved);
+    }
+    incoming.switchover_start().unwrap();
+    refused(
+        load(&incoming, &[Tag::InitDataSent], b""),
+        Tag::InitDataSent,
+    );
+    assert_eq!(incoming.abort().len(), 1);
+}
+
+#[test]
+fn a_tag_that_was_not_asked_for_fails_the_load_and_resets_the_device() {
+    let _watchdog = Watchdog::new();
+    let stop_copy = MigrationFlags::STOP_COPY;
+    let off = OnOffAuto::Off;
+    let channels = Setup::default();
+    let waiting = Setup {
+        config_after_iterables: OnOffAuto::On,
+        ..Setup::default()
+    };
+    let main = Setup {
+        transfer: off,
+        config_after_iterables: OnOffAuto::On,
+        ..Setup::default()
+    };
+    let no_precopy = Setup {
+        flags: stop_copy,
+        ack: Ack::Once,
+        ..Setup::default()
+    };
+    let once = Tag::ConfigLoadReady;
+    // What comes before, then what is refused.
+    let cases: [(&Setup, bool, &[Tag], Tag); 7] = [
+        (&channels, false, &[], Tag::InitDataSent),
+        (&no_precopy, false, &[], Tag::InitDataSent),
+        (&channels, false, &[], once),
+        (&waiting, false, &[once], once),
+        (&main, false, &[], once),
+        (&channels, false, &[], Tag::Config),
+        (&channels, true, &[], Tag::Data),
+    ];
+    for (setup, switched, before, tag) in cases {
+        let (incoming, handle, _) = incoming(setup);
+        if switched {
+            incoming.switchover_start().unwrap();
+        }
+        for tag in before {
+            load(&incoming, &[*tag], b"").unwrap();
+        }
+        refused(load(&incoming, &[tag, Tag::EndOfState], b"data"), tag);
+        // It stays failed.
+        assert!(load(&incoming, &[Tag::EndOfState], b"").is_err());
+        assert!(incoming.failure().is_some());
+        let failed = incoming.finish().unwrap_err();
+        assert_eq!(failed.back[0].state(), DeviceState::Running);
+        assert_eq!(handle.state(), DeviceState::Running);
+        assert!(!handle.has_loaded());
+    }
+}
+
+#[test]
+fn a_second_switchover_start_fails_the_load() {
+    let _watchdog = Watchdog::new();
+    let (incoming, handle, _) = incoming(&Setup::default());
+    incoming.switchover_start().unwrap();
+    let error = incoming.switchover_start().unwrap_err();
+    assert!(matches!(
+        error.kind(),
+        ErrorKind::Protocol(Violation::Section(_))
+    ));
+    assert!(incoming.finish().is_err());
+    assert_eq!(handle.state(), DeviceState::Running);
+}
+
+#[test]
+fn a_source_that_sends_too_little_over_the_main_channel_is_found_out() {
+    let setup = Setup {
+        transfer: OnOffAuto::Off,
+        ..Setup::default()
+    };
+    // No config.
+    let (incoming, handle, _) = incoming(&setup);
+    load(&incoming, &[Tag::Data, Tag::EndOfState], b"part").unwrap();
+    incoming.switchover_start().unwrap();
+    let failed = incoming.finish().unwrap_err();
+    assert_eq!(*failed.error.kind(), ErrorKind::Missing);
+    assert_eq!(failed.error.device(), Some(&id(1)));
+    assert_eq!(handle.state(), DeviceState::Running);
+}
+
+#[test]
+fn an_incomplete_state_over_the_main_channel_is_refused_before_the_vm_starts() {
+    let setup = Setup {
+        transfer: OnOffAuto::Off,
+        ..Setup::default()
+    };
+    let (incoming, handle, _) = incoming(&setup);
+    load(&incoming, &[Tag::Data, Tag::EndOfState], b"part").unwrap();
+    let mut body = Vec::new();
+    let config = [&4_u32.to_be_bytes()[..], b"conf"].concat();
+    section::Writer::new(&mut body).config(&config).unwrap();
+    let device = incoming.device(&id(1)).unwrap();
+    let error = device.load_state(&mut &body[..]).unwrap_err();
+    assert_eq!(*error.kind(), ErrorKind::State);
+    let states = (DeviceState::Resuming, DeviceState::Stop);
+    assert_eq!(error.states(), Some(states));
+    assert!(incoming.finish().is_err());
+    assert_eq!(handle.state(), DeviceState::Running);
+}
+
+#[test]
+fn a_device_that_is_not_here_is_an_error_by_its_name() {
+    let (incoming, _, _) = incoming(&Setup::default());
+    let error = incoming.device(&id(77)).unwrap_err();
+    assert!(matches!(
+        error.kind(),
+        ErrorKind::Protocol(Violation::UnknownDevice { .. })
+    ));
+    assert_eq!(incoming.abort().len(), 1);
+}
+
+// -------------------------------------------------------------------------- what fails midway
+
+#[test]
+fn whatever_fails_at_the_switchover_the_devices_run_again() {
+    let _watchdog = Watchdog::new();
+    for transfer in [OnOffAuto::On, OnOffAuto::Off] {
+        let setup = Setup {
+            transfer,
+            ..Setup::default()
+        };
+        let cases: [(&str, Faults); 3] = [
+            (
+                "STOP_COPY refused",
+                Faults {
+                    transitions: vec![TransitionFault {
+                        on: On::Request {
+                            from: DeviceState::PreCopy,
+                            to: DeviceState::StopCopy,
+                        },
+                        which: Which::Every,
+                        errno: Errno::EIO as i32,
+                        leaves: None,
+                    }],
+                    ..Faults::default()
+                },
+            ),
+            (
+                "config refused",
+                Faults {
+                    calls: vec![CallFault {
+                        callback: Callback::SaveConfig,
+                        which: Which::Every,
+                        fault: Fault::Errno(Errno::EIO as i32),
+                    }],
+                    ..Faults::default()
+                },
+            ),
+            (
+                "config panics",
+                Faults {
+                    calls: vec![CallFault {
+                        callback: Callback::SaveConfig,
+                        which: Which::Every,
+                        fault: Fault::Panic,
+                    }],
+                    ..Faults::default()
+                },
+            ),
+        ];
+        for (what, faults) in cases {
+            let config = SimConfig {
+                faults,
+                ..setup.config(1)
+            };
+            let (bad, bad_handle) = setup.realize(1, config);
+            let (good, good_handle) = setup.realize(2, setup.config(2));
+            let acks = Acks::new(Ack::Off);
+            let sources: Vec<_> = [bad, good]
+                .into_iter()
+                .map(|it| Source::setup(it, &setup.terms(), &acks, io::sink()).unwrap())
+                .collect();
+            let (near, far) = UnixStream::pair().unwrap();
+            let reader = std::thread::spawn(move || io::copy(&mut &far, &mut io::sink()));
+            let session = SaveSession::builder().settings(quick()).channel(near);
+            let failed = match Switchover::begin(sources, session) {
+                Err(failed) => failed,
+                Ok(mut switchover) => {
+                    for number in [1, 2] {
+                        // After the first that fails, what is written does not matter.
+                        let _ = switchover.complete(&id(number), io::sink());
+                        let _ = switchover.config(&id(number), io::sink());
+                    }
+                    switchover.finish().unwrap_err()
+                }
+            };
+            assert_eq!(failed.error.device(), Some(&id(1)), "{transfer:?}, {what}");
+            assert_eq!(failed.back.len(), 2, "{transfer:?}, {what}");
+            for (realized, handle) in failed.back.iter().zip([bad_handle, good_handle]) {
+                assert_eq!(realized.state(), DeviceState::Running, "{what}");
+                assert_eq!(handle.state(), DeviceState::Running, "{what}");
+            }
+            reader.join().unwrap().unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_cancellation_and_a_late_failure_of_the_destination_put_devices_back() {
+    let _watchdog = Watchdog::new();
+    // Cancelled while nobody reads the channel.
+    let (source, handle, _) = source(Setup::default().config(1), Ack::Off);
+    let (near, far) = UnixStream::pair().unwrap();
+    let session = SaveSession::builder().settings(quick()).channel(near);
+    let switchover = Switchover::begin(vec![source], session).unwrap();
+    let back = switchover.abort();
+    assert_eq!(back[0].state(), DeviceState::Running);
+    assert_eq!(handle.state(), DeviceState::Running);
+    drop(far);
+
+    // All was sent, and then the destination failed.
+    let ended = migrate(&Setup::default());
+    let back = ended.saved.abort();
+    assert_eq!(back[0].state(), DeviceState::Running);
+    assert_eq!(ended.sources[0].state(), DeviceState::Running);
+
+    // On the destination.
+    for transfer in [OnOffAuto::On, OnOffAuto::Off] {
+        let (incoming, handle, _) = incoming(&Setup {
+            transfer,
+            ..Setup::default()
+        });
+        assert_eq!(handle.state(), DeviceState::Resuming);
+        let back = incoming.abort();
+        assert_eq!(back[0].state(), DeviceState::Running);
+        assert_eq!(handle.state(), DeviceState::Running);
+    }
+}
+
+#[test]
+fn sections_are_written_in_their_order_and_once() {
+    let _watchdog = Watchdog::new();
+    let off = Setup {
+        transfer: OnOffAuto::Off,
+        ..Setup::default()
+    };
+    let begin = || {
+        let (realized, handle) = off.realize(1, off.config(1));
+        let acks = Acks::new(Ack::Off);
+        let source = Source::setup(realized, &off.terms(), &acks, io::sink()).unwrap();
+        let switchover = Switchover::begin(vec![source], SaveSession::builder()).unwrap();
+        (switchover, handle)
+    };
+    let misuses: [fn(&mut Switchover) -> vfio_migration::Result<()>; 3] = [
+        |it| it.config(&id(1), io::sink()),
+        |it| it.complete(&id(7), io::sink()),
+        |it| {
+            it.complete(&id(1), io::sink())?;
+            it.complete(&id(1), io::sink())
+        },
+    ];
+    for misuse in misuses {
+        let (mut switchover, handle) = begin();
+        let error = misuse(&mut switchover).unwrap_err();
+        assert!(matches!(error.kind(), ErrorKind::Config(_)));
+        assert!(switchover.finish().is_err());
+        assert_eq!(handle.state(), DeviceState::Running);
+    }
+    let (switchover, _) = begin();
+    let failed = switchover.finish().unwrap_err();
+    assert!(matches!(failed.error.kind(), ErrorKind::Config(_)));
+}
+
+#[test]
+fn a_session_that_has_ended_since_its_data_was_sent_is_not_completed() {
+    let (mut source, handle, _) = source(Setup::default().config(1), Ack::Off);
+    assert!(source.iterate(io::sink()).unwrap().bytes > 0);
+    let mut all = [source];
+    state::stop(&mut all, state::Reason::Pause).unwrap();
+    assert_eq!(handle.state(), DeviceState::StopCopy);
+    // The VM goes on: the device begins anew, and the destination would get its front twice.
+    state::start(&mut all).unwrap();
+    let (near, _far) = UnixStream::pair().unwrap();
+    let session = SaveSession::builder().channel(near);
+    let failed = Switchover::begin(all.into(), session).unwrap_err();
+    assert!(matches!(failed.error.kind(), ErrorKind::Config(_)));
+    assert_eq!(failed.back[0].state(), DeviceState::Running);
+}
+
+#[test]
+fn several_devices_without_p2p_do_not_switch_over() {
+    let setup = Setup {
+        flags: MigrationFlags::STOP_COPY,
+        ..Setup::default()
+    };
+    let acks = Acks::new(Ack::Off);
+    let sources: Vec<_> = (1..=2)
+        .map(|number| {
+            let (realized, _) = setup.realize(number, setup.config(1));
+            Source::setup(realized, &setup.terms(), &acks, io::sink()).unwrap()
+        })
+        .collect();
+    let failed = Switchover::begin(sources, SaveSession::builder()).unwrap_err();
+    let kind = ErrorKind::Unmigratable(Refusal::SeveralWithoutP2p);
+    assert_eq!(*failed.error.kind(), kind);
+    assert_eq!(failed.back.len(), 2);
+}
+
+#[test]
+fn events_come_where_they_are_asked_for_and_the_slow_change_is_announced() {
+    for events in [false, true] {
+        let setup = Setup::default();
+        let device = SimDevice::new(setup.config(1)).unwrap();
+        let handle = device.handle();
+        let device = Device::new(id(1), Box::new(device)).unwrap();
+        let mut settings = DeviceSettings::default();
+        settings.events = events;
+        let realized = Realized::new(device, settings);
+        let acks = Acks::new(Ack::Off);
+        let source = Source::setup(realized, &setup.terms(), &acks, io::sink()).unwrap();
+        let mut all = [source];
+        state::stop(&mut all, state::Reason::FinishMigration).unwrap();
+        let expected: &[StateEvent] = &[
+            StateEvent::State(DeviceState::PreCopy),
+            StateEvent::PreCopyP2pPrepare,
+            StateEvent::State(DeviceState::PreCopyP2p),
+            StateEvent::State(DeviceState::StopCopy),
+        ];
+        assert_eq!(handle.events(), if events { expected } else { &[] });
+    }
 }

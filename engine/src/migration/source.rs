@@ -85,6 +85,8 @@ pub struct Source {
     asks: bool,
     /// Whether it has said that its initial data is sent, since it asked last.
     init_sent: bool,
+    /// Why its migration has failed, where that was when the VM stopped.
+    failure: Option<Error>,
 }
 
 impl Source {
@@ -122,6 +124,7 @@ impl Source {
             dirty: 0,
             asks: false,
             init_sent: false,
+            failure: None,
         };
         match source.set_up(terms, body) {
             Ok(()) => Ok(source),
@@ -321,7 +324,14 @@ impl Source {
         Ok(())
     }
 
-    /// The VM is about to stop for the migration's end: the last chance for a device to object.
+    /// The VM is about to stop for the migration's end: from now on no device may ask it to wait.
+    pub(super) fn decide(&self) -> Result<()> {
+        self.acks
+            .decide()
+            .map_err(|error| error.on_device(self.id()))
+    }
+
+    /// The last look before the device stops.
     pub(super) fn decided(&mut self) -> Result<()> {
         if self.is_active() && self.acks.mode() == Ack::Reusable {
             self.query_precopy()?;
@@ -329,14 +339,17 @@ impl Source {
         Ok(())
     }
 
-    /// The switchover begins: from now on nobody may object.
-    pub(super) fn decide(&self) -> Result<()> {
-        self.acks.decide()
+    /// Its migration has failed.
+    pub(super) fn failed(&mut self, error: &Error) {
+        self.failure.get_or_insert_with(|| error.clone());
     }
 
-    /// The data that has been sent was of a session that is over, and the next begins at the front
-    /// again: the destination would get it twice.
-    pub(super) fn check_session(&self) -> Result<()> {
+    /// Whether it can be completed. Not where the data that has been sent was of a session that is
+    /// over: the next begins at the front again, and the destination would get that twice.
+    pub(super) fn check(&self) -> Result<()> {
+        if let Some(error) = &self.failure {
+            return Err(error.clone());
+        }
         if self.counters.main_bytes.get() > 0 && !self.device.state().is_saving() {
             let kind = ErrorKind::Config("the device's session has ended since it was iterated");
             return Err(Error::new(kind, Phase::Save).on_device(self.id()));

@@ -396,7 +396,7 @@ fn check(sources: &[Source], session: &SaveBuilder) -> Result<()> {
         return Err(Error::new(kind, Phase::Save).on_device(source.id()));
     }
     for source in sources {
-        source.check_session()?;
+        source.check()?;
     }
     first.decide()
 }

@@ -21,7 +21,7 @@ use std::{
 use super::{Realized, Source, at_once};
 use crate::{
     device::{Device, Recover},
-    error::Result,
+    error::{Error, Result},
     state::{DeviceState, MigrationFlags},
     trace,
 };
@@ -58,10 +58,22 @@ pub trait Member: sealed::Sealed + Send {
     #[doc(hidden)]
     fn device(&mut self) -> &mut Device;
 
-    /// Between the columns of a stop for the migration's end.
+    /// Before a stop for the migration's end.
+    #[doc(hidden)]
+    fn decide(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Between the columns of one.
     #[doc(hidden)]
     fn between(&mut self) -> Result<()> {
         Ok(())
+    }
+
+    /// Its part of one has failed.
+    #[doc(hidden)]
+    fn failed(&mut self, error: &Error) {
+        let _ = error;
     }
 
     /// What its part of a stop for the migration's end, or of a start, has taken.
@@ -88,8 +100,16 @@ impl Member for Source {
         &mut self.device
     }
 
+    fn decide(&mut self) -> Result<()> {
+        Self::decide(self)
+    }
+
     fn between(&mut self) -> Result<()> {
         self.decided()
+    }
+
+    fn failed(&mut self, error: &Error) {
+        Self::failed(self, error);
     }
 
     fn took(&mut self, time: Duration) {
@@ -104,8 +124,16 @@ impl<M: Member + ?Sized> Member for &mut M {
         (**self).device()
     }
 
+    fn decide(&mut self) -> Result<()> {
+        (**self).decide()
+    }
+
     fn between(&mut self) -> Result<()> {
         (**self).between()
+    }
+
+    fn failed(&mut self, error: &Error) {
+        (**self).failed(error);
     }
 
     fn took(&mut self, time: Duration) {
@@ -143,8 +171,14 @@ impl<M: Member + ?Sized> Member for &mut M {
 /// The first device's that refused: it was reset and, where that was before the second column,
 /// stopped after all. The migration, if there is one, has failed. Also
 /// [`ErrorKind::LateRequest`](crate::ErrorKind::LateRequest), where a device has new initial data
-/// only now.
+/// only now; and where the switchover has not been acknowledged, [`ErrorKind::Config`].
+///
+/// [`ErrorKind::Config`]: crate::ErrorKind::Config
 pub fn stop<M: Member>(devices: &mut [M], reason: Reason) -> Result<()> {
+    let ends = reason == Reason::FinishMigration;
+    // From here on no device may ask for the switchover to wait.
+    let decide = |member: &mut M| if ends { member.decide() } else { Ok(()) };
+    let decided: Vec<_> = devices.iter_mut().map(decide).collect();
     let prepared = at_once(devices, |member| {
         let since = Instant::now();
         let device = member.device();
@@ -158,7 +192,7 @@ pub fn stop<M: Member>(devices: &mut [M], reason: Reason) -> Result<()> {
         }
         let result = device.set_state(asked, Recover::Reset);
         trace::vmstate_change_prepare(device.id(), false, reason, device.state());
-        if reason == Reason::FinishMigration {
+        if ends {
             member.took(since.elapsed());
         }
         result
@@ -166,26 +200,33 @@ pub fn stop<M: Member>(devices: &mut [M], reason: Reason) -> Result<()> {
     // The barrier: all are through the first column.
     let stopped = at_once(devices, |member| {
         let since = Instant::now();
-        let kept = match reason {
-            Reason::FinishMigration => member.between(),
-            Reason::Pause | Reason::Other => Ok(()),
-        };
+        let kept = if ends { member.between() } else { Ok(()) };
         let device = member.device();
-        let ends = matches!(reason, Reason::FinishMigration | Reason::Pause);
+        let goes_on = ends || reason == Reason::Pause;
         let asked = match device.state() {
-            state if state.is_precopy() && ends => DeviceState::StopCopy,
+            state if state.is_precopy() && goes_on => DeviceState::StopCopy,
             state if runs(state) => DeviceState::Stop,
             // It is not the VM that holds it.
             _ => return kept,
         };
         let result = device.set_state(asked, Recover::Reset);
         trace::vmstate_change(device.id(), false, reason, device.state());
-        if reason == Reason::FinishMigration {
+        if ends {
             member.took(since.elapsed());
         }
         kept.and(result)
     });
-    prepared.into_iter().chain(stopped).collect()
+    let results = decided.into_iter().zip(prepared).zip(stopped);
+    let results = results.map(|((decided, prepared), stopped)| decided.and(prepared).and(stopped));
+    // The first in the devices' order; each device keeps its own.
+    let mut first = Ok(());
+    for (member, result) in devices.iter_mut().zip(results) {
+        if let Err(error) = &result {
+            member.failed(error);
+        }
+        first = first.and(result);
+    }
+    first
 }
 
 /// Whether the device works in this state.
