@@ -1,100 +1,37 @@
 //! The wire modules against migrations recorded between two QEMUs: every byte is accounted for, and
 //! what is decoded encodes to the same bytes.
 //!
-//! `data/` holds one folder for each: 01, 05 and 10 are of QEMU 10.0.2, 22 of QEMU 11.1.3. There,
-//! `NN-c2s.bin` is a connection from source to destination, 00 the main channel; `-s2c` is the
-//! other way; `expected.json` says what was sent, as seen at both ends.
+//! See `capture` for what is recorded.
+
+mod capture;
 
 use std::{
     collections::{BTreeMap, HashMap},
-    fs,
     io::Read,
-    path::PathBuf,
 };
 
+use capture::{Capture, id, list, number, sha256, text, vfio_only};
 use serde_json::Value;
-use sha2::{Digest, Sha256};
 use vfio_migration::{
     DeviceId, Result,
     section::{self, SectionSink, Tag, load_state},
-    stream::{Command, Event, Reader, Reply, Section, SectionKind, Writer},
+    stream::{Command, Event, Reader, Reply, Section, Writer},
     wire::{
         DEFAULT_MAX_PACKET, DeviceKey, Frame, Framer, PageSize, Walk, config_body, encode_packet,
         encode_sync, wrap_config,
     },
 };
 
-const CAPTURES: [&str; 4] = [
+const CAPTURES: [&str; 5] = [
     "01-xfer-on-1dev-2ch",
     "05-xfer-on-2dev-3ch",
+    "06-xfer-on-1dev-big-2.5MB-4ch",
     "10-xfer-on-1dev-paused",
     "22-qemu11-xfer-on-cfg-after-iter-on",
 ];
 
-struct Capture {
-    folder: PathBuf,
-    expected: Value,
-}
-
-impl Capture {
-    fn all() -> impl Iterator<Item = Self> {
-        CAPTURES.into_iter().map(|name| {
-            let folder: PathBuf = [env!("CARGO_MANIFEST_DIR"), "tests", "data", name]
-                .iter()
-                .collect();
-            let expected = fs::read(folder.join("expected.json")).expect("a capture's file");
-            let expected = serde_json::from_slice(&expected).expect("JSON");
-            Self { folder, expected }
-        })
-    }
-
-    fn file(&self, name: &str) -> Vec<u8> {
-        fs::read(self.folder.join(name)).expect("a capture's file")
-    }
-
-    fn channels(&self) -> Vec<Vec<u8>> {
-        list(&self.expected["channels"])
-            .iter()
-            .map(|name| self.file(text(name)))
-            .collect()
-    }
-
-    /// Every VFIO section of the main channel: its bytes, and what is known about it.
-    fn sections<'a>(&'a self, main: &'a [u8]) -> impl Iterator<Item = (&'a [u8], &'a Value)> {
-        list(&self.expected["sections"]).iter().map(|section| {
-            (
-                &main[number(&section["offset"])..number(&section["end"])],
-                section,
-            )
-        })
-    }
-}
-
-fn list(value: &Value) -> &[Value] {
-    value.as_array().expect("a list")
-}
-
-fn text(value: &Value) -> &str {
-    value.as_str().expect("text")
-}
-
-fn number(value: &Value) -> usize {
-    value
-        .as_u64()
-        .and_then(|number| number.try_into().ok())
-        .expect("a number")
-}
-
-fn id(value: &Value) -> DeviceId {
-    let instance = u32::try_from(number(&value["instance"])).expect("an instance id");
-    DeviceId::new(text(&value["idstr"]), instance).expect("a device's name")
-}
-
-fn sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes)
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+fn captures() -> impl Iterator<Item = Capture> {
+    CAPTURES.into_iter().map(Capture::open)
 }
 
 /// What a device gets, by whichever way.
@@ -153,7 +90,7 @@ fn collect(channels: &[Vec<u8>], devices: &mut HashMap<DeviceId, Device>) {
 #[test]
 fn every_channel_is_walked_to_its_last_byte_and_encodes_to_the_same_bytes() {
     let page_size = PageSize::new(4096).expect("a page size");
-    for capture in Capture::all() {
+    for capture in captures() {
         let channels = capture.channels();
         let count = u32::try_from(channels.len()).expect("a few");
         let mut ids = Vec::new();
@@ -197,7 +134,7 @@ fn every_channel_is_walked_to_its_last_byte_and_encodes_to_the_same_bytes() {
 
 #[test]
 fn the_devices_get_the_state_that_the_source_read() {
-    for capture in Capture::all() {
+    for capture in captures() {
         let mut devices = HashMap::new();
         collect(&capture.channels(), &mut devices);
         let main = capture.file(text(&capture.expected["main"]));
@@ -232,34 +169,6 @@ fn the_devices_get_the_state_that_the_source_read() {
             assert_eq!(sha256(&whole), text(&expected["whole_sha256"]));
         }
     }
-}
-
-/// The main channel without what only a VMM can walk: the other devices' sections.
-fn vfio_only(capture: &Capture, main: &[u8]) -> Vec<u8> {
-    // Header, configuration, two commands; then the first section, which is RAM's.
-    let front = 8 + (5 + 11) + 5 + 9;
-    assert_eq!(main[front], SectionKind::Start as u8);
-    let mut bytes = main[..front].to_vec();
-    let command = number(&capture.expected["switchover_start_offset"]);
-    let mut sections: Vec<_> = capture
-        .sections(main)
-        .map(|(bytes, section)| (number(&section["offset"]), bytes))
-        .collect();
-    sections.push((command, &main[command..command + 5]));
-    sections.sort_unstable_by_key(|(offset, _)| *offset);
-    for (_, section) in sections {
-        bytes.extend(section);
-    }
-    // The description goes to the very end, and so its length finds its beginning.
-    let tail = (0..main.len() - 6)
-        .rev()
-        .find(|&at| {
-            let left = u32::try_from(main.len() - at - 6).expect("small");
-            main[at..at + 2] == [0, 6] && main[at + 2..at + 6] == left.to_be_bytes()
-        })
-        .expect("a description");
-    bytes.extend(&main[tail..]);
-    bytes
 }
 
 fn read_sections(capture: &Capture, main: &[u8], devices: &mut HashMap<DeviceId, Device>) {
@@ -340,7 +249,7 @@ fn write_body(output: &mut Vec<u8>, tags: &[(Tag, u64)], data: &[u8]) {
 
 #[test]
 fn the_return_path_is_read() {
-    for capture in Capture::all() {
+    for capture in captures() {
         let path = capture.file("00-s2c.bin");
         let mut rest = &path[..];
         let mut encoded = Vec::new();
@@ -359,7 +268,7 @@ fn the_return_path_is_read() {
 
 #[test]
 fn a_key_is_the_same_for_each_of_a_devices_packets() {
-    for capture in Capture::all() {
+    for capture in captures() {
         let known: Vec<_> = list(&capture.expected["devices"])
             .iter()
             .map(|device| DeviceKey::new(&id(device)))

@@ -1,0 +1,461 @@
+//! QEMU as the peer: migrations that were recorded between two of them end in our destination as
+//! they did in QEMU's, and our source sends for the same devices what QEMU's has sent, byte for
+//! byte, save for which channel a packet takes.
+#![allow(missing_docs, reason = "a test")]
+
+mod capture;
+mod common;
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::{self, Read, Write},
+    os::{
+        fd::{BorrowedFd, OwnedFd},
+        unix::{fs::FileExt, net::UnixStream},
+    },
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU32, Ordering::SeqCst},
+    },
+    thread,
+};
+
+use capture::{Capture, id, list, number, sha256, text, vfio_only};
+use common::Watchdog;
+use nix::{errno::Errno, sys::memfd};
+use vfio_migration::{
+    Channel, Device, DeviceId, DeviceState, LoadSession, MigrationDevice, MigrationFlags,
+    PrecopyInfo, RamSink, SaveSession, Settings,
+    migration::{
+        Ack, Acks, DeviceSettings, Incoming, OnOffAuto, Realized, Source, Switchover, Terms, vm,
+    },
+    stream::{Command, Event, Reader, Section, SectionKind, Writer},
+    wire::{DEFAULT_MAX_PACKET, Frame, Framer, PageSize, Walk, wrap_config},
+};
+
+const CAPTURES: [&str; 6] = [
+    "01-xfer-on-1dev-2ch",
+    "05-xfer-on-2dev-3ch",
+    "06-xfer-on-1dev-big-2.5MB-4ch",
+    "09-xfer-off-1dev-big-2.5MB",
+    "10-xfer-on-1dev-paused",
+    "22-qemu11-xfer-on-cfg-after-iter-on",
+];
+
+/// What a device holds, as the kernel's driver and the VMM would.
+#[derive(Clone, Debug, Default)]
+struct Contents {
+    whole: Vec<u8>,
+    /// How much of it can be read in PRE_COPY.
+    precopy: usize,
+    config: Vec<u8>,
+    states: Vec<DeviceState>,
+}
+
+/// A device with contents given, or to be got, in a file.
+struct Buffered {
+    state: DeviceState,
+    contents: Arc<Mutex<Contents>>,
+    /// The session's.
+    file: Option<File>,
+    read: usize,
+    /// The VMM's own knowledge of its config.
+    config_len: usize,
+}
+
+impl Buffered {
+    fn new(contents: Arc<Mutex<Contents>>, config_len: usize) -> Self {
+        Self {
+            state: DeviceState::Running,
+            contents,
+            file: None,
+            read: 0,
+            config_len,
+        }
+    }
+
+    fn begin(&mut self, bytes: &[u8]) -> io::Result<OwnedFd> {
+        let file = File::from(memfd::memfd_create("device", memfd::MFdFlags::MFD_CLOEXEC)?);
+        file.write_all_at(bytes, 0)?;
+        self.read = 0;
+        let theirs = file.try_clone()?;
+        self.file = Some(file);
+        Ok(theirs.into())
+    }
+
+    fn left(&self) -> usize {
+        self.contents.lock().unwrap().precopy - self.read
+    }
+}
+
+impl MigrationDevice for Buffered {
+    fn flags(&self) -> io::Result<MigrationFlags> {
+        Ok(MigrationFlags::from_bits(7))
+    }
+
+    fn state(&self) -> io::Result<DeviceState> {
+        Ok(self.state)
+    }
+
+    fn set_state(&mut self, new: DeviceState) -> io::Result<Option<OwnedFd>> {
+        let before = self.state;
+        let fd = if new.is_saving() && !before.is_saving() {
+            let whole = self.contents.lock().unwrap().whole.clone();
+            Some(self.begin(&whole)?)
+        } else if new == DeviceState::Resuming {
+            Some(self.begin(b"")?)
+        } else {
+            None
+        };
+        if before == DeviceState::Resuming {
+            let file = self.file.take().unwrap();
+            let mut whole = vec![0; usize::try_from(file.metadata()?.len()).unwrap()];
+            file.read_exact_at(&mut whole, 0)?;
+            self.contents.lock().unwrap().whole = whole;
+        }
+        self.contents.lock().unwrap().states.push(new);
+        self.state = new;
+        Ok(fd)
+    }
+
+    fn reset(&mut self) -> io::Result<()> {
+        self.state = DeviceState::Running;
+        Ok(())
+    }
+
+    fn data_size(&self) -> io::Result<u64> {
+        Ok(self.contents.lock().unwrap().whole.len() as u64)
+    }
+
+    fn precopy_info(&self, _fd: BorrowedFd<'_>) -> io::Result<PrecopyInfo> {
+        Ok(PrecopyInfo {
+            initial_bytes: self.left() as u64,
+            ..PrecopyInfo::default()
+        })
+    }
+
+    fn read_precopy(&mut self, fd: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
+        let len = self.left().min(buffer.len());
+        if len == 0 {
+            return Err(Errno::ENOMSG.into());
+        }
+        let count = nix::unistd::read(fd, &mut buffer[..len])?;
+        self.read += count;
+        Ok(count)
+    }
+
+    fn save_config(&mut self, writer: &mut dyn Write) -> io::Result<()> {
+        writer.write_all(&self.contents.lock().unwrap().config)
+    }
+
+    fn load_config(&mut self, reader: &mut dyn Read) -> io::Result<()> {
+        let mut config = vec![0; self.config_len];
+        reader.read_exact(&mut config)?;
+        self.contents.lock().unwrap().config = config;
+        Ok(())
+    }
+}
+
+/// A VMM's RAM migrator, as far as it matters here.
+struct Ram(Arc<AtomicU32>);
+
+impl RamSink for Ram {
+    fn ram(&mut self, _header: &[u8], pages: &mut dyn Read) -> io::Result<()> {
+        self.0.fetch_add(1, SeqCst);
+        io::copy(pages, &mut io::sink()).map(|_| ())
+    }
+
+    fn sync(&mut self, _header: &[u8]) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+struct Case {
+    name: &'static str,
+    capture: Capture,
+    transfer: OnOffAuto,
+    terms: Terms,
+    ids: Vec<DeviceId>,
+}
+
+fn cases() -> impl Iterator<Item = Case> {
+    CAPTURES.into_iter().map(|name| {
+        let capture = Capture::open(name);
+        let mut terms = Terms::default();
+        terms.switchover_ack = Ack::Once;
+        terms.config_after_iterables = if name.contains("cfg-after-iter-on") {
+            OnOffAuto::On
+        } else {
+            OnOffAuto::Off
+        };
+        let transfer = if name.contains("xfer-off") {
+            OnOffAuto::Off
+        } else {
+            OnOffAuto::On
+        };
+        let ids = list(&capture.expected["devices"]).iter().map(id).collect();
+        Case {
+            name,
+            capture,
+            transfer,
+            terms,
+            ids,
+        }
+    })
+}
+
+impl Case {
+    /// Bytes of a config, without its tags.
+    fn config_len(&self) -> usize {
+        let packets = number(&self.capture.expected["devices"][0]["config_bytes"]);
+        let sections = list(&self.capture.expected["sections"]).iter();
+        let mut tags = sections.flat_map(|section| list(&section["tags"]));
+        let section = tags.find(|tag| text(&tag[0]) == "CONFIG");
+        section.map_or_else(|| packets - 16, |tag| number(&tag[1]))
+    }
+
+    fn realize(&self, id: &DeviceId, contents: Contents) -> (Realized, Arc<Mutex<Contents>>) {
+        let contents = Arc::new(Mutex::new(contents));
+        let device = Buffered::new(contents.clone(), self.config_len());
+        let device = Device::new(id.clone(), Box::new(device)).unwrap();
+        let mut settings = DeviceSettings::default();
+        settings.transfer = self.transfer;
+        (Realized::new(device, settings), contents)
+    }
+
+    /// Reads everything, as a destination does, and gives what the devices have got.
+    fn load(&self) -> Vec<Contents> {
+        let (devices, contents): (Vec<_>, Vec<_>) = self
+            .ids
+            .iter()
+            .map(|id| self.realize(id, Contents::default()))
+            .unzip();
+        let pages = Arc::new(AtomicU32::new(0));
+        let mut session = LoadSession::builder();
+        let mut sources = Vec::new();
+        for bytes in self.capture.channels() {
+            let (mut near, far) = UnixStream::pair().unwrap();
+            session = session.channel(Channel::from(far).with_ram_sink(Ram(pages.clone())));
+            sources.push(thread::spawn(move || near.write_all(&bytes)));
+        }
+        let acks = Arc::new(AtomicU32::new(0));
+        let counted = acks.clone();
+        let approve = move || {
+            counted.fetch_add(1, SeqCst);
+            Ok(())
+        };
+        let incoming = Incoming::setup(devices, &self.terms, session, Box::new(approve)).unwrap();
+
+        let main = self.capture.file(text(&self.capture.expected["main"]));
+        let main = vfio_only(&self.capture, &main);
+        let mut reader = Reader::open(&main[..]).unwrap();
+        while let Some(event) = reader.next_event().unwrap() {
+            match event {
+                Event::Section(section) => {
+                    let device = incoming.device(&section.owner).unwrap();
+                    assert_eq!(device.uses_multifd(), self.transfer == OnOffAuto::On);
+                    device.load_state(reader.body().unwrap()).unwrap();
+                    reader.footer().unwrap();
+                }
+                Event::Command(Command::SwitchoverStart) => incoming.switchover_start().unwrap(),
+                _ => {}
+            }
+        }
+        assert_eq!(acks.load(SeqCst), 1, "{}: as on its return path", self.name);
+        let mut loaded = incoming.finish().unwrap();
+        vm::start(loaded.devices_mut()).unwrap();
+        let back = loaded.join().unwrap();
+        assert!(back.iter().all(|it| it.state() == DeviceState::Running));
+        for source in sources {
+            source.join().unwrap().unwrap();
+        }
+        // From 06 and 09 they are cut.
+        let has_ram = self.capture.expected["cut"].is_null();
+        assert_eq!(pages.load(SeqCst) > 0, has_ram);
+        let contents = contents.iter();
+        contents.map(|it| it.lock().unwrap().clone()).collect()
+    }
+}
+
+#[test]
+fn our_destination_ends_as_qemus_did() {
+    let _watchdog = Watchdog::new();
+    for case in cases() {
+        let expected = list(&case.capture.expected["devices"]);
+        for (contents, expected) in case.load().iter().zip(expected) {
+            assert_eq!(contents.whole.len(), number(&expected["whole_bytes"]));
+            let whole = sha256(&contents.whole);
+            assert_eq!(whole, text(&expected["whole_sha256"]), "{}", case.name);
+            if case.transfer == OnOffAuto::On {
+                let config = sha256(&wrap_config(&contents.config));
+                assert_eq!(config, text(&expected["config_sha256"]), "{}", case.name);
+            } else {
+                let main = case.capture.file("00-c2s.bin");
+                let tag = wrap_config(&contents.config);
+                let mut bodies = case.capture.sections(&main).map(|(bytes, _)| bytes);
+                assert!(bodies.any(|bytes| bytes[..bytes.len() - 5].ends_with(&tag)));
+            }
+            // As QEMU's, but for STOP, in which the driver's check fails the load by name.
+            assert_eq!(
+                contents.states,
+                [
+                    DeviceState::Resuming,
+                    DeviceState::Stop,
+                    DeviceState::RunningP2p,
+                    DeviceState::Running
+                ]
+            );
+        }
+    }
+}
+
+/// The frames of device state by device and idx, and the channels' hellos.
+type Frames = (BTreeMap<(DeviceId, u32), Vec<u8>>, Vec<Vec<u8>>);
+
+fn frames(channels: &[Vec<u8>]) -> Frames {
+    let page_size = PageSize::new(4096).unwrap();
+    let (mut packets, mut hellos) = (BTreeMap::new(), Vec::new());
+    for channel in channels {
+        let mut sync = 0;
+        let framer = Framer::new(Some(page_size), DEFAULT_MAX_PACKET);
+        for (at, located) in Walk::new(channel, framer).enumerate() {
+            let located = located.unwrap();
+            match located.frame {
+                Frame::Hello(_) => hellos.push(located.header.to_vec()),
+                Frame::Sync { .. } if at == 1 => sync += 1,
+                Frame::DeviceState(packet) => {
+                    let key = packet.header.key().id().unwrap();
+                    let bytes = [located.header, located.payload].concat();
+                    let twice = packets.insert((key, packet.packet.index), bytes);
+                    assert!(twice.is_none());
+                }
+                _ => {}
+            }
+        }
+        assert_eq!(sync, 1, "a channel begins with a hello and a SYNC");
+    }
+    hellos.sort_unstable();
+    (packets, hellos)
+}
+
+#[test]
+fn our_source_sends_what_qemus_did() {
+    use DeviceState::{PreCopy, PreCopyP2p, Stop, StopCopy};
+    let _watchdog = Watchdog::new();
+    for case in cases() {
+        let main = case.capture.file("00-c2s.bin");
+        let acks = Acks::new(Ack::Once);
+        let mut at_rest: Vec<_> = case
+            .load()
+            .into_iter()
+            .zip(&case.ids)
+            .map(|(contents, id)| {
+                let contents = Contents {
+                    precopy: 24,
+                    states: Vec::new(),
+                    ..contents
+                };
+                Some(case.realize(id, contents))
+            })
+            .collect();
+        let mut under_way = Vec::new();
+        let mut contents = Vec::new();
+
+        let count = case.capture.channels().len().max(1);
+        let mut session = SaveSession::builder().settings(Settings::default());
+        let mut readers = Vec::new();
+        for _ in 0..count {
+            let (near, mut far) = UnixStream::pair().unwrap();
+            session = session.channel(near);
+            readers.push(thread::spawn(move || {
+                let mut bytes = Vec::new();
+                far.read_to_end(&mut bytes).map(|_| bytes)
+            }));
+        }
+        let mut session = Some(session);
+        let mut switchover: Option<Switchover> = None;
+        // Each of QEMU's sections in its turn.
+        for (expected, section) in case.capture.sections(&main) {
+            let owner = id(section);
+            let at = case.ids.iter().position(|id| *id == owner).unwrap();
+            let kind = match number(&section["type"]) {
+                1 => SectionKind::Start,
+                2 => SectionKind::Part,
+                3 => SectionKind::End,
+                4 => SectionKind::Full,
+                other => panic!("{other}"),
+            };
+            if kind == SectionKind::End && switchover.is_none() {
+                acks.received();
+                // A paused VM has stopped long before.
+                if !case.name.contains("paused") {
+                    vm::stop(&mut under_way, vm::Reason::FinishMigration).unwrap();
+                }
+                let sources = std::mem::take(&mut under_way);
+                let begun = Switchover::begin(sources, session.take().unwrap());
+                switchover = Some(begun.unwrap());
+            }
+            let mut writer = Writer::open(Vec::new()).unwrap();
+            let number = u32::try_from(number(&section["section_id"])).unwrap();
+            writer
+                .write(&Event::Section(Section {
+                    kind,
+                    id: number,
+                    owner: owner.clone(),
+                    version: 1,
+                }))
+                .unwrap();
+            let body = writer.body();
+            match kind {
+                SectionKind::Start => {
+                    let (realized, its) = at_rest[at].take().unwrap();
+                    contents.push(its);
+                    let source = Source::setup(realized, &case.terms, &acks, body);
+                    under_way.push(source.unwrap());
+                }
+                SectionKind::Part => {
+                    under_way[at].iterate(body).unwrap();
+                }
+                SectionKind::End => {
+                    let switchover = switchover.as_mut().unwrap();
+                    switchover.complete(&owner, body).unwrap();
+                }
+                SectionKind::Full => {
+                    let switchover = switchover.as_mut().unwrap();
+                    switchover.config(&owner, body).unwrap();
+                }
+            }
+            writer.footer(number).unwrap();
+            let ours = writer.into_inner();
+            assert!(ours[8..] == *expected, "{}: {kind:?} of {owner}", case.name);
+        }
+        let saved = switchover.unwrap().finish().unwrap();
+        let devices = saved.cleanup().unwrap();
+        assert!(devices.iter().all(|it| it.state() == Stop));
+        let sent: Vec<_> = readers
+            .into_iter()
+            .map(|reader| reader.join().unwrap().unwrap())
+            .collect();
+        if case.transfer == OnOffAuto::On {
+            let (ours, our_hellos) = frames(&sent);
+            let (theirs, their_hellos) = frames(&case.capture.channels());
+            assert!(ours.keys().eq(theirs.keys()), "{}", case.name);
+            for (key, bytes) in &ours {
+                assert!(theirs[key] == *bytes, "{}: {key:?}", case.name);
+            }
+            assert_eq!(our_hellos, their_hellos, "{}", case.name);
+        } else {
+            assert!(sent.iter().all(Vec::is_empty), "the channels are not used");
+        }
+        // The states that QEMU's trace tells of.
+        let expected: &[DeviceState] = if case.name.contains("paused") {
+            &[PreCopy, StopCopy, Stop]
+        } else {
+            &[PreCopy, PreCopyP2p, StopCopy, Stop]
+        };
+        for contents in contents {
+            assert_eq!(contents.lock().unwrap().states, expected, "{}", case.name);
+        }
+    }
+}
