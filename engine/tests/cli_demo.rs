@@ -53,12 +53,42 @@ fn the_json_says_what_the_table_does() {
         for time in ["seconds", "starved_seconds", "blocked_seconds"] {
             assert!(device[time].as_f64().unwrap() >= 0.0);
         }
+        let took = |side: &str, phase: &str| device[side][phase].as_f64().unwrap();
+        for phase in ["stop", "read", "wire", "config"] {
+            assert!(took("source", phase) > 0.0, "{phase}");
+        }
+        for phase in ["set_state", "write", "config", "resume"] {
+            assert!(took("destination", phase) > 0.0, "{phase}");
+        }
+        for (side, phase) in [("source", "write"), ("destination", "read")] {
+            assert_eq!(took(side, phase), 0.0, "{phase}");
+        }
         assert!(device["gb_per_second"].as_f64().unwrap() > 0.0);
         assert!(device["writing_seconds"].as_f64().unwrap() > 0.0);
     }
     assert_eq!(json["totals"]["state_bytes"], 6 << 20);
     assert_eq!(json["totals"]["channels"], 2);
     assert_eq!(json["totals"]["late_wakeups"], 0);
+}
+
+#[test]
+fn the_downtimes_phases_stand_below_the_table() {
+    let ended = run(words("demo --devices 2 --state 2MiB"));
+    let line = |device: &str, side: &str| {
+        let mut lines = ended.stdout.lines();
+        let found = lines.find(|line| line.starts_with(device) && line.contains(side));
+        found.expect("a line of the device's side").to_owned()
+    };
+    for device in ["0000:00:00.0", "0000:00:01.0"] {
+        let source = line(device, "  source  ");
+        let destination = line(device, "  destination  ");
+        for phase in [" stop ", " read ", " wire ", " config "] {
+            assert!(source.contains(phase), "{source}");
+        }
+        for phase in [" write ", " config ", " resume "] {
+            assert!(destination.contains(phase), "{destination}");
+        }
+    }
 }
 
 #[test]

@@ -60,6 +60,16 @@ fn equal(sent: &Ended, received: &Ended, devices: usize) {
     };
     assert_eq!(by_name(&sent), by_name(&received));
     assert_eq!(by_name(&sent).len(), devices);
+    for (side, phases) in [
+        (&sent, ["read", "wire", "config"]),
+        (&received, ["write", "config", "resume"]),
+    ] {
+        let downtime = side["downtime"].as_array().unwrap();
+        assert_eq!(downtime.len(), devices);
+        for (device, phase) in downtime.iter().zip(phases.iter().cycle()) {
+            assert!(device[phase].as_f64().unwrap() > 0.0, "{phase}: {device}");
+        }
+    }
 }
 
 #[test]

@@ -282,17 +282,22 @@ impl Switchover {
 
     /// Fails it for a reason of the embedder's. The first reason counts.
     pub fn fail(&self, error: Error) {
-        let error = self.failure.get_or_init(|| error);
-        if let Some(session) = &self.session {
-            session.fail(error.clone());
+        // One place for the first reason: the session's, where there is one.
+        match &self.session {
+            Some(session) => session.fail(error),
+            None => {
+                let _first = self.failure.get_or_init(|| error);
+            }
         }
     }
 
     /// Why it has failed, once it has.
     #[must_use]
     pub fn failure(&self) -> Option<Error> {
-        let sessions = || self.session.as_ref().and_then(SaveSession::failure);
-        self.failure.get().cloned().or_else(sessions)
+        match &self.session {
+            Some(session) => session.failure(),
+            None => self.failure.get().cloned(),
+        }
     }
 
     /// The counters as they are, of all devices.

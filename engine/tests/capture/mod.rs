@@ -1,4 +1,5 @@
-//! Migrations recorded between two QEMUs: every byte of both directions, in `data/`.
+//! Migrations recorded between two QEMUs: every byte of both directions, in `data/`,
+//! and two that were cut, in `cut/`.
 //!
 //! One folder for each: 22 is of QEMU 11.1.3, the others of 10.0.2. There, `NN-c2s.bin` is a
 //! connection from source to destination, 00 the main channel; `-s2c` is the other way;
@@ -22,9 +23,11 @@ pub struct Capture {
 
 impl Capture {
     pub fn open(name: &str) -> Self {
-        let folder: PathBuf = [env!("CARGO_MANIFEST_DIR"), "tests", "data", name]
-            .iter()
-            .collect();
+        let tests: PathBuf = [env!("CARGO_MANIFEST_DIR"), "tests"].iter().collect();
+        let mut places = ["data", "cut"]
+            .map(|place| tests.join(place).join(name))
+            .into_iter();
+        let folder = places.find(|folder| folder.exists()).expect("a capture");
         let expected = fs::read(folder.join("expected.json")).expect("a capture's file");
         let expected = serde_json::from_slice(&expected).expect("JSON");
         Self { folder, expected }

@@ -1,15 +1,16 @@
 //! `demo`: simulated devices migrate within this process, over loopback TCP.
 //!
 //! ```text
-//!   SimDevice ─▶ SaveSession ══ N × TCP over 127.0.0.1 ══▶ LoadSession ─▶ SimDevice
-//!       │                                                                     │
-//!       └──────── state and config digests, when all is over: equal? ─────────┘
+//!   SimDevice ─▶ Switchover ══ N × TCP over 127.0.0.1 ══▶ Incoming ─▶ SimDevice
+//!       │                                                                 │
+//!       └────── state and config digests, when all is over: equal? ───────┘
 //! ```
 //!
 //! Both sessions run on their own threads; the main thread draws, and looks for Ctrl-C and for a
 //! failure of one side, which ends the other.
 
 use std::{
+    io,
     net::{TcpListener, TcpStream},
     os::fd::AsFd,
     time::{Duration, Instant},
@@ -18,7 +19,9 @@ use std::{
 use anyhow::{Context, bail, ensure};
 use serde::Serialize;
 use vfio_migration::{
-    Backend, Device, DeviceId, DeviceStats, ErrorKind, LoadSession, Report, SaveSession, Settings,
+    Backend, Device, DeviceId, DeviceStats, Error, ErrorKind, LoadSession, SaveSession, Settings,
+    Stats,
+    migration::{Ack, Acks, DeviceSettings, Incoming, OnOffAuto, Realized, Source, Switchover, vm},
     sim::{SimConfig, SimDevice, SimHandle},
 };
 
@@ -26,8 +29,9 @@ use crate::{
     Interrupted, Usage,
     args::{self, BackendArg, show},
     interrupt, network,
-    output::{self, rate, time},
+    output::{self, Downtime, rate, time},
     progress::Progress,
+    send,
 };
 
 /// Migrate simulated devices within this process, and compare
@@ -42,6 +46,8 @@ use crate::{
 ///   starved          the destination had nothing to write: the next packet was not there
 ///   blocked          the source could not read on: all of its memory was on its way
 ///   writing          writes into the destination were under way
+///
+/// Below it stands what each phase of the downtime took, on both sides.
 #[derive(Debug, clap::Args)]
 #[command(verbatim_doc_comment)]
 pub(crate) struct Options {
@@ -90,7 +96,6 @@ impl Options {
         let mut settings = Settings::default();
         settings.backend = Backend::from(self.backend);
         settings.budget = self.budget;
-        settings.data_len = Some(self.packet);
         settings.channels = self.channels;
         let packet = u32::try_from(self.packet).unwrap_or(u32::MAX);
         settings.max_packet = settings.max_packet.max(packet.saturating_add(12));
@@ -134,11 +139,9 @@ struct Row {
     starved_seconds: f64,
     blocked_seconds: f64,
     writing_seconds: f64,
-    /// The split of the downtime, on both sides.
-    source_stop_copy_seconds: f64,
-    resuming_seconds: f64,
-    config_seconds: f64,
-    stop_seconds: f64,
+    /// The split of the downtime, on both sides, in seconds.
+    source: Downtime,
+    destination: Downtime,
     verified: bool,
     /// What is wrong where it is not.
     #[serde(skip)]
@@ -175,10 +178,8 @@ impl Row {
             starved_seconds: times.starved.as_secs_f64(),
             blocked_seconds: times.blocked.as_secs_f64(),
             writing_seconds: times.writing.as_secs_f64(),
-            source_stop_copy_seconds: saved.phases.set_state.as_secs_f64(),
-            resuming_seconds: loaded.phases.set_state.as_secs_f64(),
-            config_seconds: loaded.phases.config.as_secs_f64(),
-            stop_seconds: loaded.phases.resume.as_secs_f64(),
+            source: saved.phases.into(),
+            destination: loaded.phases.into(),
             verified: difference.is_none(),
             difference,
             times,
@@ -230,6 +231,12 @@ impl Output {
             ],
             &rows,
         );
+        text.push('\n');
+        for row in &self.devices {
+            let (source, destination) = (row.source.text(), row.destination.text());
+            text.push_str(&format!("{}  source       {source}\n", row.device));
+            text.push_str(&format!("{}  destination  {destination}\n", row.device));
+        }
         let Totals {
             state_bytes,
             seconds,
@@ -287,32 +294,51 @@ fn connect(listener: &TcpListener) -> anyhow::Result<(TcpStream, TcpStream)> {
 }
 
 /// What is to be said of both sides' ends: the failure that caused the other's.
-fn failure(saved: Report, loaded: Report) -> anyhow::Result<(Report, Report)> {
+fn failure<S, L>(
+    saved: vfio_migration::Result<S>,
+    loaded: vfio_migration::Result<L>,
+) -> anyhow::Result<(S, L)> {
     let follows = |kind: &ErrorKind| {
         matches!(
             kind,
             ErrorKind::Channel | ErrorKind::Cancelled | ErrorKind::Missing | ErrorKind::Protocol(_)
         )
     };
-    match (&saved.result, &loaded.result) {
-        (Ok(()), Ok(())) => Ok((saved, loaded)),
+    match (saved, loaded) {
+        (Ok(saved), Ok(loaded)) => Ok((saved, loaded)),
         (Err(save), Err(load)) if follows(save.kind()) && !load.is_cancelled() => {
-            Err(load.clone()).context("destination")
+            Err(load).context("destination")
         }
-        (Err(error), _) => Err(error.clone()).context("source"),
-        (_, Err(error)) => Err(error.clone()).context("destination"),
+        (Err(error), _) => Err(error).context("source"),
+        (_, Err(error)) => Err(error).context("destination"),
     }
 }
 
-fn migrate(options: &Options) -> anyhow::Result<(Vec<Pair>, Report, Report, Duration)> {
+/// What a migration has come to.
+struct Migrated {
+    pairs: Vec<Pair>,
+    saved: Stats,
+    loaded: Stats,
+    took: Duration,
+}
+
+fn migrate(options: &Options) -> anyhow::Result<Migrated> {
     let settings = options.settings();
     let mut save = SaveSession::builder().settings(settings.clone());
     let mut load = LoadSession::builder().settings(settings);
-    let mut pairs_only = Vec::new();
+    let mut device_settings = DeviceSettings::default();
+    device_settings.transfer = OnOffAuto::On;
+    device_settings.buffer_len = Some(options.packet);
+    let (mut pairs_only, mut devices) = (Vec::new(), Vec::new());
+    let mut sources = Vec::new();
+    let (terms, acks) = (send::terms(false), Acks::new(Ack::Off));
     for (pair, source, destination) in pairs(options)? {
         pairs_only.push(pair);
-        save = save.device(source);
-        load = load.device(destination);
+        let source = Realized::new(source, device_settings.clone());
+        // There is no main channel between two sides of one process.
+        let source = Source::setup(source, &terms, &acks, io::sink());
+        sources.push(source.map_err(Error::from).context("source")?);
+        devices.push(Realized::new(destination, device_settings.clone()));
     }
     let listener = TcpListener::bind(("127.0.0.1", 0)).context("cannot listen on loopback")?;
     for _ in 0..options.channels {
@@ -320,10 +346,13 @@ fn migrate(options: &Options) -> anyhow::Result<(Vec<Pair>, Report, Report, Dura
         save = save.channel(near);
         load = load.channel(far);
     }
-    let load = load.start().context("destination")?;
-    let save = save.start().context("source")?;
-    load.switchover_start();
+    let load = Incoming::setup(devices, &terms, load, Box::new(|| Ok(())));
+    let load = load.map_err(Error::from).context("destination")?;
     let began = Instant::now();
+    vm::stop(&mut sources, vm::Reason::FinishMigration).context("source")?;
+    let save = Switchover::begin(sources, save);
+    let save = save.map_err(Error::from).context("source")?;
+    load.switchover_start().context("destination")?;
     let lens = pairs_only
         .iter()
         .map(|pair| (pair.id.clone(), Some(pair.source.image().len())));
@@ -341,22 +370,37 @@ fn migrate(options: &Options) -> anyhow::Result<(Vec<Pair>, Report, Report, Dura
         if let Some(progress) = &progress {
             progress.update(&load.stats());
         }
-        network::tick(&[load.as_fd(), save.as_fd()], &[])?;
+        let sessions = [
+            load.session().map(AsFd::as_fd),
+            save.session().map(AsFd::as_fd),
+        ];
+        let sessions: Vec<_> = sessions.into_iter().flatten().collect();
+        network::tick(&sessions, &[])?;
     }
     let took = ended.unwrap_or_else(|| began.elapsed());
     if let Some(progress) = &progress {
         progress.update(&load.stats());
     }
     drop(progress);
-    let mut saved = save.join();
-    let loaded = load.join();
-    // Out of downtime.
-    saved.stop_devices();
-    if interrupt::requested() && (saved.result.is_err() || loaded.result.is_err()) {
+    let saved = save.finish().map_err(Error::from);
+    let loaded = load.finish().map_err(Error::from);
+    if interrupt::requested() && (saved.is_err() || loaded.is_err()) {
         bail!(Interrupted);
     }
-    let (saved, loaded) = failure(saved, loaded)?;
-    Ok((pairs_only, saved, loaded, took))
+    let (saved, mut loaded) = failure(saved, loaded)?;
+    let started = vm::start(loaded.devices_mut());
+    started.context("destination")?;
+    let migrated = Migrated {
+        pairs: pairs_only,
+        saved: saved.stats().clone(),
+        loaded: loaded.stats(),
+        took,
+    };
+    // Out of downtime.
+    let stopped = saved.cleanup().map_err(Error::from);
+    let joined = loaded.join().map_err(Error::from);
+    let _devices = failure(stopped, joined)?;
+    Ok(migrated)
 }
 
 /// Runs `demo`.
@@ -367,12 +411,15 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         ));
     }
     let in_order = interrupt::in_order();
-    let (pairs, saved, loaded, took) = migrate(options)?;
+    let Migrated {
+        pairs,
+        saved,
+        loaded,
+        took,
+    } = migrate(options)?;
     drop(in_order);
     let mut rows = Vec::new();
-    for (pair, (saved, loaded)) in
-        (pairs.iter()).zip(saved.stats.devices.iter().zip(&loaded.stats.devices))
-    {
+    for (pair, (saved, loaded)) in (pairs.iter()).zip(saved.devices.iter().zip(&loaded.devices)) {
         ensure!(
             saved.device == pair.id && loaded.device == pair.id,
             "the sessions' devices are not in the order given"
@@ -382,19 +429,19 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let state_bytes = rows.iter().map(|row| row.state_bytes).sum();
     let totals = Totals {
         devices: rows.len(),
-        channels: loaded.stats.channels.len(),
+        channels: loaded.channels.len(),
         state_bytes,
         bytes: rows.iter().map(|row| row.bytes).sum(),
         packets: rows.iter().map(|row| row.packets).sum(),
         seconds: took.as_secs_f64(),
         gb_per_second: rate(state_bytes, took),
-        budget: loaded.stats.budget,
-        held_high: loaded.stats.held_high,
-        late_wakeups: saved.stats.late_wakeups + loaded.stats.late_wakeups,
+        budget: loaded.budget,
+        held_high: loaded.held_high,
+        late_wakeups: saved.late_wakeups + loaded.late_wakeups,
     };
     let verified = rows.len() == pairs.len() && rows.iter().all(|row| row.verified);
     let output = Output {
-        backend: loaded.stats.backend,
+        backend: loaded.backend,
         devices: rows,
         totals,
         verified,

@@ -69,7 +69,8 @@ impl FileDevice {
 
 impl MigrationDevice for FileDevice {
     fn flags(&self) -> io::Result<MigrationFlags> {
-        Ok(MigrationFlags::STOP_COPY)
+        // It never writes to another device.
+        Ok(MigrationFlags::STOP_COPY | MigrationFlags::P2P)
     }
 
     fn state(&self) -> io::Result<DeviceState> {
@@ -77,20 +78,20 @@ impl MigrationDevice for FileDevice {
     }
 
     fn set_state(&mut self, new: DeviceState) -> io::Result<Option<OwnedFd>> {
-        use DeviceState::{Resuming, Running, Stop, StopCopy};
+        use DeviceState::{Resuming, Running, RunningP2p, Stop, StopCopy};
         let fd = match (self.state, new) {
-            (Running | Stop, StopCopy) => Some(File::open(&self.path)?.into()),
-            (Running | Stop, Resuming) => {
+            (Running | RunningP2p | Stop, StopCopy) => Some(File::open(&self.path)?.into()),
+            (Running | RunningP2p | Stop, Resuming) => {
                 let file = File::create(self.partial_path())?;
                 let fd = file.try_clone()?;
                 self.partial = Some(file);
                 Some(fd.into())
             }
-            (Resuming, Running | Stop) => {
+            (Resuming, Running | RunningP2p | Stop) => {
                 self.keep()?;
                 None
             }
-            (Running | Stop | StopCopy, Running | Stop) => None,
+            (Running | RunningP2p | Stop | StopCopy, Running | RunningP2p | Stop) => None,
             (from, to) if from == to => None,
             _ => return Err(Errno::EINVAL.into()),
         };

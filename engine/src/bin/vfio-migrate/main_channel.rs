@@ -37,7 +37,7 @@ use std::{
 
 use anyhow::{anyhow, bail};
 use vfio_migration::{
-    DeviceId, ErrorKind, Phase, section,
+    DeviceId, ErrorKind, Phase,
     stream::{Command, Event, Reply, Section, SectionKind, Writer},
 };
 
@@ -157,24 +157,23 @@ impl Words {
         self.0.write(&Event::Command(command))
     }
 
-    /// A section of each device, with its body.
-    pub(crate) fn sections<'a>(
+    /// A section of a device, the `id`th, with its body.
+    pub(crate) fn section<R>(
         &mut self,
         kind: SectionKind,
-        devices: impl Iterator<Item = &'a DeviceId>,
-        body: impl Fn(&mut section::Writer<&mut Connection>) -> vfio_migration::Result<()>,
-    ) -> vfio_migration::Result<()> {
-        for (id, owner) in (0..).zip(devices) {
-            self.0.write(&Event::Section(Section {
-                kind,
-                id,
-                owner: owner.clone(),
-                version: 1,
-            }))?;
-            body(&mut section::Writer::new(self.0.body()))?;
-            self.0.footer(id)?;
-        }
-        Ok(())
+        id: u32,
+        owner: &DeviceId,
+        body: impl FnOnce(&mut Connection) -> vfio_migration::Result<R>,
+    ) -> vfio_migration::Result<R> {
+        self.0.write(&Event::Section(Section {
+            kind,
+            id,
+            owner: owner.clone(),
+            version: 1,
+        }))?;
+        let written = body(self.0.body())?;
+        self.0.footer(id)?;
+        Ok(written)
     }
 
     /// The end of the VM's state.

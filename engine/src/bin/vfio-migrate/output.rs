@@ -14,6 +14,7 @@ use std::{
 };
 
 use serde::Serialize;
+use vfio_migration::Phases;
 
 use crate::args::show;
 
@@ -110,6 +111,49 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
+/// Where a device's share of the downtime went, in seconds; see `vfio_migration::Phases`.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(crate) struct Downtime {
+    stop: f64,
+    set_state: f64,
+    read: f64,
+    wire: f64,
+    wait: f64,
+    write: f64,
+    config: f64,
+    resume: f64,
+    #[serde(skip)]
+    phases: Phases,
+}
+
+impl From<Phases> for Downtime {
+    fn from(phases: Phases) -> Self {
+        Self {
+            stop: phases.stop.as_secs_f64(),
+            set_state: phases.set_state.as_secs_f64(),
+            read: phases.read.as_secs_f64(),
+            wire: phases.wire.as_secs_f64(),
+            wait: phases.wait.as_secs_f64(),
+            write: phases.write.as_secs_f64(),
+            config: phases.config.as_secs_f64(),
+            resume: phases.resume.as_secs_f64(),
+            phases,
+        }
+    }
+}
+
+impl Downtime {
+    /// The phases that took any time, for people.
+    pub(crate) fn text(&self) -> String {
+        let named = self.phases.named();
+        let took = named.iter().filter(|(_, phase)| !phase.is_zero());
+        let all: Vec<_> = took
+            .map(|(name, phase)| format!("{name} {}", time(*phase)))
+            .collect();
+        all.join(", ")
+    }
+}
+
 /// What moved of one device.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Moved {
@@ -154,6 +198,8 @@ pub(crate) struct Transfer {
     /// `send` or `receive`.
     pub(crate) role: &'static str,
     pub(crate) devices: Vec<Moved>,
+    /// On this side, in the devices' order.
+    pub(crate) downtime: Vec<Downtime>,
     pub(crate) channels: usize,
     pub(crate) backend: &'static str,
     /// From the switchover's start to the last device's end.
@@ -167,7 +213,11 @@ impl Transfer {
         if json {
             return print_json(self);
         }
-        let mut text: String = self.devices.iter().map(Moved::text).collect();
+        let mut text = String::new();
+        for (device, downtime) in self.devices.iter().zip(&self.downtime) {
+            text.push_str(&device.text());
+            text.push_str(&format!("  phases  {}\n", downtime.text()));
+        }
         let bytes: u64 = self.devices.iter().map(|device| device.state_bytes).sum();
         text.push_str(&format!(
             "{}: {} devices, {}, {:.2} s, {:.2} GB/s, {} channels, backend {}\n",

@@ -1,8 +1,8 @@
 //! `receive`: the destination's side of a migration between two processes.
 //!
 //! ```text
-//!   listen ─▶ main channel ─▶ LoadSession, RESUMING ─▶ the same devices? ─▶ pong
-//!     ─▶ N channels ─▶ switchover start ─▶ all loaded, devices STOP ─▶ EOF ─▶ shut 0 ─▶ what came
+//!   listen ─▶ main channel ─▶ Incoming, RESUMING ─▶ the same devices? ─▶ pong
+//!     ─▶ N channels ─▶ switchover start ─▶ all loaded ─▶ EOF ─▶ shut 0 ─▶ what came
 //! ```
 //!
 //! See `main_channel` for what is said. The first connection that says `QEVM` is the main channel,
@@ -15,7 +15,6 @@
 
 use std::{
     collections::HashSet,
-    io::Read,
     net::Shutdown,
     os::fd::AsFd,
     sync::OnceLock,
@@ -25,8 +24,9 @@ use std::{
 
 use anyhow::{Context, anyhow, bail, ensure};
 use vfio_migration::{
-    Device, DeviceId, Error, ErrorKind, LoadSession, Report, Settings, Violation,
-    section::{self, SectionSink, Tag},
+    Device, DeviceId, Error, ErrorKind, LoadSession, Settings, Stats, Violation,
+    migration::{DeviceSettings, Incoming, OnOffAuto, Realized, vm},
+    section::Tag,
     stream::{Command, Event, Reader, Reply},
 };
 
@@ -43,6 +43,7 @@ use crate::{
     network::{self, Address, Connection, Listener, TICK},
     output::{Transfer, rate, say},
     progress::Progress,
+    send,
 };
 
 /// Receive devices' states from a `vfio-migrate send`
@@ -96,7 +97,6 @@ impl Options {
         settings.channels = self.channels;
         let packet = u32::try_from(self.max_packet).unwrap_or(u32::MAX);
         settings.max_packet = packet.saturating_add(12); // the header inside
-        settings.config_after_iterables = self.config_after_iterables;
         settings.no_progress = self.timeout;
         settings.hello_timeout = door::hello_timeout(self.timeout);
         settings
@@ -161,38 +161,12 @@ impl Hall<'_> {
 
 // ------------------------------------------------------------------------------- main channel
 
-/// A device's sections, on their way to the session.
-struct Sink<'a> {
-    session: &'a LoadSession,
-    id: &'a DeviceId,
-    config_after_iterables: bool,
-}
-
-impl SectionSink for Sink<'_> {
-    fn write(&mut self, bytes: &[u8]) -> vfio_migration::Result<()> {
-        self.session.write_iterable(self.id, bytes)
-    }
-
-    fn config(&mut self, _input: &mut dyn Read) -> vfio_migration::Result<()> {
-        // It comes by multifd.
-        let violation = Violation::SectionTag(Tag::Config.value());
-        Err(Error::protocol(violation).on_device(self.id))
-    }
-
-    fn config_load_ready(&mut self) -> vfio_migration::Result<bool> {
-        if self.config_after_iterables {
-            self.session.config_load_ready(self.id)?;
-        }
-        Ok(self.config_after_iterables)
-    }
-}
-
 /// Reads the main channel: its thread.
 struct MainChannel<'a> {
     options: &'a Options,
     connection: &'a Connection,
     path: &'a ReturnPath,
-    session: &'a LoadSession,
+    incoming: &'a Incoming,
     subjects: &'a [Subject],
     /// When the switchover started.
     switched: &'a OnceLock<Instant>,
@@ -207,7 +181,7 @@ impl MainChannel<'_> {
         while !self.connection.wait_readable(TICK)? {
             ensure!(self.enough.get().is_none(), "the load has ended");
             // While packets are awaited the session is the judge: it knows which.
-            let loading = self.switched.get().is_some() && !self.session.is_finished();
+            let loading = self.switched.get().is_some() && !self.incoming.is_finished();
             let times = if loading { 2 } else { 1 };
             ensure!(
                 since.elapsed() < self.options.timeout * times,
@@ -252,13 +226,7 @@ impl MainChannel<'_> {
                 Some(Event::Section(section)) => {
                     let id = self.device(&section.owner)?;
                     named.insert(id.clone());
-                    let mut sink = Sink {
-                        session: self.session,
-                        id,
-                        config_after_iterables: self.options.config_after_iterables,
-                    };
-                    let piece = section::load_state(reader.body()?, &mut sink)
-                        .map_err(|error| error.on_device(id))?;
+                    let piece = self.incoming.device(id)?.load_state(reader.body()?)?;
                     reader.footer()?;
                     if piece.end == Tag::ConfigLoadReady {
                         ready.insert(id);
@@ -273,7 +241,7 @@ impl MainChannel<'_> {
                 Some(Event::Command(Command::SwitchoverStart)) => {
                     self.compare(&named)?;
                     self.switched.get_or_init(Instant::now);
-                    self.session.switchover_start();
+                    self.incoming.switchover_start()?;
                 }
                 Some(Event::Command(Command::Other {
                     command: REASON,
@@ -305,7 +273,7 @@ impl MainChannel<'_> {
         self.read().map_err(|error| {
             let engine = error.downcast_ref::<Error>();
             let engine = engine.filter(|error| error.device().is_some());
-            self.session
+            self.incoming
                 .fail(engine.cloned().unwrap_or_else(main_failed));
             let truncated = |error: &Error| {
                 matches!(
@@ -327,7 +295,7 @@ impl MainChannel<'_> {
 /// The main thread's part, until all is loaded and the main channel has ended, or all has failed.
 struct Watch<'a> {
     options: &'a Options,
-    session: &'a LoadSession,
+    incoming: &'a Incoming,
     path: &'a ReturnPath,
     hall: Hall<'a>,
     channels: u32,
@@ -346,7 +314,7 @@ impl Watch<'_> {
                 "the source makes more than {expected} multifd channels: --channels must be the \
                  same on both sides"
             );
-            self.session.add_channel(connection)?;
+            self.incoming.add_channel(connection)?;
             self.channels += 1;
         }
         ensure!(
@@ -371,7 +339,13 @@ impl Watch<'_> {
             // Where the source is gone the reader says so, and better.
             let _gone = self.path.reply(&Reply::Pong(STILL_HERE));
         }
-        network::tick(&[self.session.as_fd()], &self.hall.door.fds())?;
+        let loading: Vec<_> = self
+            .incoming
+            .session()
+            .map(AsFd::as_fd)
+            .into_iter()
+            .collect();
+        network::tick(&loading, &self.hall.door.fds())?;
         Ok(())
     }
 
@@ -382,18 +356,18 @@ impl Watch<'_> {
     ) -> anyhow::Result<Option<Instant>> {
         let mut ended = None;
         loop {
-            if self.session.is_finished() {
+            if self.incoming.is_finished() {
                 ended.get_or_insert_with(Instant::now);
-                if is_read() && self.session.failure().is_none() {
+                if is_read() && self.incoming.failure().is_none() {
                     // The source has said that all is sent: all its connections are made.
                     self.admit(true)?;
                     return Ok(ended);
                 }
             }
             if interrupt::requested() {
-                self.session.cancel();
+                self.incoming.cancel();
             }
-            if self.session.failure().is_some() {
+            if self.incoming.failure().is_some() {
                 // One channel too many may be why: the session could not know.
                 if self.channels == self.options.channels && !interrupt::requested() {
                     self.admit(false)?;
@@ -401,7 +375,7 @@ impl Watch<'_> {
                 return Ok(None);
             }
             if let Some(progress) = progress {
-                progress.update(&self.session.stats());
+                progress.update(&self.incoming.stats());
             }
             self.round()?;
         }
@@ -414,26 +388,33 @@ fn load(
     subjects: &[Subject],
     main: &Connection,
     path: &ReturnPath,
-) -> anyhow::Result<(Report, Duration)> {
+) -> anyhow::Result<(Stats, Duration)> {
     let options = hall.options;
-    let mut builder = LoadSession::builder().settings(options.settings());
-    for device in devices {
-        builder = builder.device(device);
-    }
-    let session = builder.start()?;
+    let mut settings = DeviceSettings::default();
+    settings.transfer = OnOffAuto::On;
+    let devices = devices.into_iter();
+    let incoming = Incoming::setup(
+        devices
+            .map(|it| Realized::new(it, settings.clone()))
+            .collect(),
+        &send::terms(options.config_after_iterables),
+        LoadSession::builder().settings(options.settings()),
+        Box::new(|| Ok(())),
+    )
+    .map_err(Error::from)?;
     let (switched, enough) = (OnceLock::new(), OnceLock::new());
     let reader = MainChannel {
         options,
         connection: main,
         path,
-        session: &session,
+        incoming: &incoming,
         subjects,
         switched: &switched,
         enough: &enough,
     };
     let mut watch = Watch {
         options,
-        session: &session,
+        incoming: &incoming,
         path,
         hall,
         channels: 0,
@@ -449,7 +430,7 @@ fn load(
         let reading = scope.spawn(|| reader.run());
         let watched = watch.run(progress.as_ref(), || reading.is_finished());
         if watched.is_err() {
-            session.fail(main_failed());
+            incoming.fail(main_failed());
         }
         let ends_within = |patience| {
             let until = Instant::now() + patience;
@@ -460,7 +441,7 @@ fn load(
         };
         // The source may know why a channel has failed. What the reader says after that is our own
         // doing.
-        let ask = session.failure().as_ref().is_some_and(is_the_peers);
+        let ask = incoming.failure().as_ref().is_some_and(is_the_peers);
         let by_itself = ends_within(if ask { EXPLANATION } else { Duration::ZERO });
         enough.get_or_init(|| ());
         // Only within an event that does not go on: what is shut down breaks the source's writes,
@@ -474,12 +455,12 @@ fn load(
         (watched, read.err().filter(|_| by_itself))
     });
     drop(progress);
-    let report = session.join();
+    let loaded = finish(incoming);
     let ended = watched?;
-    if interrupt::requested() && read.is_none() && report.result.is_err() {
+    if interrupt::requested() && read.is_none() && loaded.is_err() {
         bail!(Interrupted);
     }
-    let failure = report.result.as_ref().err().cloned();
+    let failure = loaded.as_ref().err().cloned();
     let channels_differ = failure.as_ref().is_some_and(|error| {
         let kind = error.kind();
         matches!(kind, ErrorKind::Protocol(Violation::ChannelId { .. }))
@@ -494,7 +475,16 @@ fn load(
     let took = switched
         .get()
         .map_or(Duration::ZERO, |at| ended.saturating_duration_since(*at));
-    Ok((report, took))
+    Ok((loaded?, took))
+}
+
+/// Waits until all is loaded, starts the devices, and waits for the channels' end.
+fn finish(incoming: Incoming) -> vfio_migration::Result<Stats> {
+    let mut loaded = incoming.finish()?;
+    vm::start(loaded.devices_mut())?;
+    let stats = loaded.stats();
+    let _running = loaded.join()?;
+    Ok(stats)
 }
 
 /// Runs `receive`.
@@ -521,14 +511,15 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         Err(error) => path.refuse(error),
     }
     main.linger(LINGER);
-    let (report, took) = loaded?;
-    let devices = device::describe(&subjects, &report.stats)?;
+    let (stats, took) = loaded?;
+    let devices = device::describe(&subjects, &stats)?;
     let bytes = devices.iter().map(|device| device.state_bytes).sum();
     Transfer {
         role: "receive",
         devices,
-        channels: report.stats.channels.len(),
-        backend: report.stats.backend,
+        downtime: stats.devices.iter().map(|it| it.phases.into()).collect(),
+        channels: stats.channels.len(),
+        backend: stats.backend,
         seconds: took.as_secs_f64(),
         gb_per_second: rate(bytes, took),
     }

@@ -1,7 +1,7 @@
 //! `send`: the source's side of a migration between two processes.
 //!
 //! ```text
-//!   connect ─▶ main channel: which devices ─▶ pong ─▶ N channels ─▶ SaveSession, STOP_COPY
+//!   connect ─▶ main channel: which devices ─▶ pong ─▶ N channels ─▶ the devices stop, STOP_COPY
 //!     ─▶ switchover start ─▶ all sent ─▶ EOF ─▶ shut 0 ─▶ devices STOP ─▶ what was moved
 //! ```
 //!
@@ -18,7 +18,11 @@ use std::{
 
 use anyhow::{Context, anyhow, bail};
 use vfio_migration::{
-    Device, DeviceState, Recover, Report, SaveSession, Settings,
+    Device, Error, SaveSession, Settings, Stats,
+    migration::{
+        Ack, Acks, DeviceSettings, Failed, OnOffAuto, Realized, Saved, Source, Switchover, Terms,
+        vm,
+    },
     stream::{Command, SectionKind},
 };
 
@@ -82,24 +86,50 @@ impl Options {
         let mut settings = Settings::default();
         settings.backend = self.backend.into();
         settings.budget = self.budget;
-        settings.data_len = self.packet;
-        settings.config_after_iterables = self.config_after_iterables;
         settings.no_progress = self.timeout;
         settings
     }
+
+    fn device_settings(&self) -> DeviceSettings {
+        let mut settings = DeviceSettings::default();
+        settings.transfer = OnOffAuto::On;
+        settings.buffer_len = self.packet;
+        settings
+    }
+
+    fn terms(&self) -> Terms {
+        terms(self.config_after_iterables)
+    }
 }
 
-/// Asks the destination whether it has the same devices, and is ready.
+/// What both ends of this command agree on.
+pub(crate) fn terms(config_after_iterables: bool) -> Terms {
+    let mut terms = Terms::default();
+    terms.config_after_iterables = if config_after_iterables {
+        OnOffAuto::On
+    } else {
+        OnOffAuto::Off
+    };
+    terms
+}
+
+/// Sets the devices up, and asks the destination whether it has the same, and is ready.
 fn greet(
     options: &Options,
-    subjects: &[Subject],
+    devices: Vec<Device>,
     words: &mut Words,
     replies: &mut Replies,
-) -> anyhow::Result<()> {
-    words.sections(SectionKind::Start, ids(subjects), |body| {
-        body.setup()?;
-        body.end()
-    })?;
+) -> anyhow::Result<Vec<Source>> {
+    let (terms, acks) = (options.terms(), Acks::new(Ack::Off));
+    let mut sources = Vec::with_capacity(devices.len());
+    for (number, device) in (0..).zip(devices) {
+        let id = device.id().clone();
+        let realized = Realized::new(device, options.device_settings());
+        let source = words.section(SectionKind::Start, number, &id, |body| {
+            Ok(Source::setup(realized, &terms, &acks, body)?)
+        })?;
+        sources.push(source);
+    }
     words.command(Command::Ping(PING))?;
     let deadline = Instant::now() + options.timeout;
     while !replies.ponged {
@@ -114,41 +144,43 @@ fn greet(
             );
         }
     }
-    Ok(())
-}
-
-fn ids(subjects: &[Subject]) -> impl Iterator<Item = &vfio_migration::DeviceId> {
-    subjects.iter().map(|subject| &subject.id)
+    Ok(sources)
 }
 
 /// Says that the loads may begin, and all that follows but the end.
-fn switch_over(options: &Options, subjects: &[Subject], words: &mut Words) -> anyhow::Result<()> {
+fn switch_over(
+    subjects: &[Subject],
+    switchover: &mut Switchover,
+    words: &mut Words,
+) -> anyhow::Result<()> {
     words.command(Command::SwitchoverStart)?;
-    words.sections(SectionKind::End, ids(subjects), |body| body.dummy())?;
-    words.sections(SectionKind::Full, ids(subjects), |body| {
-        if options.config_after_iterables {
-            body.config_load_ready()
-        } else {
-            body.dummy()
-        }
-    })?;
+    for (number, Subject { id, .. }) in (0..).zip(subjects) {
+        words.section(SectionKind::End, number, id, |body| {
+            switchover.complete(id, body)
+        })?;
+    }
+    for (number, Subject { id, .. }) in (0..).zip(subjects) {
+        words.section(SectionKind::Full, number, id, |body| {
+            switchover.config(id, body)
+        })?;
+    }
     Ok(())
 }
 
 /// Watches over the save until everything has been sent, or has failed.
 fn send_all(
     options: &Options,
-    save: SaveSession,
+    mut save: Switchover,
     subjects: &[Subject],
     words: &mut Words,
     replies: &mut Replies,
-) -> (Report, Option<anyhow::Error>) {
+) -> (Result<Saved, Failed<Vec<Realized>>>, Option<anyhow::Error>) {
     let lens: Vec<_> = subjects
         .iter()
         .map(|subject| (subject.id.clone(), subject.len))
         .collect();
     let progress = Progress::new(!options.json, &lens);
-    let mut main = switch_over(options, subjects, words).err();
+    let mut main = switch_over(subjects, &mut save, words).err();
     let mut said = Instant::now();
     while main.is_none() && !save.is_finished() && save.failure().is_none() {
         if interrupt::requested() {
@@ -167,7 +199,8 @@ fn send_all(
         if let Err(error) = replies.look() {
             main = Some(error);
         }
-        if let Err(error) = network::tick(&[save.as_fd()], &[]) {
+        let sending: Vec<_> = save.session().map(AsFd::as_fd).into_iter().collect();
+        if let Err(error) = network::tick(&sending, &[]) {
             main = Some(anyhow!(error));
         }
     }
@@ -182,16 +215,7 @@ fn send_all(
     if main.is_some() {
         save.fail(main_failed());
     }
-    (save.join(), main)
-}
-
-fn run_devices(report: &mut Report) {
-    for report in &mut report.devices {
-        if let Some(device) = &mut report.device {
-            // What fails here does not change what is reported.
-            let _running = device.set_state(DeviceState::Running, Recover::Reset);
-        }
-    }
+    (save.finish(), main)
 }
 
 /// Waits for the destination's last word.
@@ -213,38 +237,54 @@ fn migrate(
     subjects: &[Subject],
     words: &mut Words,
     replies: &mut Replies,
-) -> anyhow::Result<(Report, Duration)> {
-    greet(options, subjects, words, replies)?;
-    let mut save = SaveSession::builder().settings(options.settings());
-    for device in devices {
-        save = save.device(device);
-    }
+) -> anyhow::Result<(Stats, Duration)> {
+    let mut sources = greet(options, devices, words, replies)?;
+    let mut session = SaveSession::builder().settings(options.settings());
     for _ in 0..options.channels {
-        save = save.channel(network::connect(&options.to, TRY_AGAIN, options.timeout)?);
+        session = session.channel(network::connect(&options.to, TRY_AGAIN, options.timeout)?);
     }
     let began = Instant::now();
-    let save = save.start()?;
-    let (mut report, main) = send_all(options, save, subjects, words, replies);
-    if interrupt::requested() && main.is_none() && report.result.is_err() {
+    vm::stop(&mut sources, vm::Reason::FinishMigration)?;
+    let switchover = Switchover::begin(sources, session).map_err(Error::from)?;
+    let (saved, main) = send_all(options, switchover, subjects, words, replies);
+    if interrupt::requested() && main.is_none() && saved.is_err() {
         bail!(Interrupted);
     }
-    let result = std::mem::replace(&mut report.result, Ok(()));
-    main_channel::join(result.err(), main)
-        .and_then(|()| words.end(description(subjects, &report)?))
-        .and_then(|()| confirm(replies))
-        .inspect_err(|_| run_devices(&mut report))?;
+    let (saved, failure) = match saved {
+        Ok(saved) => (Some(saved), None),
+        Err(failed) => (None, Some(failed.error)),
+    };
+    let stats = saved.as_ref().map(|saved| saved.stats().clone());
+    let result = main_channel::join(failure, main)
+        .and_then(|()| stats.context("what was saved has its counters"))
+        .and_then(|stats| {
+            words.end(description(subjects, &stats)?)?;
+            confirm(replies)?;
+            Ok(stats)
+        });
     let took = began.elapsed();
-    // Out of downtime.
-    report.stop_devices();
-    Ok((report, took))
+    match (result, saved) {
+        (Ok(stats), Some(saved)) => {
+            // Out of downtime.
+            if let Err(failed) = saved.cleanup() {
+                let error = anyhow!(failed.error);
+                say(&format!("all was sent, but afterwards: {error:#}"));
+            }
+            Ok((stats, took))
+        }
+        (result, saved) => {
+            let _running = saved.map(Saved::abort);
+            result.map(|stats| (stats, took))
+        }
+    }
 }
 
 /// How long a listener that was there a moment ago may take to be there again.
 const TRY_AGAIN: Duration = Duration::from_millis(200);
 
 /// What stands behind the end, for people.
-fn description(subjects: &[Subject], report: &Report) -> anyhow::Result<Vec<u8>> {
-    let devices = subjects.iter().zip(&report.stats.devices);
+fn description(subjects: &[Subject], stats: &Stats) -> anyhow::Result<Vec<u8>> {
+    let devices = subjects.iter().zip(&stats.devices);
     let devices = devices.map(|(subject, stats)| {
         serde_json::json!({
             "name": subject.id.idstr(),
@@ -265,7 +305,7 @@ fn talk(
     devices: Vec<Device>,
     subjects: &[Subject],
     main: &Connection,
-) -> anyhow::Result<(Report, Duration)> {
+) -> anyhow::Result<(Stats, Duration)> {
     let mut last = main.try_clone().context("cannot use a connection")?;
     let listening = main.try_clone().context("cannot use a connection")?;
     let (sender, heard) = mpsc::channel();
@@ -295,9 +335,7 @@ fn talk(
 
 /// A broken connection is explained by what the destination has said before.
 fn explain(error: anyhow::Error, replies: &mut Replies) -> anyhow::Error {
-    let broken = error
-        .downcast_ref::<vfio_migration::Error>()
-        .is_some_and(is_the_peers);
+    let broken = error.downcast_ref::<Error>().is_some_and(is_the_peers);
     let until = Instant::now() + EXPLANATION;
     while broken && Instant::now() < until {
         if let Err(reason) = replies.wait() {
@@ -313,25 +351,16 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let (devices, subjects): (Vec<_>, Vec<_>) =
         device::open(&options.devices, true)?.into_iter().unzip();
     let main = network::connect(&options.to, options.connect_timeout, options.timeout)?;
-    let (report, took) = talk(options, devices, &subjects, &main)?;
+    let (stats, took) = talk(options, devices, &subjects, &main)?;
     drop(main);
-    if let Some(error) = report
-        .devices
-        .iter()
-        .find_map(|device| device.result.as_ref().err())
-    {
-        say(&format!(
-            "all was sent, but afterwards: {:#}",
-            anyhow!(error.clone())
-        ));
-    }
-    let devices = device::describe(&subjects, &report.stats)?;
+    let devices = device::describe(&subjects, &stats)?;
     let bytes = devices.iter().map(|device| device.state_bytes).sum();
     Transfer {
         role: "send",
         devices,
-        channels: report.stats.channels.len(),
-        backend: report.stats.backend,
+        downtime: stats.devices.iter().map(|it| it.phases.into()).collect(),
+        channels: stats.channels.len(),
+        backend: stats.backend,
         seconds: took.as_secs_f64(),
         gb_per_second: rate(bytes, took),
     }
