@@ -266,6 +266,10 @@ pub fn migrate(setup: &Setup) -> Ended {
             break;
         }
     }
+    for source in &mut under_way {
+        let exact = source.pending_exact().unwrap();
+        assert!(exact.stop_copy > 0 && exact.precopy() == 0);
+    }
     let reason = vm::Reason::FinishMigration;
     vm::stop(&mut under_way, reason).unwrap();
     let ids: Vec<_> = under_way.iter().map(|source| source.id().clone()).collect();
