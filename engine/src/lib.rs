@@ -80,7 +80,9 @@ pub use crate::{
 #[cfg(any(loom, feature = "internals"))]
 #[doc(hidden)]
 pub mod internals {
-    pub use crate::reorder::{control, cursor, doorbell, pool, queue, slot, table, waiters};
+    pub use crate::reorder::{
+        admission, control, cursor, doorbell, pool, queue, slot, table, waiters,
+    };
 
     pub mod router {
         pub use crate::router::Router;

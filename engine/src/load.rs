@@ -47,6 +47,7 @@ use crate::{
     id::DeviceId,
     lane::{Buffer, CHAIN, Direction, Filled, Lane, Progress},
     reorder::{
+        admission::{Admission, Asked, Ways},
         control::{Control, SLACK},
         cursor::{Cursor, Inbox, Next},
         pool::{Packer, Piece, Pool, PoolLayout},

@@ -11,6 +11,7 @@
 //!
 //! | module | hands over |
 //! |---|---|
+//! | [`admission`] | nothing: it is the rule for who gets memory |
 //! | [`pool`] | memory, from whoever is done with it to whoever needs it |
 //! | [`slot`] | one packet, from its publisher to its taker |
 //! | [`table`] | the slots themselves: put in place on demand, freed behind the takers |
@@ -25,6 +26,7 @@
 //! No module here makes a system call of its own or knows a file, a device or a byte's meaning:
 //! that is what makes them modellable. What the models show is written in each module's *Edges*.
 
+pub mod admission;
 pub mod control;
 pub mod cursor;
 pub mod doorbell;

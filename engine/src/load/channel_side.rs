@@ -119,29 +119,32 @@ impl LoadInlet {
         self.find(packet, false)
     }
 
+    /// Where the packet's memory may come from.
+    fn ways(&self, packet: &Incoming, patient: bool) -> Ways {
+        let device = &packet.device;
+        self.load.room.rule().ways(Asked {
+            len: packet.remaining,
+            first: packet.first,
+            next: device.inbox.next() == packet.index,
+            in_window: device.inbox.in_window(packet.index),
+            started: device.control.is_started(),
+            patient,
+            spills: false,
+        })
+    }
+
     fn find(&mut self, packet: &Incoming, patient: bool) -> Result<Option<Buffer>> {
         if let Some(error) = self.stopped(&packet.device) {
             return Err(error);
         }
-        let inbox = &packet.device.inbox;
-        if !inbox.in_window(packet.index) {
-            return Ok(None);
-        }
-        let layout = self.load.pool.layout();
-        let next = inbox.next() == packet.index;
-        let limit = if next {
-            layout.buffers
-        } else {
-            self.load.room.limit(patient)
-        };
-        if layout.buffers > 0
-            && let Some(lease) = self
-                .packer
-                .lease_within(packet.remaining.min(layout.buffer_len), limit)
+        let ways = self.ways(packet, patient);
+        let whole = self.load.pool.layout().buffer_len;
+        if let Some(limit) = ways.buffer
+            && let Some(lease) = self.packer.lease_within(packet.remaining.min(whole), limit)
         {
             return Ok(Some(lease));
         }
-        if !next {
+        if !ways.reserve {
             return Ok(None);
         }
         let reserve = Pool::reserve(self.load.pool.clone(), packet.device.ordinal);

@@ -1,10 +1,8 @@
 //! How much of the pool the channels may fill, and when they are told that there is room.
 //!
-//! | a packet | may take buffers until so many are out |
-//! |---|---|
-//! | that its device needs next | all; and then there is the device's reserve |
-//! | any other | [`AHEAD`] bytes' |
-//! | any other, after [`PATIENCE`] | all but a few, so that next packets pass whole |
+//! The rule for who may take what is in `reorder/admission.rs`: the packet that its device needs next,
+//! all; any other, 12 MiB; and after [`PATIENCE`] all but a few buffers, so that next packets pass
+//! whole.
 //!
 //! The budget is for disorder: for packets that wait for one which is late. While none is late, what
 //! the channels hold beyond the next writes gains nothing and costs time: bytes that wait for longer
@@ -21,51 +19,41 @@
 
 use super::*;
 
-/// How far the channels may be ahead, in bytes, while nothing is late: what a core's share of the
-/// last cache keeps, and several times what the driver writes at once.
-const AHEAD: usize = 12 << 20;
-
-/// How long a channel waits for its packets' turn: longer than a fast device takes for [`AHEAD`].
+/// How long a channel waits for its packets' turn: longer than a fast device takes for what the
+/// channels may be ahead.
 const PATIENCE: Duration = Duration::from_millis(5);
 
 /// The room that channels wait for.
 pub(crate) struct Room {
     pool: Arc<Pool>,
-    /// Who waits within [`AHEAD`].
+    /// Who waits within what the channels may be ahead.
     patient: Waiters,
     /// Who waits within the budget.
     others: Waiters,
-    ahead: u32,
-    most: u32,
+    rule: Admission,
     /// Whether a device missed its next packet in this round of the driver's.
     missed: AtomicBool,
 }
 
 impl Room {
     pub(crate) fn new(pool: Arc<Pool>) -> Self {
-        let layout = pool.layout();
-        let most = layout.buffers - (layout.buffers / 8).min(4);
-        let ahead = AHEAD / layout.buffer_len.max(1);
         Self {
             patient: Waiters::new(),
             others: Waiters::new(),
-            ahead: u32::try_from(ahead)
-                .unwrap_or(u32::MAX)
-                .clamp(1, most.max(1)),
-            most,
+            rule: Admission::new(*pool.layout()),
             missed: AtomicBool::new(false),
             pool,
         }
     }
 
-    /// How many buffers may be out after a packet that is not next has taken one.
-    pub(super) const fn limit(&self, patient: bool) -> u32 {
-        if patient { self.ahead } else { self.most }
+    /// Who may have how much of the pool.
+    pub(super) const fn rule(&self) -> &Admission {
+        &self.rule
     }
 
     /// Whether there is room for many packets that are not next.
     pub(super) fn is_wide(&self, patient: bool) -> bool {
-        let limit = self.limit(patient);
+        let limit = self.rule.limit(patient);
         // A guess: whoever waits for a packet that must come is told in any case.
         self.pool.in_use().0 + limit.div_ceil(4) <= limit
     }
