@@ -183,6 +183,11 @@ impl<B: Buffer> Slot<B> {
                     .offset(CURRENT_POSITION)
                     .build()
             }
+            Op::ReadAt { buffer, offset, .. } => {
+                opcode::Read::new(fd, buffer.as_mut_ptr(), length(buffer.len()))
+                    .offset(*offset)
+                    .build()
+            }
             Op::Write { buffer, .. } => {
                 opcode::Write::new(fd, buffer.as_mut_ptr(), length(buffer.len()))
                     .offset(CURRENT_POSITION)

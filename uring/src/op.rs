@@ -35,12 +35,22 @@ pub enum Link {
     Next,
 }
 
-/// One operation. Transfers are at the file's own position (offset -1).
+/// One operation. Transfers are at the file's own position (offset -1), but for
+/// [`Op::ReadAt`].
 pub enum Op<B> {
     /// Read up to the buffer's length. 0 is the end.
     Read {
         /// From where.
         fd: Fd,
+        /// To where.
+        buffer: B,
+    },
+    /// Read up to the buffer's length, from a place of its own. 0 is the end.
+    ReadAt {
+        /// From which file: one that can seek. (On a pipe io_uring reads as if there were no place.)
+        fd: Fd,
+        /// From where in it.
+        offset: u64,
         /// To where.
         buffer: B,
     },
@@ -102,6 +112,7 @@ impl<B> Op<B> {
     pub const fn fd(&self) -> &Fd {
         match self {
             Self::Read { fd, .. }
+            | Self::ReadAt { fd, .. }
             | Self::Write { fd, .. }
             | Self::ReadVectored { fd, .. }
             | Self::WriteVectored { fd, .. }
@@ -116,6 +127,7 @@ impl<B> Op<B> {
     pub const fn name(&self) -> &'static str {
         match self {
             Self::Read { .. } => "read",
+            Self::ReadAt { .. } => "pread",
             Self::Write { .. } => "write",
             Self::ReadVectored { .. } => "readv",
             Self::WriteVectored { .. } => "writev",
@@ -132,6 +144,7 @@ impl<B: Buffer> Op<B> {
     pub fn requested(&self) -> usize {
         match self {
             Self::Read { buffer, .. }
+            | Self::ReadAt { buffer, .. }
             | Self::Write { buffer, .. }
             | Self::Recv { buffer, .. }
             | Self::Send { buffer, .. } => buffer.len(),

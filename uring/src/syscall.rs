@@ -66,7 +66,7 @@ impl Progress {
             | Op::WriteVectored { fd, .. } => {
                 matches!(kind(fd), Some(SFlag::S_IFIFO | SFlag::S_IFSOCK))
             }
-            Op::Recv { .. } | Op::Send { .. } | Op::Poll { .. } => false,
+            Op::ReadAt { .. } | Op::Recv { .. } | Op::Send { .. } | Op::Poll { .. } => false,
         };
         Self {
             moved: 0,
@@ -83,7 +83,7 @@ impl Progress {
             Op::Poll { .. } => Step::Ended(Ok(usize::from(revents.cast_unsigned()))),
             Op::Recv { .. } | Op::Send { .. } => self.advance(transfer(op, start, end), self.all),
             _ if !self.shared => Step::Ended(transfer(op, start, end)),
-            Op::Read { .. } | Op::ReadVectored { .. } => {
+            Op::Read { .. } | Op::ReadAt { .. } | Op::ReadVectored { .. } => {
                 let moved = transfer_at_once(op, start, end)
                     .unwrap_or_else(|Unsupported| transfer(op, start, end));
                 self.advance(moved, false)
@@ -129,7 +129,9 @@ impl Progress {
 /// The events to poll for before an operation's next step.
 pub(crate) const fn wanted<B>(op: &Op<B>) -> i16 {
     match op {
-        Op::Read { .. } | Op::ReadVectored { .. } | Op::Recv { .. } => libc::POLLIN,
+        Op::Read { .. } | Op::ReadAt { .. } | Op::ReadVectored { .. } | Op::Recv { .. } => {
+            libc::POLLIN
+        }
         Op::Write { .. } | Op::WriteVectored { .. } | Op::Send { .. } => libc::POLLOUT,
         Op::Poll { events, .. } => *events,
     }
@@ -179,7 +181,7 @@ pub(crate) fn canceled() -> io::Error {
 /// end of a pipe that one writes to never becomes readable. For those that poll did not find ready.
 pub(crate) fn is_refused<B>(op: &Op<B>) -> bool {
     let wrong = match op {
-        Op::Read { .. } | Op::ReadVectored { .. } => OFlag::O_WRONLY,
+        Op::Read { .. } | Op::ReadAt { .. } | Op::ReadVectored { .. } => OFlag::O_WRONLY,
         Op::Write { .. } | Op::WriteVectored { .. } => OFlag::O_RDONLY,
         Op::Recv { fd, .. } | Op::Send { fd, .. } => return kind(fd) != Some(SFlag::S_IFSOCK),
         Op::Poll { .. } => return false,
@@ -203,6 +205,15 @@ fn transfer<B: Buffer>(op: &mut Op<B>, start: usize, end: usize) -> io::Result<u
             // SAFETY: `bytes` and `len` are within the buffer, which `op` owns and nobody else
             // touches, as `Buffer` promises.
             unsafe { libc::read(fd.as_raw_fd(), bytes.cast(), len) }
+        }
+        Op::ReadAt { fd, offset, buffer } => {
+            let (bytes, len) = part(buffer, start, end);
+            let at = offset.saturating_add(start as u64);
+            let Ok(at) = libc::off_t::try_from(at) else {
+                return Err(io::Error::from_raw_os_error(libc::EINVAL));
+            };
+            // SAFETY: as for the read above.
+            unsafe { libc::pread(fd.as_raw_fd(), bytes.cast(), len, at) }
         }
         Op::Write { fd, buffer } => {
             let (bytes, len) = part(buffer, start, end);
@@ -258,7 +269,9 @@ fn transfer_at_once<B: Buffer>(
             // SAFETY: as for the vectored read of `transfer`.
             unsafe { libc::pwritev2(fd, vectors.as_ptr(), count, -1, libc::RWF_NOWAIT) }
         }
-        Op::Recv { .. } | Op::Send { .. } | Op::Poll { .. } => return Err(Unsupported),
+        Op::ReadAt { .. } | Op::Recv { .. } | Op::Send { .. } | Op::Poll { .. } => {
+            return Err(Unsupported);
+        }
     };
     match usize::try_from(moved).map_err(|_negative| io::Error::last_os_error()) {
         Err(error) if error.kind() == io::ErrorKind::Unsupported => Err(Unsupported),
@@ -270,6 +283,7 @@ fn transfer_at_once<B: Buffer>(
 fn buffers<B: Buffer>(op: &mut Op<B>) -> &mut [B] {
     match op {
         Op::Read { buffer, .. }
+        | Op::ReadAt { buffer, .. }
         | Op::Write { buffer, .. }
         | Op::Recv { buffer, .. }
         | Op::Send { buffer, .. } => slice::from_mut(buffer),

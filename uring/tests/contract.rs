@@ -149,6 +149,7 @@ contract! {
     a_blocked_receive_can_be_cancelled
     a_blocked_send_can_be_cancelled
     a_poll_can_be_cancelled
+    a_read_at_a_place_leaves_the_files_own_alone
     cancelling_a_blocked_chain_ends_it_all
     cancelling_an_ended_operation_does_nothing
     cancelling_an_unknown_token_does_nothing
@@ -254,6 +255,14 @@ fn poll(fd: &Fd, events: i16) -> Op<Vec<u8>> {
     }
 }
 
+fn read_at(fd: &Fd, offset: u64, len: usize) -> Op<Vec<u8>> {
+    Op::ReadAt {
+        fd: fd.clone(),
+        offset,
+        buffer: vec![0; len],
+    }
+}
+
 /// Fills a pipe or a socket until a write would block.
 fn fill(fd: &Fd) {
     let flags = nix::fcntl::OFlag::from_bits_retain(
@@ -317,6 +326,7 @@ fn outcomes(ended: &BTreeMap<u32, Completion<Vec<u8>>>) -> Vec<Outcome> {
 fn buffer(completion: &Completion<Vec<u8>>) -> &[u8] {
     match &completion.op {
         Op::Read { buffer, .. }
+        | Op::ReadAt { buffer, .. }
         | Op::Write { buffer, .. }
         | Op::Recv { buffer, .. }
         | Op::Send { buffer, .. } => buffer,
@@ -1042,6 +1052,24 @@ fn counted_read(fd: &Fd, drops: &Arc<AtomicUsize>) -> Op<Counted> {
         fd: fd.clone(),
         buffer: Counted::new(drops),
     }
+}
+
+fn a_read_at_a_place_leaves_the_files_own_alone<K: Kind>() {
+    let mut ring = ring!(K, 4);
+    let memory = nix::sys::memfd::memfd_create(c"place", nix::sys::memfd::MFdFlags::MFD_CLOEXEC);
+    let fd: Fd = Arc::new(memory.unwrap());
+    file(&fd).write_all(b"0123456789").unwrap();
+    nix::unistd::lseek(fd.as_ref(), 2, nix::unistd::Whence::SeekSet).unwrap();
+    push(&mut *ring, 0, read_at(&fd, 7, 2));
+    push(&mut *ring, 1, read_at(&fd, 8, 9));
+    push(&mut *ring, 2, read_at(&fd, 10, 9));
+    let ended = all(&mut *ring);
+    assert_eq!(outcomes(&ended), [Ok(2), Ok(2), Ok(0)]);
+    assert_eq!(buffer(&ended[&0]), b"78");
+    assert_eq!(&buffer(&ended[&1])[..2], b"89");
+    // Where the file itself is.
+    push(&mut *ring, 3, read(&fd, 3));
+    assert_eq!(buffer(&all(&mut *ring)[&3]), b"234");
 }
 
 fn a_dropped_ring_frees_what_was_blocked<K: Kind>() {
