@@ -103,8 +103,9 @@ fn search(name: &str, cases: &[Case]) -> Vec<String> {
 #[test]
 fn device_state_alone_never_deadlocks() {
     let most = |channels, pieces, link| match (channels, pieces, link) {
-        (2, 1, _) | (3, 1, 1) => 5,
-        _ => 4,
+        (_, 1, 1) | (2, 1, 2) => 5,
+        (2, _, _) | (3, 1, _) | (3, _, 1) => 4,
+        _ => 3,
     };
     let deadlocks = search("device state alone", &cases(ALONE, most));
     assert!(deadlocks.is_empty(), "{}", deadlocks[0]);
@@ -112,7 +113,12 @@ fn device_state_alone_never_deadlocks() {
 
 #[test]
 fn channels_shared_with_barriers_never_deadlock_with_spilling() {
-    let most = |channels, _, _| if channels == 2 { 4 } else { 3 };
+    let most = |channels, pieces, link| match (channels, pieces, link) {
+        (2, 1, 1) => 5,
+        (2, _, 1) | (2, 1, _) => 4,
+        (2, _, _) | (3, _, 1) => 3,
+        _ => 2,
+    };
     for start in [Start::AnyTime, Start::AfterBarriers] {
         let base = Case { start, ..SHARED };
         let deadlocks = search(&format!("shared, {start:?}"), &cases(base, most));

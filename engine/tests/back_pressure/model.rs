@@ -70,7 +70,7 @@ pub struct Found {
 }
 
 /// Where a packet's bytes are.
-#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 enum Memory {
     Buffer,
     Reserve,
@@ -79,13 +79,13 @@ enum Memory {
     ReadBack,
 }
 
-#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 enum Item {
     Packet { device: u8, index: u8 },
     Sync,
 }
 
-#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 enum Hand {
     Free,
     /// It has a packet's header; so many pieces are published.
@@ -95,7 +95,7 @@ enum Hand {
     AtBarrier,
 }
 
-#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 struct Channel {
     queue: [Option<Item>; QUEUE],
     syncs_sent: u8,
@@ -103,7 +103,7 @@ struct Channel {
     hand: Hand,
 }
 
-#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Slot {
     Empty,
     Ready(Memory, bool),
@@ -112,7 +112,7 @@ enum Slot {
     Taken,
 }
 
-#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
 struct Device {
     handed: u8,
     next: u8,
@@ -122,7 +122,7 @@ struct Device {
     reserve_out: bool,
 }
 
-#[derive(Clone, Debug, Eq, Hash, PartialEq)]
+#[derive(Clone, Debug, Eq, PartialEq)]
 struct State {
     started: bool,
     channels: [Channel; CHANNELS],
@@ -184,6 +184,51 @@ impl State {
             Memory::Spilled => self.spilled -= 1,
             Memory::ReadBack => {}
         }
+    }
+
+    /// The state in as many bytes as it needs: for the set of those that have been seen.
+    fn packed(&self) -> [u8; 72] {
+        let mut bytes = [0; 72];
+        let mut at = 0;
+        let mut put = |byte| {
+            bytes[at] = byte;
+            at += 1;
+        };
+        put(u8::from(self.started));
+        put(self.buffers_out);
+        put(self.spilled);
+        for channel in &self.channels {
+            for item in &channel.queue {
+                put(match *item {
+                    None => 0,
+                    Some(Item::Packet { device, index }) => 1 + (device << 4 | index),
+                    Some(Item::Sync) => 0xff,
+                });
+            }
+            put(channel.syncs_sent << 4 | channel.syncs_passed);
+            let (kind, device, index, done) = match channel.hand {
+                Hand::Free => (0, 0, 0, 0),
+                Hand::AtBarrier => (1, 0, 0, 0),
+                Hand::Asks(device, index, done) => (2, device, index, done),
+                Hand::Has(device, index, done, memory) => (3 + memory as u8, device, index, done),
+            };
+            put(kind << 4 | done);
+            put(device << 4 | index);
+        }
+        for device in &self.devices {
+            put(device.handed << 4 | device.next);
+            for slot in &device.slots {
+                put(match *slot {
+                    Slot::Empty => 0,
+                    Slot::Drained => 1,
+                    Slot::Taken => 2,
+                    Slot::Ready(memory, more) => 4 + (memory as u8) * 2 + u8::from(more),
+                });
+            }
+            let writes = device.writes.map_or(0, |memory| 1 + memory as u8);
+            put(writes << 1 | u8::from(device.reserve_out));
+        }
+        bytes
     }
 
     /// Channels are alike: of the states that differ only by their order one is enough.
@@ -391,7 +436,7 @@ impl Case {
         let admission = Admission::new(self.layout());
         let first = State::new();
         let mut found = Found::default();
-        let mut seen = HashSet::from([first.clone()]);
+        let mut seen = HashSet::from([first.packed()]);
         let mut left = vec![first];
         while let Some(state) = left.pop() {
             found.states += 1;
@@ -399,8 +444,7 @@ impl Case {
             self.each_next(&admission, &state, |next| {
                 steps += 1;
                 let next = next.in_order(self);
-                if !seen.contains(&next) {
-                    seen.insert(next.clone());
+                if seen.insert(next.packed()) {
                     left.push(next);
                 }
             });
