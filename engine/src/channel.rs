@@ -250,6 +250,11 @@ impl Channel {
         Ok(self)
     }
 
+    /// Whether a RAM migrator's packets come over it too.
+    pub(crate) const fn is_shared(&self) -> bool {
+        self.sink.is_some()
+    }
+
     /// What ends its thread's waits.
     pub(crate) fn hangup(&self) -> io::Result<Hangup> {
         self.stream.hangup()
@@ -304,8 +309,17 @@ pub(crate) trait Inlet {
     /// How many bytes of its data have not been published.
     fn remaining(&self, packet: &Self::Packet) -> usize;
 
-    /// Memory for those, or for the first of them. Waits for it.
-    fn lease(&mut self, packet: &Self::Packet) -> Result<Buffer>;
+    /// Memory for those, or for the first of them. Waits for it. `None` where they are to be spilled
+    /// instead, all of them.
+    fn lease(&mut self, packet: &Self::Packet) -> Result<Option<Buffer>>;
+
+    /// Spills what [`Inlet::lease`] said is to be, and publishes it. `receive` fills the bytes that it
+    /// is given with the next ones of the packet, and is told whether they are its last.
+    fn spill(
+        &mut self,
+        packet: &mut Self::Packet,
+        receive: &mut dyn FnMut(&mut [u8], bool) -> Result<()>,
+    ) -> Result<()>;
 
     /// Publishes what a lease was filled with.
     fn publish(&mut self, packet: &mut Self::Packet, filled: Buffer) -> Result<()>;
@@ -538,7 +552,13 @@ impl Receiver {
         }
         // Each round publishes a byte at least.
         while inlet.remaining(&packet) > 0 {
-            let mut lease = inlet.lease(&packet)?;
+            let Some(mut lease) = inlet.lease(&packet)? else {
+                let ahead = self.ahead;
+                let mut receive =
+                    |bytes: &mut [u8], last| self.receive(bytes, if last { ahead } else { 0 });
+                inlet.spill(&mut packet, &mut receive)?;
+                continue;
+            };
             let last = lease.size() == inlet.remaining(&packet);
             self.receive(lease.bytes_mut(), if last { self.ahead } else { 0 })
                 .map_err(|error| {

@@ -51,6 +51,9 @@ pub enum ErrorKind {
     /// The device's driver did not give a transfer back within the grace time. What the kernel
     /// still holds has been leaked and the device must not be touched again.
     Stuck,
+    /// The file that a packet was spilled to failed: [`Error::raw_os_error`] says how. The device
+    /// whose packet it was misses it.
+    Spill,
     /// The ring, a thread, or memory could not be had from the host.
     Host,
     /// The device, or this VM with it, cannot be migrated.
@@ -401,6 +404,7 @@ impl fmt::Display for ErrorKind {
             Self::Panicked => f.write_str("a callback panicked"),
             Self::Stalled => f.write_str("no progress for the time allowed"),
             Self::Stuck => f.write_str("the device did not end its transfer within the grace time"),
+            Self::Spill => f.write_str("the spill file failed"),
             Self::Host => f.write_str("the host has no means for this"),
             Self::Unmigratable(refusal) => write!(f, "no migration: {refusal}"),
             Self::LateRequest => f.write_str("new initial data after the switchover was decided"),

@@ -95,6 +95,8 @@ pub(crate) struct Filled {
 #[derive(Debug)]
 pub(crate) struct Lane {
     fd: Fd,
+    /// Where the operation in flight reads instead, and from which place.
+    aside: Option<(Fd, u64)>,
     direction: Direction,
     first_token: u32,
     steps: Vec<Step>,
@@ -111,6 +113,7 @@ impl Lane {
     pub(crate) fn new(fd: Fd, direction: Direction, ordinal: u32) -> Self {
         Self {
             fd,
+            aside: None,
             direction,
             first_token: ordinal * CHAIN,
             steps: Vec::with_capacity(CHAIN as usize),
@@ -145,6 +148,7 @@ impl Lane {
         counters: &DeviceCounters,
     ) {
         assert!(self.is_idle(), "one chain in flight");
+        self.aside = None;
         self.moved = 0;
         self.idle_retries = 0;
         let tokens = (self.first_token..).map(Token);
@@ -158,6 +162,37 @@ impl Lane {
         self.push(ring, counters);
     }
 
+    /// Reads into a buffer from a place in another file: what has been spilled. As a batch of its
+    /// own, which ends as a read's does.
+    pub(crate) fn read_aside(
+        &mut self,
+        (file, offset): (Fd, u64),
+        (index, buffer): (u32, Buffer),
+        ring: &mut dyn Ring<Buffer>,
+        counters: &DeviceCounters,
+    ) {
+        assert!(self.is_idle(), "one chain in flight");
+        self.aside = Some((file, offset));
+        self.moved = 0;
+        self.idle_retries = 0;
+        self.steps.push(Step {
+            token: Token(self.first_token),
+            index,
+            buffer: Some(buffer),
+            result: None,
+        });
+        self.push(ring, counters);
+    }
+
+    /// Which way the bytes of the batch go.
+    const fn direction(&self) -> Direction {
+        if self.aside.is_some() {
+            Direction::Read
+        } else {
+            self.direction
+        }
+    }
+
     fn push(&mut self, ring: &mut dyn Ring<Buffer>, counters: &DeviceCounters) {
         let count = self.steps.len();
         assert!(count > 0 && count <= CHAIN as usize);
@@ -169,16 +204,23 @@ impl Lane {
                 .expect("a step is pushed with its buffer");
             step.result = None;
             let fd = self.fd.clone();
-            let op = match self.direction {
-                Direction::Write => Op::Write { fd, buffer },
-                Direction::Read => Op::Read { fd, buffer },
+            let op = match (&self.aside, self.direction) {
+                (Some((file, offset)), _) => Op::ReadAt {
+                    fd: file.clone(),
+                    offset: *offset,
+                    buffer,
+                },
+                (None, Direction::Write) => Op::Write { fd, buffer },
+                (None, Direction::Read) => Op::Read { fd, buffer },
             };
             let link = if at < count { Link::Next } else { Link::End };
             ring.push(step.token, op, link)
                 .expect("the ring has a place for every step of every lane");
             self.outstanding += 1;
         }
-        counters.entries.add(count as u64);
+        if self.aside.is_none() {
+            counters.entries.add(count as u64);
+        }
     }
 
     /// Takes one completion, and tells what it led to.
@@ -188,10 +230,13 @@ impl Lane {
         ring: &mut dyn Ring<Buffer>,
         counters: &DeviceCounters,
     ) -> Progress {
-        let (Op::Read { buffer, .. } | Op::Write { buffer, .. }) = completion.op else {
+        let (Op::Read { buffer, .. } | Op::ReadAt { buffer, .. } | Op::Write { buffer, .. }) =
+            completion.op
+        else {
             unreachable!("a lane reads or writes");
         };
         let token = completion.token;
+        let reads = self.direction() == Direction::Read;
         let step = self.steps.iter_mut().find(|step| step.token == token);
         let step = step.expect("a completion is one of the chain's");
         let whole = completion
@@ -199,13 +244,15 @@ impl Lane {
             .as_ref()
             .is_ok_and(|&n| n == buffer.size());
         // What was written whole goes back to the pool at once: the publishers wait for it.
-        step.buffer = (self.direction == Direction::Read || !whole).then_some(buffer);
+        step.buffer = (reads || !whole).then_some(buffer);
         step.result = Some(completion.result);
         self.outstanding -= 1;
         if self.outstanding > 0 {
             return Progress::Busy;
         }
-        counters.transfer(self.submitted);
+        if self.aside.is_none() {
+            counters.transfer(self.submitted);
+        }
         self.judge(ring, counters)
     }
 
@@ -223,7 +270,7 @@ impl Lane {
                 self.moved = 0;
                 continue;
             };
-            let error = match (result, self.direction) {
+            let error = match (result, self.direction()) {
                 (Ok(0), Direction::Write) => io::ErrorKind::WriteZero.into(),
                 (Ok(count), Direction::Write) => {
                     buffer.advance(count);
@@ -316,6 +363,7 @@ impl Lane {
     /// ring's to leak.) Returns how many operations there are.
     pub(crate) fn abandon(&mut self) -> usize {
         mem::forget(self.fd.clone());
+        mem::forget(self.aside.clone());
         self.outstanding
     }
 }

@@ -40,6 +40,7 @@ mod save;
 pub mod section;
 mod session;
 mod settings;
+mod spill;
 mod state;
 mod stats;
 pub mod stream;
@@ -69,9 +70,9 @@ pub use crate::{
         DeviceReport, LoadBuilder, LoadSession, NotStarted, PacketLease, Publisher, Report,
         SaveBuilder, SaveSession,
     },
-    settings::Settings,
+    settings::{Settings, Spill},
     state::{DeviceState, MigrationFlags, PrecopyInfo, UnknownState},
-    stats::{ChannelStats, DeviceStats, Latency, Phases, Stats},
+    stats::{ChannelStats, DeviceStats, Latency, Phases, SpillStats, Stats},
     task::{Task, TaskKind},
     trace::TARGET as TRACE_TARGET,
 };

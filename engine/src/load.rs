@@ -22,6 +22,7 @@
 
 use std::{
     fmt, io, mem,
+    path::PathBuf,
     time::{Duration, Instant},
 };
 
@@ -55,8 +56,9 @@ use crate::{
         waiters::Waiters,
     },
     router::Router,
+    spill::{SpillFile, Spilled},
     state::DeviceState,
-    stats::{ChannelCounters, DeviceCounters},
+    stats::{ChannelCounters, DeviceCounters, SpillStats},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU32, Ordering, fence},
@@ -126,6 +128,8 @@ pub(crate) struct Load {
     pub(crate) settings: LoadSettings,
     /// Channels that wait for room.
     pub(crate) room: Room,
+    /// Where packets go that must not wait for it, once somebody may need that.
+    spill: Mutex<Option<Arc<SpillFile>>>,
     /// Channels and publishers that may still bring packets.
     inputs: AtomicU32,
     /// Channels that were announced and have not come. For messages.
@@ -133,11 +137,24 @@ pub(crate) struct Load {
     pub(crate) verdict: Verdict,
 }
 
+/// Who may spill, and where to.
+#[derive(Clone, Debug)]
+pub(crate) enum Spilling {
+    /// Nobody.
+    Never,
+    /// Channels that barriers share, to memory.
+    WhereShared,
+    /// All, to a file in this directory or to memory.
+    Always(Option<PathBuf>),
+}
+
 /// The settings that the threads of a load look at.
 #[derive(Clone, Debug)]
 pub(crate) struct LoadSettings {
     pub(crate) max_packet: u32,
     pub(crate) window: u32,
+    pub(crate) spill: Spilling,
+    pub(crate) spill_limit: u64,
     pub(crate) config_after_iterables: bool,
     pub(crate) stop_after_load: bool,
     pub(crate) grace: Duration,
@@ -157,6 +174,7 @@ impl Load {
             router: Router::new(collector.clone()),
             collector,
             room: Room::new(pool.clone()),
+            spill: Mutex::new(None),
             pool,
             staging: Arc::new(Pool::new(staging)),
             driver,
@@ -226,6 +244,49 @@ impl Load {
         device.control.quit();
         self.driver.wake();
         self.room.notify_all();
+    }
+
+    /// The file that a channel may spill to, or a publisher; none where it must not. The first who
+    /// may has it made. `shared` says that barriers share the channel.
+    pub(crate) fn spill_for(&self, shared: bool) -> Result<Option<Arc<SpillFile>>> {
+        let directory = match &self.settings.spill {
+            Spilling::Never => return Ok(None),
+            Spilling::WhereShared if !shared => return Ok(None),
+            Spilling::WhereShared => None,
+            Spilling::Always(directory) => directory.as_deref(),
+        };
+        let mut spill = lock(&self.spill);
+        if spill.is_none() {
+            let made = SpillFile::new(directory, self.settings.spill_limit);
+            let made =
+                made.map_err(|error| Error::new(ErrorKind::Spill, Phase::Setup).caused_by(error))?;
+            *spill = Some(Arc::new(made));
+        }
+        Ok(spill.clone())
+    }
+
+    /// What has been spilled.
+    pub(crate) fn spilled(&self) -> SpillStats {
+        let spill = lock(&self.spill);
+        spill
+            .as_ref()
+            .map(|file| file.snapshot())
+            .unwrap_or_default()
+    }
+
+    /// Takes over a packet that was spilled, by its number.
+    fn adopt_spilled(&self, number: u64) -> Spilled {
+        let spill = lock(&self.spill);
+        let file = spill.as_ref().expect("who spilled had a file");
+        SpillFile::adopt(file, number)
+    }
+
+    /// Gives back what a packet is kept in.
+    fn recycle(&self, packet: Packet) {
+        match packet.payload {
+            Payload::Aside(number) => drop(self.adopt_spilled(number)),
+            _ => packet.recycle(&self.pool),
+        }
     }
 
     /// Bytes for gathering small packets.

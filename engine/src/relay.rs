@@ -91,7 +91,7 @@ use crate::{
     router::Router,
     save::{HEADERS, HEADROOM},
     settings::{Memory, Settings},
-    stats::{ChannelCounters, DeviceCounters, Stats},
+    stats::{ChannelCounters, DeviceCounters, SpillStats, Stats},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU32, Ordering},
@@ -522,6 +522,7 @@ impl Relay {
                 .collect(),
             budget: self.budget as u64,
             held: u64::from(held) * layout.buffer_len as u64,
+            spill: SpillStats::default(),
             held_high: (high as usize * layout.buffer_len + layout.reserve_len) as u64,
             backend: "none",
             ring_calls: 0,

@@ -1,6 +1,6 @@
 //! A session's settings, and the arithmetic that turns a budget into a pool.
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 use vfio_migration_uring::Backend;
 
@@ -11,6 +11,21 @@ use crate::{
     save::HEADROOM,
     wire,
 };
+
+/// Where packets go when the budget is spent. See [`Settings::spill`].
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+#[non_exhaustive]
+pub enum Spill {
+    /// To a memory file, from channels with a [`RamSink`](crate::RamSink); from others nowhere.
+    #[default]
+    Auto,
+    /// Nowhere: a packet beyond the budget waits.
+    Off,
+    /// To a memory file, from every channel and publisher.
+    Memfd,
+    /// To a file without a name in this directory, from every channel and publisher.
+    Directory(PathBuf),
+}
 
 /// A session's settings. Sizes are in bytes.
 ///
@@ -41,6 +56,14 @@ pub struct Settings {
     /// Load, relay: the largest device-state payload that is accepted, 12-byte header included. 12 bytes
     /// and 4 MiB; at the least 12 bytes and 1 MiB.
     pub max_packet: u32,
+    /// Load: where a packet goes when the budget is spent. Where a RAM migrator's SYNC barriers share
+    /// the channels with device state, a packet that waits for the budget can hold up the one that
+    /// its device needs; so there it goes to a file, and comes back when it is next. While the devices
+    /// get on nothing is spilled. Auto.
+    pub spill: Spill,
+    /// Load: how much may be spilled at one time, rounded down to 64 KiB, and each packet up. When that
+    /// is used up, packets wait after all. 1 GiB.
+    pub spill_limit: u64,
     /// Load: how many channels there will be; a hello's id is below it. Load ends its input when
     /// this many have come and ended, or nothing is missing any more: a channel that never comes
     /// ends a load only by what it should have brought ([`Settings::no_progress`]). 1 unless set;
@@ -82,6 +105,8 @@ impl Default for Settings {
             data_len: None,
             window: 1 << 16,
             max_packet: wire::DEFAULT_MAX_PACKET,
+            spill: Spill::Auto,
+            spill_limit: 1 << 30,
             channels: 1,
             uuid: [0; 16],
             max_devices: None,

@@ -178,6 +178,24 @@ pub struct ChannelStats {
     pub blocked: Duration,
 }
 
+/// What a load's spill file has taken and given back, as it was at one moment. Sizes are in bytes.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[non_exhaustive]
+pub struct SpillStats {
+    /// The most that it may hold. 0 where there is none.
+    pub limit: u64,
+    /// Packets written to it.
+    pub packets: u64,
+    /// Bytes of packets written to it.
+    pub written: u64,
+    /// Bytes of packets read back.
+    pub read: u64,
+    /// Its space that is in use now, in whole chunks of 64 KiB.
+    pub held: u64,
+    /// The most that was in use at one time.
+    pub held_high: u64,
+}
+
 /// A session's counters, as they were at one moment.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
@@ -193,6 +211,8 @@ pub struct Stats {
     pub held: u64,
     /// How much of it, in whole buffers, was in use at most at one time.
     pub held_high: u64,
+    /// Load: packets that went to a file.
+    pub spill: SpillStats,
     /// The backend in use: `uring` or `blocking`; `main channel` where no device uses the channels.
     pub backend: &'static str,
     /// Calls that the driver made into its ring: each submits what is queued and waits.
@@ -210,6 +230,14 @@ impl Stats {
             budget: 0,
             held: 0,
             held_high: 0,
+            spill: SpillStats {
+                limit: 0,
+                packets: 0,
+                written: 0,
+                read: 0,
+                held: 0,
+                held_high: 0,
+            },
             backend: "main channel",
             ring_calls: 0,
             late_wakeups: 0,

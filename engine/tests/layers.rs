@@ -19,7 +19,7 @@ const LAYERS: &[&[&str]] = &[
     &["lane"],
     &["device", "stream"],
     &["section"],
-    &["task", "router", "wire"],
+    &["task", "router", "spill", "wire"],
     &["reorder"],
     &["arena", "stats", "trace", "verdict"],
     &["error", "id", "state", "sync"],

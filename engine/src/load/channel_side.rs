@@ -2,9 +2,18 @@
 //!
 //! ```text
 //!   announce ─▶ admit ─▶ lease (waits for room) ─▶ the caller fills it ─▶ publish ─▶ ring the bell
+//!                          └─▶ spill (where it must not wait for long) ─────▲
 //! ```
 
 use super::*;
+
+/// How long a packet waits for the budget before it is spilled: as long as devices that get on are
+/// unlikely to need, and little next to a downtime. Those behind it do not wait again before one has
+/// found room at once.
+const SPILL_AFTER: Duration = Duration::from_millis(20);
+
+/// How much of a packet is in memory on its way to the spill file.
+const BOUNCE: usize = 64 << 10;
 
 /// A packet that has been announced: its header, and the device that it is for.
 pub(crate) struct Incoming {
@@ -27,10 +36,22 @@ pub(crate) struct LoadInlet {
     counters: Arc<ChannelCounters>,
     /// Whether its packets wait for their turn, see `room.rs`.
     patient: bool,
+    /// Where it may spill to.
+    spill: Option<Arc<SpillFile>>,
+    /// Whether the packet before was spilled.
+    spilling: bool,
+    /// Space for the packet that is to be spilled now.
+    aside: Option<Spilled>,
+    /// For its bytes. There once something has been spilled.
+    bounce: Box<[u8]>,
 }
 
 impl LoadInlet {
-    pub(crate) fn new(load: Arc<Load>, counters: Arc<ChannelCounters>) -> Self {
+    pub(crate) fn new(
+        load: Arc<Load>,
+        counters: Arc<ChannelCounters>,
+        spill: Option<Arc<SpillFile>>,
+    ) -> Self {
         let epoch = load.collector.register();
         let packer = Packer::new(load.pool.clone());
         Self {
@@ -40,6 +61,10 @@ impl LoadInlet {
             recent: None,
             counters,
             patient: true,
+            spill,
+            spilling: false,
+            aside: None,
+            bounce: Box::default(),
         }
     }
 
@@ -129,7 +154,7 @@ impl LoadInlet {
             in_window: device.inbox.in_window(packet.index),
             started: device.control.is_started(),
             patient,
-            spills: false,
+            spills: self.spill.is_some(),
         })
     }
 
@@ -154,11 +179,19 @@ impl LoadInlet {
         }))
     }
 
-    /// As [`LoadInlet::try_lease`], waiting for it. Ends with memory, or the packet's or the load's end.
-    pub(crate) fn lease(&mut self, packet: &Incoming) -> Result<Buffer> {
+    /// As [`LoadInlet::try_lease`], waiting for it. Ends with memory, or the packet's or the load's end;
+    /// or with `None`, where the packet is to be spilled, and has space for that.
+    pub(crate) fn lease(&mut self, packet: &Incoming) -> Result<Option<Buffer>> {
         if let Some(lease) = self.find(packet, true)? {
             self.patient = true;
-            return Ok(lease);
+            self.spilling = false;
+            return Ok(Some(lease));
+        }
+        if self.spilling {
+            let lease = self.find(packet, false)?;
+            if lease.is_some() || self.set_aside(packet) {
+                return Ok(lease);
+            }
         }
         // A buffer that is not full would be held for as long as the wait lasts.
         self.rest();
@@ -169,10 +202,74 @@ impl LoadInlet {
             found = load.room.wait_patiently(|| self.look(packet, true));
             self.patient = found.is_some();
         }
-        let found = found.unwrap_or_else(|| load.room.wait(|| self.look(packet, false)));
+        let mut found = found.map(|found| found.map(Some));
+        if found.is_none() && self.spill.is_some() {
+            let until = Instant::now() + SPILL_AFTER;
+            let look = || self.look(packet, false);
+            found = load
+                .room
+                .wait_until(until, look)
+                .map(|found| found.map(Some));
+        }
+        // From here on it is spilled at once, or waits for space in either.
+        let found = found.unwrap_or_else(|| {
+            load.room.wait(|| match self.look(packet, false) {
+                Some(found) => Some(found.map(Some)),
+                None => self.set_aside(packet).then_some(Ok(None)),
+            })
+        });
         self.counters.blocked.add_time(since.elapsed());
         load.room.pass_on();
         found
+    }
+
+    /// Has space for a packet in the spill file, if it may be spilled and there is any.
+    fn set_aside(&mut self, packet: &Incoming) -> bool {
+        if let Some(file) = &self.spill
+            && self.ways(packet, false).spill
+        {
+            self.aside = SpillFile::allocate(file, packet.remaining);
+            self.spilling = self.aside.is_some();
+        }
+        self.aside.is_some()
+    }
+
+    /// Spills a packet for which [`LoadInlet::lease`] found no memory, and publishes it. `receive`
+    /// fills what it is given with the packet's next bytes, and is told whether they are the last.
+    pub(crate) fn spill(
+        &mut self,
+        packet: &mut Incoming,
+        receive: &mut dyn FnMut(&mut [u8], bool) -> Result<()>,
+    ) -> Result<()> {
+        let spilled = self.aside.take().expect("a lease has found it space");
+        let mut bounce = mem::take(&mut self.bounce);
+        if bounce.is_empty() {
+            bounce = vec![0; BOUNCE].into();
+        }
+        let len = packet.remaining;
+        for at in (0..len).step_by(BOUNCE) {
+            let end = len.min(at + BOUNCE);
+            let bytes = &mut bounce[..end - at];
+            receive(bytes, end == len)?;
+            spilled.write(at, bytes).map_err(|error| {
+                Error::new(ErrorKind::Spill, Phase::Receive)
+                    .on_device(&packet.device.id)
+                    .at_index(packet.index)
+                    .caused_by(error)
+            })?;
+        }
+        self.bounce = bounce;
+        let filled = Packet {
+            payload: Payload::Aside(spilled.into_number()),
+            config: packet.config,
+            more: false,
+        };
+        self.hand_over(packet, filled, len)
+    }
+
+    /// Forgets that the packet was to be spilled: its bytes are not there yet.
+    pub(crate) fn put_off(&mut self) {
+        self.aside = None;
     }
 
     /// What a channel that waits looks for.
@@ -263,11 +360,11 @@ impl LoadInlet {
         match published {
             Publish::Published => {}
             Publish::Duplicate(filled) | Publish::Full(filled) => {
-                filled.recycle(&self.load.pool);
+                self.load.recycle(filled);
                 return Err(device.refuse(Violation::DuplicateIndex, index));
             }
             Publish::Closed(filled) => {
-                filled.recycle(&self.load.pool);
+                self.load.recycle(filled);
                 // A device that has got all closes too: then this is one that it has got.
                 let written = || index < device.inbox.next();
                 return Err(match self.stopped(device) {
@@ -352,8 +449,16 @@ impl Inlet for LoadInlet {
         packet.remaining
     }
 
-    fn lease(&mut self, packet: &Incoming) -> Result<Buffer> {
+    fn lease(&mut self, packet: &Incoming) -> Result<Option<Buffer>> {
         self.lease(packet)
+    }
+
+    fn spill(
+        &mut self,
+        packet: &mut Incoming,
+        receive: &mut dyn FnMut(&mut [u8], bool) -> Result<()>,
+    ) -> Result<()> {
+        self.spill(packet, receive)
     }
 
     fn publish(&mut self, packet: &mut Incoming, filled: Buffer) -> Result<()> {

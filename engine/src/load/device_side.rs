@@ -4,13 +4,21 @@
 //!   take what is there ─▶ gather small ones, chain large ones ─▶ submit ─▶ … ─▶ batch done
 //!                          ▲                                       │
 //!                          └── the next batch of small ones, while the kernel has this one
+//!
+//!   take one that was spilled ─▶ … its turn ─▶ read a part of it through the ring ─▶ submit ─▶ …
 //! ```
+//!
+//! A packet that was spilled comes back through the ring too, a part at a time, into a buffer of the
+//! pool or, where there is none, into one of the flow's own: nobody else's packets can keep it out.
 
 use super::*;
 
 /// Packets up to this many bytes are gathered into one write where several are ready: copying them
 /// costs less than an operation for each.
 const GATHER_MAX: usize = 64 << 10;
+
+/// How much of a spilled packet is read back at once where the pool has no buffer.
+const READ_BACK: usize = 64 << 10;
 
 /// The most bytes of a chain of large packets: enough to keep the device busy, little enough to
 /// stay in the cache.
@@ -25,6 +33,10 @@ pub(crate) struct LoadFlow {
     /// The config packet's data so far, once it is next.
     config: Vec<u8>,
     config_taken: bool,
+    /// The packet that is being read back. Whatever is behind it waits in its slots.
+    read_back: Option<ReadBack>,
+    /// A buffer for that where the pool has none. There once it was needed.
+    own: Option<Arc<Pool>>,
     /// The chain that is being put together.
     ready: Batch,
     /// The chain in flight. Its operations are the lane's.
@@ -33,6 +45,17 @@ pub(crate) struct LoadFlow {
     starved: Option<Instant>,
     /// Last, so that the lane has given the data fd back before the result is there.
     outcome: Outcome,
+}
+
+/// A packet on its way back from the spill file.
+struct ReadBack {
+    spilled: Spilled,
+    index: u32,
+    config: bool,
+    /// How many of its bytes have been read.
+    at: usize,
+    /// Whether the ring is reading some.
+    reading: bool,
 }
 
 /// What makes one chain.
@@ -100,10 +123,10 @@ impl Drop for Outcome {
         // Nothing is stored any more: later packets are refused, and those that nobody took are
         // recycled.
         let epoch = self.load.collector.register();
-        let pool = &self.load.pool;
+        let load = &self.load;
         self.device
             .inbox
-            .close(&epoch.pin(), |packet| packet.recycle(pool));
+            .close(&epoch.pin(), |packet| load.recycle(packet));
         self.load.room.notify_all();
         let unfinished = || {
             let kind = ErrorKind::Internal("the driver ended before this device's transfer");
@@ -129,18 +152,14 @@ impl LoadFlow {
             cursor: Cursor::new(),
             config: Vec::new(),
             config_taken: false,
+            read_back: None,
+            own: None,
             ready: Batch::default(),
             in_flight: Batch::default(),
             started: None,
             starved: None,
             outcome,
         }
-    }
-
-    fn internal(&self, what: &'static str, index: u32) -> Error {
-        Error::new(ErrorKind::Internal(what), Phase::Load)
-            .on_device(&self.device.id)
-            .at_index(index)
     }
 
     fn cancelled(&self) -> Error {
@@ -156,7 +175,9 @@ impl LoadFlow {
             .indices
             .first()
             .or(self.ready.indices.first());
-        taken.copied().unwrap_or_else(|| self.cursor.next())
+        let read_back = self.read_back.as_ref().map(|packet| packet.index);
+        let taken = taken.copied().or(read_back);
+        taken.unwrap_or_else(|| self.cursor.next())
     }
 
     /// Takes a piece of the config packet out of the pool: it waits for the device's thread, and
@@ -172,12 +193,22 @@ impl LoadFlow {
     /// Takes what is there, as far as it makes one chain with what was taken before.
     fn gather(&mut self, guard: &Guard) -> Result<()> {
         let mut taken = 0;
-        while !self.config_taken && !self.ready.is_full() {
+        while !self.config_taken && self.read_back.is_none() && !self.ready.is_full() {
             let (index, packet) = match self.cursor.take(&self.device.inbox, guard) {
                 Next::Packet(index, packet) => (index, packet),
                 Next::Starved(_) | Next::Closed => break,
             };
             taken += u64::from(!packet.more);
+            if let Payload::Aside(number) = packet.payload {
+                self.read_back = Some(ReadBack {
+                    spilled: self.load.adopt_spilled(number),
+                    index,
+                    config: packet.config,
+                    at: 0,
+                    reading: false,
+                });
+                continue;
+            }
             if packet.config {
                 self.take_config(packet);
                 continue;
@@ -187,9 +218,7 @@ impl LoadFlow {
                     self.ready.bytes += wire::PACKET_HEADER_LEN as u64;
                     continue;
                 }
-                Payload::Aside(_) => {
-                    return Err(self.internal("nothing is spilled by this version", index));
-                }
+                Payload::Aside(_) => unreachable!("seen to above"),
                 Payload::Piece(piece) => self.add(index, piece, guard),
             };
             let ready = &mut self.ready;
@@ -204,6 +233,88 @@ impl LoadFlow {
             self.device.counters.taken(taken);
         }
         Ok(())
+    }
+
+    /// Has the ring read the next part of a spilled packet. The lane is idle, and the batch empty.
+    fn read_on(&mut self, ring: &mut dyn Ring<Buffer>) {
+        let packet = self.read_back.as_mut().expect("there is one to be read");
+        let (offset, run) = packet.spilled.locate(packet.at);
+        let most = self.load.pool.layout().buffer_len;
+        let lease = if most > 0 {
+            Packer::new(self.load.pool.clone()).lease(run.min(most))
+        } else {
+            None
+        };
+        let lease = lease.unwrap_or_else(|| {
+            let own = self.own.get_or_insert_with(|| {
+                Arc::new(Pool::new(PoolLayout {
+                    buffers: 0,
+                    buffer_len: 0,
+                    reserves: 1,
+                    reserve_len: READ_BACK,
+                }))
+            });
+            let lease = Pool::reserve(own.clone(), 0);
+            let mut lease = lease.expect("what was in it before has been written");
+            lease.truncate(run.min(READ_BACK));
+            lease
+        });
+        packet.reading = true;
+        let file = packet.spilled.file().fd().clone();
+        self.lane.read_aside(
+            (file, offset),
+            (packet.index, lease),
+            ring,
+            &self.device.counters,
+        );
+    }
+
+    /// Puts what has been read of a spilled packet where it goes.
+    fn has_read(&mut self, filled: Vec<Filled>) -> Result<()> {
+        let packet = self.read_back.as_mut().expect("the ring was reading it");
+        packet.reading = false;
+        let index = packet.index;
+        for Filled {
+            mut buffer, len, ..
+        } in filled
+        {
+            if len == 0 {
+                let end = io::ErrorKind::UnexpectedEof.into();
+                return Err(self.spill_failed(index, end));
+            }
+            buffer.truncate(len);
+            packet.spilled.file().read_back(len);
+            packet.at += len;
+            if packet.config {
+                self.config.extend_from_slice(buffer.bytes());
+                continue;
+            }
+            let ready = &mut self.ready;
+            if packet.at == len {
+                ready.bytes += wire::PACKET_HEADER_LEN as u64;
+            }
+            if ready.indices.last() != Some(&index) {
+                ready.indices.push(index);
+            }
+            ready.bytes += len as u64;
+            ready.len += len;
+            ready.last_len = len;
+            ready.operations.push((index, buffer));
+        }
+        if packet.at == packet.spilled.size() {
+            self.config_taken = packet.config;
+            self.read_back = None;
+            // Channels may wait for its space.
+            self.load.room.miss();
+        }
+        Ok(())
+    }
+
+    fn spill_failed(&self, index: u32, source: io::Error) -> Error {
+        Error::new(ErrorKind::Spill, Phase::Load)
+            .on_device(&self.device.id)
+            .at_index(index)
+            .caused_by(source)
     }
 
     /// Adds a piece to the batch: by a copy where it is small and not alone.
@@ -297,6 +408,10 @@ impl Flow for LoadFlow {
             }
             return Pump::Busy;
         }
+        if self.read_back.is_some() {
+            self.read_on(context.ring);
+            return Pump::Busy;
+        }
         if self.config_taken {
             let counters = &self.device.counters;
             if let Some(since) = self.starved.take() {
@@ -325,7 +440,7 @@ impl Flow for LoadFlow {
 
     fn prepare(&mut self, guard: &Guard) -> Result<()> {
         let gathered = self.gather(guard);
-        if !self.config_taken && !self.ready.is_full() {
+        if !self.config_taken && self.read_back.is_none() && !self.ready.is_full() {
             self.load.room.miss();
         }
         gathered
@@ -334,12 +449,16 @@ impl Flow for LoadFlow {
     fn can_prepare(&self, guard: &Guard) -> bool {
         // A large packet goes as it is: there is nothing to prepare.
         !self.config_taken
+            && self.read_back.is_none()
             && !self.ready.is_full()
             && self.in_flight.gathered_at.is_some()
             && self.cursor.is_ready(&self.device.inbox, guard)
     }
 
-    fn batch_done(&mut self, _filled: Vec<Filled>, _guard: &Guard) -> Result<()> {
+    fn batch_done(&mut self, filled: Vec<Filled>, _guard: &Guard) -> Result<()> {
+        if self.read_back.as_ref().is_some_and(|packet| packet.reading) {
+            return self.has_read(filled);
+        }
         for index in &self.in_flight.indices {
             trace::load_state_device_buffer_load_end(&self.device.id, *index);
         }
@@ -349,6 +468,9 @@ impl Flow for LoadFlow {
     }
 
     fn failed(&self, index: u32, moved: usize, source: io::Error) -> Error {
+        if self.read_back.as_ref().is_some_and(|packet| packet.reading) {
+            return self.spill_failed(index, source);
+        }
         // Within a gathered write the packet is the one that the bytes moved so far end in.
         let Batch {
             gathered,

@@ -251,10 +251,18 @@ impl Inlet for RelayInlet {
         packet.remaining
     }
 
-    fn lease(&mut self, packet: &Arriving) -> Result<Buffer> {
+    fn lease(&mut self, packet: &Arriving) -> Result<Option<Buffer>> {
         let mut lease = self.lease_all(packet)?;
         lease.advance(HEADROOM);
-        Ok(lease)
+        Ok(Some(lease))
+    }
+
+    fn spill(
+        &mut self,
+        _packet: &mut Arriving,
+        _receive: &mut dyn FnMut(&mut [u8], bool) -> Result<()>,
+    ) -> Result<()> {
+        unreachable!("a relay spills nothing: its leases are never refused")
     }
 
     fn publish(&mut self, packet: &mut Arriving, mut filled: Buffer) -> Result<()> {

@@ -20,9 +20,9 @@ use crate::{
     driver::{Driver, Handle},
     error::{Error, ErrorKind, Phase, Result, Violation},
     id::DeviceId,
-    load::{self, Load, LoadDevice, LoadFlow, LoadInlet, LoadSettings, Route},
+    load::{self, Load, LoadDevice, LoadFlow, LoadInlet, LoadSettings, Route, Spilling},
     reorder::control::SLACK,
-    settings::Settings,
+    settings::{Settings, Spill},
     stats::{ChannelCounters, Stats},
     sync::{Arc, Mutex, lock},
     task::{Crew, Task, TaskKind},
@@ -186,6 +186,13 @@ impl LoadSession {
             LoadSettings {
                 max_packet: settings.max_packet,
                 window: settings.window,
+                spill: match settings.spill.clone() {
+                    Spill::Auto => Spilling::WhereShared,
+                    Spill::Off => Spilling::Never,
+                    Spill::Memfd => Spilling::Always(None),
+                    Spill::Directory(directory) => Spilling::Always(Some(directory)),
+                },
+                spill_limit: settings.spill_limit,
                 config_after_iterables: settings.config_after_iterables,
                 stop_after_load: settings.stop_after_load,
                 grace: settings.grace,
@@ -197,6 +204,8 @@ impl LoadSession {
             load.pool.refuse_by(plan.clone());
             load.staging.refuse_by(plan);
         }
+        // Where it was asked for, what is wrong with it is told now.
+        let _file = load.spill_for(false)?;
         for id in others {
             load.add_route(&id, Route::NotMultifd(id.clone()))?;
         }
@@ -383,6 +392,7 @@ impl LoadSession {
     pub fn add_channel(&self, channel: impl Into<Channel>) -> Result<()> {
         let channel = channel.into();
         let counters = Arc::new(ChannelCounters::default());
+        let spill = self.load.spill_for(channel.is_shared())?;
         let number = {
             let mut channels = lock(&self.common.channels);
             let number = u32::try_from(channels.len()).unwrap_or(u32::MAX);
@@ -410,7 +420,7 @@ impl LoadSession {
             format!("vfio-mig-ch{number}"),
             move || {
                 let receiver = Receiver::new(channel, number, terms);
-                let mut inlet = LoadInlet::new(load.clone(), counters);
+                let mut inlet = LoadInlet::new(load.clone(), counters, spill);
                 let result = receiver.run(&mut inlet, |hello, _| {
                     hello.check(&terms.uuid, terms.channels)?;
                     greet(&greeted, hello.id)
@@ -438,7 +448,9 @@ impl LoadSession {
     pub fn publisher(&self) -> Publisher {
         let counters = Arc::new(ChannelCounters::default());
         self.load.open_input();
-        Publisher::new(LoadInlet::new(self.load.clone(), counters))
+        // What can go wrong with it went wrong at the start.
+        let spill = self.load.spill_for(false).ok().flatten();
+        Publisher::new(LoadInlet::new(self.load.clone(), counters, spill))
     }
 
     /// Says that no further channel will be added.
@@ -538,6 +550,7 @@ impl LoadSession {
         let mut stats = self
             .common
             .stats(devices.collect(), &self.load.pool, &self.load.driver);
+        stats.spill = self.load.spilled();
         stats.held_high += self.load.staging_len() as u64;
         stats.late_wakeups += late + devices_late;
         stats

@@ -118,11 +118,13 @@ impl Publisher {
             return Ok(PacketLease::new(self, incoming, Memory::None));
         }
         let found = self.inlet.lease(&incoming);
-        let lease = self.fail_with(found)?;
-        let memory = if lease.size() == len {
-            Memory::Pool(lease)
-        } else {
-            Memory::Own(vec![0; len])
+        let memory = match self.fail_with(found)? {
+            Some(lease) if lease.size() == len => Memory::Pool(lease),
+            found => {
+                drop(found);
+                self.inlet.put_off();
+                Memory::Own(vec![0; len])
+            }
         };
         Ok(PacketLease::new(self, incoming, memory))
     }
@@ -160,7 +162,15 @@ impl Publisher {
         }
         // Each round publishes a byte at least.
         while !data.is_empty() {
-            let mut lease = self.inlet.lease(&incoming)?;
+            let Some(mut lease) = self.inlet.lease(&incoming)? else {
+                let mut fill = |bytes: &mut [u8], _last| {
+                    let (first, rest) = data.split_at(bytes.len());
+                    bytes.copy_from_slice(first);
+                    data = rest;
+                    Ok(())
+                };
+                return self.inlet.spill(&mut incoming, &mut fill);
+            };
             let (piece, rest) = data.split_at(lease.size());
             lease.bytes_mut().copy_from_slice(piece);
             self.inlet.publish(&mut incoming, lease)?;

@@ -1,0 +1,167 @@
+//! A VMM's whole integration: a VM with two devices moves from a source to a destination.
+//!
+//! ```text
+//!   source()  ── main channel ──▶  destination()
+//!             ═══ 2 channels ════▶
+//!             ◀── return path ───
+//! ```
+//!
+//! The devices are simulated and the connections socket pairs; a VMM puts its own in their places,
+//! and its RAM, its processors and its other devices around this. Run it with
+//! `cargo run --features sim --example embed`.
+
+use std::{os::unix::net::UnixStream, thread};
+
+use vfio_migration::{
+    Device, DeviceId, Error, LoadSession, Result, SaveSession,
+    migration::{
+        Ack, Acks, DeviceSettings, Incoming, Realized, Source, Switchover, Terms,
+        vm::{self, Reason},
+    },
+    sim::{SimConfig, SimDevice, SimHandle},
+    stream::{Command, Event, Reader, Reply, Section, SectionKind, Writer},
+};
+
+/// What both ends have agreed on.
+fn terms() -> Terms {
+    let mut terms = Terms::default();
+    terms.switchover_ack = Ack::Once;
+    terms
+}
+
+/// Writes one section of a device into the main channel.
+fn section<R>(
+    main: &mut Writer<&UnixStream>,
+    kind: SectionKind,
+    (id, owner): (u32, &DeviceId),
+    body: impl FnOnce(&UnixStream) -> Result<R>,
+) -> Result<R> {
+    let (owner, version) = (owner.clone(), 1);
+    #[rustfmt::skip]
+    main.write(&Event::Section(Section { kind, id, owner, version }))?;
+    let written = body(main.body())?;
+    main.footer(id)?;
+    Ok(written)
+}
+
+/// The source: until the VM runs on the destination, or goes on here.
+fn source(devices: Vec<Realized>, main: &UnixStream, channels: Vec<UnixStream>) -> Result<()> {
+    let (terms, acks) = (terms(), Acks::new(Ack::Once));
+    let mut writer = Writer::open(main)?;
+    let mut sources = Vec::new();
+    for (id, device) in (0..).zip(devices) {
+        let owner = device.id().clone();
+        sources.push(section(
+            &mut writer,
+            SectionKind::Start,
+            (id, &owner),
+            |body| Ok(Source::setup(device, &terms, &acks, body)?),
+        )?);
+    }
+    // While the VM runs: until little enough is left, and the destination is ready.
+    while sources.iter().any(|it| !it.is_switchover_ready()) {
+        for (id, source) in (0..).zip(&mut sources) {
+            let owner = source.id().clone();
+            let part = SectionKind::Part;
+            section(&mut writer, part, (id, &owner), |body| source.iterate(body))?;
+        }
+        if sources.iter().all(|it| it.pending_estimate().initial == 0)
+            && Reply::read(&mut &*main)? == Some(Reply::SwitchoverAck)
+        {
+            acks.received();
+        }
+    }
+    let ids: Vec<_> = sources.iter().map(|source| source.id().clone()).collect();
+    // The processors stand still from here on.
+    vm::stop(&mut sources, Reason::FinishMigration)?;
+    let session = channels
+        .into_iter()
+        .fold(SaveSession::builder(), |it, channel| it.channel(channel));
+    let mut switchover = Switchover::begin(sources, session)?;
+    writer.write(&Event::Command(Command::SwitchoverStart))?;
+    for device in (0..).zip(&ids) {
+        section(&mut writer, SectionKind::End, device, |body| {
+            switchover.complete(device.1, body)
+        })?;
+    }
+    for device in (0..).zip(&ids) {
+        section(&mut writer, SectionKind::Full, device, |body| {
+            switchover.config(device.1, body)
+        })?;
+    }
+    writer.write(&Event::Eof)?;
+    let saved = switchover.finish()?;
+    match Reply::read(&mut &*main)? {
+        Some(Reply::Shut(0)) => saved.cleanup().map(drop).map_err(Error::from),
+        _ => saved
+            .abort()
+            .iter_mut()
+            .try_for_each(|device| vm::start(&mut [device])),
+    }
+}
+
+/// The destination: until the VM runs here.
+fn destination(devices: Vec<Realized>, main: &UnixStream, channels: Vec<UnixStream>) -> Result<()> {
+    let session = channels
+        .into_iter()
+        .fold(LoadSession::builder(), |it, channel| it.channel(channel));
+    let path = main.try_clone().expect("a descriptor is to be had");
+    let approve = move || Reply::SwitchoverAck.write(&mut &path);
+    let incoming = Incoming::setup(devices, &terms(), session, Box::new(approve))?;
+    let mut reader = Reader::open(main)?;
+    loop {
+        match reader.next_event()? {
+            Some(Event::Section(section)) => {
+                incoming
+                    .device(&section.owner)?
+                    .load_state(reader.body()?)?;
+                reader.footer()?;
+            }
+            Some(Event::Command(Command::SwitchoverStart)) => incoming.switchover_start()?,
+            Some(Event::Eof) | None => break,
+            Some(_) => {}
+        }
+    }
+    let mut loaded = incoming.finish()?;
+    vm::start(loaded.devices_mut())?; // and the processors
+    Reply::Shut(0).write(&mut &*main)?;
+    loaded.join().map(drop).map_err(Error::from)
+}
+
+/// Two simulated devices.
+fn devices(seed: u64) -> Result<(Vec<Realized>, Vec<SimHandle>)> {
+    let device = |number| {
+        let config = SimConfig {
+            seed: seed + u64::from(number),
+            precopy_initial: 5000,
+            ..SimConfig::default()
+        };
+        let device = SimDevice::new(config).expect("it can be");
+        let handle = device.handle();
+        let device = Device::new(
+            DeviceId::new("0000:00:03.0/vfio", number)?,
+            Box::new(device),
+        )?;
+        Ok((Realized::new(device, DeviceSettings::default()), handle))
+    };
+    (0..2).map(device).collect()
+}
+
+/// Moves a VM.
+pub fn main() -> Result<()> {
+    let pair = || UnixStream::pair().expect("sockets are to be had");
+    let (main, main_there) = pair();
+    let (channels, channels_there) = (0..2).map(|_| pair()).unzip();
+    let ((devices_here, before), (devices_there, after)) = (devices(1)?, devices(100)?);
+    thread::scope(|scope| {
+        let source = scope.spawn(|| source(devices_here, &main, channels));
+        let moved = destination(devices_there, &main_there, channels_there);
+        moved.and(source.join().expect("no side panics"))
+    })?;
+    for (before, after) in before.iter().zip(&after) {
+        assert_eq!(before.digest(), after.digest());
+        assert_eq!(before.config_digest(), after.config_digest());
+    }
+    println!("moved");
+    Ok(())
+}
