@@ -26,7 +26,8 @@ use vfio_migration::internals::{
 
 pub const DEVICES: usize = 3;
 pub const CHANNELS: usize = 3;
-pub const PACKETS: usize = 5;
+/// The most that a device has.
+pub const PACKETS: u8 = 5;
 /// The most that a connection holds: all packets, and the SYNCs.
 pub const QUEUE: usize = 8;
 
@@ -116,7 +117,7 @@ enum Slot {
 struct Device {
     handed: u8,
     next: u8,
-    slots: [Slot; PACKETS],
+    slots: [Slot; PACKETS as usize],
     /// What is on its way into the device.
     writes: Option<Memory>,
     reserve_out: bool,
@@ -130,6 +131,9 @@ struct State {
     buffers_out: u8,
     spilled: u8,
 }
+
+/// Tells the search of one step that can be made.
+type Step<'a> = &'a mut dyn FnMut(&dyn Fn(&mut State));
 
 impl Channel {
     fn len(&self) -> usize {
@@ -164,7 +168,7 @@ impl State {
         let device = Device {
             handed: 0,
             next: 0,
-            slots: [Slot::Empty; PACKETS],
+            slots: [Slot::Empty; PACKETS as usize],
             writes: None,
             reserve_out: false,
         };
@@ -304,13 +308,7 @@ impl Case {
     }
 
     /// What a channel's thread can do.
-    fn receive(
-        &self,
-        admission: &Admission,
-        state: &State,
-        at: usize,
-        step: &mut dyn FnMut(&dyn Fn(&mut State)),
-    ) {
+    fn receive(&self, admission: &Admission, state: &State, at: usize, step: Step<'_>) {
         let channel = &state.channels[at];
         match channel.hand {
             Hand::Free if channel.len() > 0 => step(&|next| {
@@ -395,7 +393,7 @@ impl Case {
     }
 
     /// What the driver can do for one device.
-    fn drive(&self, state: &State, number: usize, step: &mut dyn FnMut(&dyn Fn(&mut State))) {
+    fn drive(&self, state: &State, number: usize, step: Step<'_>) {
         let device = &state.devices[number];
         if let Some(memory) = device.writes {
             step(&|next| {
