@@ -303,7 +303,7 @@ mod tests {
 
     fn bytes(len: usize, seed: usize) -> Vec<u8> {
         (0..len)
-            .map(|at| (at * 31 + at / 251 + seed) as u8)
+            .map(|at| (at * 31 + at / 251 + seed).to_le_bytes()[0])
             .collect()
     }
 

@@ -26,6 +26,8 @@ fn every_shape_is_verified() {
         "--devices 4 --packet 1MiB --budget 4MiB --state 5MiB --backend blocking",
         "--devices 4 --packet 64KiB --budget 256KiB --state 1MiB",
         "--devices 3 --packet 8MiB --budget 30M --state 20MiB",
+        "--devices 2 --packet 64KiB --budget 144KiB --state 3MiB --spill memfd",
+        "--devices 2 --packet 64KiB --budget 144KiB --state 3MiB --spill . --spill-limit 128KiB",
     ] {
         let ended = run(words(&format!("demo {shape}")));
         assert_eq!(ended.status, Some(0), "{shape}: {ended:?}");
@@ -104,6 +106,7 @@ fn wrong_use_is_status_2_and_says_why() {
         ("demo --packet 0", "at least 1 byte"),
         ("demo --packet 16MiB", "less than 16 MiB"),
         ("demo --budget 1KiB", "budget"),
+        ("demo --spill /nowhere", "no directory of that name"),
         (
             "demo --packet 1MiB --budget 64KiB",
             "one packet with its headers",

@@ -144,7 +144,7 @@ impl RamSink for Sink {
 fn bytes(device: u32, index: u32, len: usize) -> Vec<u8> {
     let seed = (device * 1000 + index) as usize;
     (0..len)
-        .map(|at| (seed + at * 7 + at / 253) as u8)
+        .map(|at| (seed + at * 7 + at / 253).to_le_bytes()[0])
         .collect()
 }
 

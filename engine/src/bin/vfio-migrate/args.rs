@@ -2,10 +2,10 @@
 //!
 //! Pure functions that turn a text into a value, or into a message for whoever typed it.
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
 use clap::ValueEnum;
-use vfio_migration::Backend;
+use vfio_migration::{Backend, Settings, Spill};
 
 /// What moves the bytes in and out of the devices.
 #[derive(Clone, Copy, Debug, Default, ValueEnum)]
@@ -26,6 +26,49 @@ impl From<BackendArg> for Backend {
             BackendArg::Uring => Self::Uring,
             BackendArg::Blocking => Self::Blocking,
         }
+    }
+}
+
+/// Where a destination's packets go when its budget is spent.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct SpillArgs {
+    /// Where packets go when the budget is spent: auto, off, memfd, or a directory
+    ///
+    /// Where RAM packets and their SYNCs share the channels, a packet that waits can hold up the one
+    /// that its device needs next. auto: to memory on such channels, and nowhere on others; memfd,
+    /// or a directory for a file without a name: on all.
+    #[arg(long, value_name = "WHERE", default_value = "auto", value_parser = spill)]
+    spill: Spill,
+    /// How much may be spilled at one time, in pieces of 64KiB
+    #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = size)]
+    spill_limit: u64,
+}
+
+impl SpillArgs {
+    /// Puts it into a session's settings.
+    pub(crate) fn set(&self, settings: &mut Settings) {
+        settings.spill = self.spill.clone();
+        settings.spill_limit = self.spill_limit;
+    }
+}
+
+impl Default for SpillArgs {
+    fn default() -> Self {
+        Self {
+            spill: Spill::Auto,
+            spill_limit: 1 << 30,
+        }
+    }
+}
+
+/// Reads where to spill.
+fn spill(text: &str) -> Result<Spill, String> {
+    match text {
+        "auto" => Ok(Spill::Auto),
+        "off" => Ok(Spill::Off),
+        "memfd" => Ok(Spill::Memfd),
+        directory if Path::new(directory).is_dir() => Ok(Spill::Directory(directory.into())),
+        _ => Err("neither auto, off nor memfd, and no directory of that name".into()),
     }
 }
 
@@ -94,6 +137,16 @@ mod tests {
         }
         assert!(memory("0").is_err());
         assert!(packet("16MiB").is_err());
+    }
+
+    #[test]
+    fn places_to_spill_to() {
+        assert_eq!(spill("off"), Ok(Spill::Off));
+        assert_eq!(spill("memfd"), Ok(Spill::Memfd));
+        assert_eq!(spill("."), Ok(Spill::Directory(".".into())));
+        for wrong in ["", "Off", "/nowhere/at/all", "/dev/null"] {
+            assert!(spill(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -27,7 +27,7 @@ use vfio_migration::{
 
 use crate::{
     Interrupted, Usage,
-    args::{self, BackendArg, show},
+    args::{self, BackendArg, SpillArgs, show},
     interrupt, network,
     output::{self, Downtime, rate, time},
     progress::Progress,
@@ -69,6 +69,8 @@ pub(crate) struct Options {
     /// is 4KiB for each device, and one packet with its headers.
     #[arg(long, value_name = "SIZE", value_parser = args::memory)]
     budget: Option<usize>,
+    #[command(flatten)]
+    spill: SpillArgs,
     /// What moves the bytes in and out of the devices
     #[arg(long, value_enum, default_value_t)]
     backend: BackendArg,
@@ -85,6 +87,7 @@ impl Default for Options {
             channels: 4,
             packet: 1 << 20,
             budget: None,
+            spill: SpillArgs::default(),
             backend: BackendArg::Auto,
             json: false,
         }
@@ -96,6 +99,7 @@ impl Options {
         let mut settings = Settings::default();
         settings.backend = Backend::from(self.backend);
         settings.budget = self.budget;
+        self.spill.set(&mut settings);
         settings.channels = self.channels;
         let packet = u32::try_from(self.packet).unwrap_or(u32::MAX);
         settings.max_packet = settings.max_packet.max(packet.saturating_add(12));
@@ -211,6 +215,7 @@ struct Totals {
     gb_per_second: f64,
     budget: u64,
     held_high: u64,
+    spilled_bytes: u64,
     late_wakeups: u64,
 }
 
@@ -243,6 +248,7 @@ impl Output {
             gb_per_second,
             budget,
             held_high,
+            spilled_bytes,
             channels,
             ..
         } = self.totals;
@@ -254,6 +260,7 @@ impl Output {
             show(held_high),
             show(budget),
         ));
+        text.push_str(&output::spilled(spilled_bytes));
         text
     }
 }
@@ -437,6 +444,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         gb_per_second: rate(state_bytes, took),
         budget: loaded.budget,
         held_high: loaded.held_high,
+        spilled_bytes: loaded.spill.written,
         late_wakeups: saved.late_wakeups + loaded.late_wakeups,
     };
     let verified = rows.len() == pairs.len() && rows.iter().all(|row| row.verified);

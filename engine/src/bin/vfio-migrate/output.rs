@@ -106,6 +106,14 @@ pub(crate) fn rate(bytes: u64, time: Duration) -> f64 {
     }
 }
 
+/// A line that says what was spilled, if anything was.
+pub(crate) fn spilled(bytes: u64) -> String {
+    match bytes {
+        0 => String::new(),
+        _ => format!("{} were spilled, and read back\n", show(bytes)),
+    }
+}
+
 /// Bytes as hexadecimal digits.
 pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
@@ -206,6 +214,8 @@ pub(crate) struct Transfer {
     pub(crate) seconds: f64,
     /// 10^9 bytes of state in a second.
     pub(crate) gb_per_second: f64,
+    /// What went to a file on its way, of what was received.
+    pub(crate) spilled_bytes: u64,
 }
 
 impl Transfer {
@@ -233,6 +243,7 @@ impl Transfer {
             self.channels,
             self.backend,
         ));
+        text.push_str(&spilled(self.spilled_bytes));
         print(&text)
     }
 }

@@ -32,7 +32,7 @@ use vfio_migration::{
 
 use crate::{
     Interrupted,
-    args::{self, BackendArg},
+    args::{self, BackendArg, SpillArgs},
     device::{self, Spec, Subject},
     door::{self, Caller, Door},
     interrupt,
@@ -69,6 +69,8 @@ pub(crate) struct Options {
     /// The memory that packets may wait in [default: 32MiB, 1MiB for each device where that is more]
     #[arg(long, value_name = "SIZE", value_parser = args::memory)]
     budget: Option<usize>,
+    #[command(flatten)]
+    spill: SpillArgs,
     /// The largest packet that is accepted (at least 1MiB)
     #[arg(long, value_name = "SIZE", default_value = "4MiB", value_parser = args::packet)]
     max_packet: usize,
@@ -94,6 +96,7 @@ impl Options {
         let mut settings = Settings::default();
         settings.backend = self.backend.into();
         settings.budget = self.budget;
+        self.spill.set(&mut settings);
         settings.channels = self.channels;
         let packet = u32::try_from(self.max_packet).unwrap_or(u32::MAX);
         settings.max_packet = packet.saturating_add(12); // the header inside
@@ -522,6 +525,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         backend: stats.backend,
         seconds: took.as_secs_f64(),
         gb_per_second: rate(bytes, took),
+        spilled_bytes: report.stats.spill.written,
     }
     .print(options.json)
 }

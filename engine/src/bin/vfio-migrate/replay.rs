@@ -39,7 +39,7 @@ use vfio_migration::{
 
 use crate::{
     Interrupted, Usage,
-    args::BackendArg,
+    args::{BackendArg, SpillArgs},
     capture::{self, Scan, show_key},
     interrupt, network,
     output::{self, Moved, hex},
@@ -74,6 +74,8 @@ pub(crate) struct Options {
     /// What moves the bytes into the devices
     #[arg(long, value_enum, default_value_t)]
     backend: BackendArg,
+    #[command(flatten)]
+    spill: SpillArgs,
 }
 
 // ------------------------------------------------------------------------------ what is there
@@ -475,6 +477,7 @@ fn load(options: &Options, scans: &[Scan], targets: &[Target]) -> anyhow::Result
     let largest = scans.iter().map(|scan| scan.largest).max().unwrap_or(0);
     let mut settings = Settings::default();
     settings.backend = options.backend.into();
+    options.spill.set(&mut settings);
     settings.channels = files.max(u32::from(highest) + 1);
     settings.uuid = { hellos }.next().map_or([0; 16], |hello| hello.uuid);
     let largest = largest.saturating_add(12); // the header inside

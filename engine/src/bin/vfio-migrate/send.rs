@@ -363,6 +363,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         backend: stats.backend,
         seconds: took.as_secs_f64(),
         gb_per_second: rate(bytes, took),
+        spilled_bytes: 0,
     }
     .print(options.json)
 }
