@@ -235,6 +235,11 @@ impl Channel {
 
     /// Hands this channel's RAM and SYNC packets to `sink`. Without one a RAM packet is an error,
     /// and a SYNC packet, with which every channel begins, is counted and passed over.
+    ///
+    /// A sink that makes one channel wait for others, as a barrier does, must not also wait for a
+    /// packet that such a channel brings: so device state that comes over a channel with a sink is
+    /// spilled where the budget does not hold it, unless [`Settings::spill`](crate::Settings::spill)
+    /// says otherwise.
     pub fn with_ram_sink(mut self, sink: impl RamSink + 'static) -> Self {
         self.sink = Some(Box::new(sink));
         self
@@ -437,6 +442,10 @@ impl Receiver {
                         payload_len,
                     } => {
                         let sync = matches!(frame, Frame::Sync { .. });
+                        if sync {
+                            // The sink may keep us waiting for the other channels.
+                            inlet.rest();
+                        }
                         self.ram(inlet.counters(), sync, header_len, payload_len)?;
                         break;
                     }

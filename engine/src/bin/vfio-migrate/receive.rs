@@ -525,7 +525,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         backend: stats.backend,
         seconds: took.as_secs_f64(),
         gb_per_second: rate(bytes, took),
-        spilled_bytes: report.stats.spill.written,
+        spilled_bytes: stats.spill.written,
     }
     .print(options.json)
 }
