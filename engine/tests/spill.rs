@@ -457,3 +457,50 @@ fn a_file_that_cannot_be_written_fails_the_packets_device_by_name() {
     assert!(output.status.success(), "{text}{error}");
     assert!(text.contains("the spill file failed"), "{text}{error}");
 }
+
+#[test]
+fn space_that_is_free_again_is_told_of_while_the_device_is_busy() {
+    const LEN: usize = 60_000;
+    let _watchdog = Watchdog::new();
+    let mut settings = Settings::default();
+    // One buffer and one reserve, each for one packet.
+    settings.budget = Some(128 << 10);
+    settings.spill = Spill::Memfd;
+    settings.spill_limit = 3 << 16;
+    let (mut reader, writer) = io::pipe().unwrap();
+    let mut load = LoadSession::builder()
+        .settings(settings)
+        .device(Mock::new(writer).device(0))
+        .start()
+        .unwrap();
+    load.no_more_channels();
+    let payload = |index| common::payload(index, false, &bytes(0, index, LEN));
+    let mut publisher = load.publisher();
+    for index in [5, 1, 2, 3] {
+        publisher.push(&id(0), &payload(index)).unwrap();
+    }
+    assert_eq!(load.stats().spill.held, 3 << 16);
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| load.publisher().push(&id(0), &payload(4)));
+        load.switchover_start();
+        // Until it waits for space and for nothing else. (If it does not, the test cannot fail.)
+        thread::sleep(Duration::from_millis(200));
+        // Of these two the pipe holds one, and nobody reads it yet; so the third and fourth stay where
+        // they are, and the last one gets the second's space.
+        publisher.push(&id(0), &payload(0)).unwrap();
+        waiting.join().unwrap().unwrap();
+    });
+    assert_eq!(load.stats().late_wakeups, 0);
+    let config = vfio_migration::wire::wrap_config(b"config");
+    let config = common::payload(6, true, &config);
+    let reading = thread::spawn(move || {
+        let mut got = Vec::new();
+        reader.read_to_end(&mut got).unwrap();
+        got
+    });
+    publisher.push(&id(0), &config).unwrap();
+    drop(publisher);
+    load.join().result.unwrap();
+    let all: Vec<u8> = (0..6).flat_map(|index| bytes(0, index, LEN)).collect();
+    assert_eq!(reading.join().unwrap(), all);
+}
