@@ -284,7 +284,10 @@ impl Load {
     /// Gives back what a packet is kept in.
     fn recycle(&self, packet: Packet) {
         match packet.payload {
-            Payload::Aside(number) => drop(self.adopt_spilled(number)),
+            Payload::Aside(number) => {
+                drop(self.adopt_spilled(number));
+                self.room.notify_all();
+            }
             _ => packet.recycle(&self.pool),
         }
     }

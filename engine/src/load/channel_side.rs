@@ -269,7 +269,9 @@ impl LoadInlet {
 
     /// Forgets that the packet was to be spilled: its bytes are not there yet.
     pub(crate) fn put_off(&mut self) {
-        self.aside = None;
+        if self.aside.take().is_some() {
+            self.load.room.notify_all();
+        }
     }
 
     /// What a channel that waits looks for.
