@@ -3,7 +3,7 @@
 //! | a packet | buffers of the pool | its device's reserve | the spill file |
 //! |---|---|---|---|
 //! | that its device needs next | all | yes | yes |
-//! | any other | [`AHEAD`] bytes' at first, then all but a few | no | yes |
+//! | any other | 12 MiB at first, then all but a few | no | yes |
 //! | beyond the window | none | no | no |
 //!
 //! The spill file is for channels that share their way with barriers: they must never wait for
