@@ -142,6 +142,8 @@ pub(crate) struct Handle<F> {
     pub(crate) ring_calls: Counter,
     /// What the bounded re-check found.
     pub(crate) late: Counter,
+    /// Operations that the kernel did not give back in time.
+    pub(crate) leaked: Counter,
 }
 
 impl<F> Handle<F> {
@@ -154,6 +156,7 @@ impl<F> Handle<F> {
             closing: AtomicBool::new(false),
             ring_calls: Counter::default(),
             late: Counter::default(),
+            leaked: Counter::default(),
         }
     }
 
@@ -462,7 +465,9 @@ impl<F: Flow> Driver<F> {
         {
             self.active -= 1;
             let (why, _) = ending.expect("only a flow that was stopped is given up");
-            self.seats[at] = Seat::Abandoned(flow.lane().abandon());
+            let leaked = flow.lane().abandon();
+            self.handle.leaked.add(leaked as u64);
+            self.seats[at] = Seat::Abandoned(leaked);
             flow.finish(Err(why.with_kind(ErrorKind::Stuck)));
         }
     }

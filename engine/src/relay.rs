@@ -527,6 +527,7 @@ impl Relay {
             backend: "none",
             ring_calls: 0,
             late_wakeups: late + self.crew.late() + self.shared.queue.late(),
+            leaked_transfers: 0,
         }
     }
 
@@ -551,11 +552,11 @@ impl Relay {
                 break;
             }
         }
-        self.crew.join();
+        let abandoned_threads = self.crew.join(false);
         RelayReport {
             result: self.failure().map_or(Ok(()), Err),
             stats: self.stats(),
-            abandoned_threads: self.crew.at_work(),
+            abandoned_threads,
         }
     }
 }

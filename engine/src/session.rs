@@ -15,7 +15,7 @@
 //! A session owns its threads, its memory, its ring and its channels; nothing is global, so two
 //! sessions know nothing of each other. Devices go in and come back in the [`Report`].
 //!
-//! Every method may be called from any thread. What ends each wait here: `join`, all tasks' ends;
+//! Every method may be called from any thread; [`Canceller`] cancels also while one is in `join`. What ends each wait here: `join`, all tasks' ends;
 //! after a failure or a cancellation, those or the grace time.
 
 use std::{
@@ -29,11 +29,13 @@ use std::{
 use vfio_migration_uring::sim::{SimConfig, SimRing};
 use vfio_migration_uring::{Backend, Ring, Waker};
 
+mod canceller;
 mod load;
 mod publisher;
 mod save;
 
 pub use self::{
+    canceller::Canceller,
     load::{LoadBuilder, LoadSession},
     publisher::{PacketLease, Publisher},
     save::{SaveBuilder, SaveSession},
@@ -52,7 +54,7 @@ use crate::{
     state::DeviceState,
     stats::{ChannelCounters, DeviceStats, SpillStats, Stats},
     sync::{Arc, Mutex, lock},
-    task::{Crew, Spawner, TaskKind},
+    task::{Crew, DRIVER, Spawner, TaskKind},
     trace,
     verdict::Verdict,
 };
@@ -221,7 +223,8 @@ pub struct DeviceReport {
     pub id: DeviceId,
     /// How its part went.
     pub result: Result<()>,
-    /// The device, unless a transfer or a callback is stuck in it: then it must not be touched.
+    /// The device, unless a transfer or a callback is stuck in it: then it must not be touched, and
+    /// is leaked.
     pub device: Option<Device>,
 }
 
@@ -287,6 +290,16 @@ impl Ferry {
     }
 }
 
+/// A device that nothing is stuck in; another is leaked. Even to drop it would be to touch it: an
+/// implementation that closes its device's file would wait there for the very transfer.
+fn unless_stuck(device: Device, stuck: bool) -> Option<Device> {
+    if stuck {
+        std::mem::forget(device);
+        return None;
+    }
+    Some(device)
+}
+
 /// A device that has come back from its thread.
 struct Returned {
     device: Device,
@@ -296,6 +309,7 @@ struct Returned {
 /// What both kinds of session have.
 struct Common {
     crew: Arc<Crew>,
+    canceller: Canceller,
     /// By ordinal: which devices there are, and those that have come back.
     returned: Mutex<BTreeMap<u32, Returned>>,
     channels: Mutex<Vec<Arc<ChannelCounters>>>,
@@ -368,7 +382,7 @@ impl Common {
                     DeviceReport {
                         id,
                         result,
-                        device: (!stuck).then_some(device),
+                        device: unless_stuck(device, stuck),
                     }
                 }
                 None => DeviceReport {
@@ -380,12 +394,19 @@ impl Common {
             .collect()
     }
 
-    fn report(&self, ids: Vec<(u32, DeviceId)>, result: Result<()>, stats: Stats) -> Report {
+    /// The end. `left_behind` threads were not joined.
+    fn report(
+        &self,
+        ids: Vec<(u32, DeviceId)>,
+        result: Result<()>,
+        stats: Stats,
+        left_behind: usize,
+    ) -> Report {
         Report {
             result,
             devices: self.devices(ids),
             stats,
-            abandoned_threads: self.crew.at_work(),
+            abandoned_threads: left_behind,
         }
     }
 
@@ -407,6 +428,7 @@ impl Common {
             backend: self.backend,
             ring_calls: driver.ring_calls.get(),
             late_wakeups: driver.late.get() + self.crew.late(),
+            leaked_transfers: driver.leaked.get(),
         }
     }
 
@@ -423,7 +445,7 @@ impl Common {
         Crew::spawn(
             crew,
             TaskKind::Driver,
-            "vfio-mig-driver".into(),
+            DRIVER.into(),
             move || driver.run(&collector, progressed, broken),
             move |error| {
                 // Whatever was attached and never taken in goes away here, and says so.

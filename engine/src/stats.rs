@@ -219,6 +219,9 @@ pub struct Stats {
     pub ring_calls: u64,
     /// What the bounded re-checks of all sleeps found: wake-ups that were lost. Must be 0.
     pub late_wakeups: u64,
+    /// Transfers that the kernel kept beyond the grace time: each has leaked its buffer, and their
+    /// device its file and itself.
+    pub leaked_transfers: u64,
 }
 
 impl Stats {

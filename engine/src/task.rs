@@ -96,6 +96,9 @@ impl fmt::Debug for Task {
     }
 }
 
+/// The name of the driver's thread.
+pub(crate) const DRIVER: &str = "vfio-mig-driver";
+
 /// Puts a task on a thread.
 pub(crate) type Spawner = Box<dyn Fn(Task) -> io::Result<()> + Send + Sync>;
 
@@ -203,16 +206,20 @@ impl Crew {
         &self.event
     }
 
-    /// Joins the engine's own threads that have ended; the kernel may hold others.
-    pub(crate) fn join(&self) {
+    /// Joins the engine's own threads that have ended; the kernel may hold others. Where it has
+    /// kept a transfer, the driver's is one: a thread cannot exit before what it has submitted ends,
+    /// though its work is done. Returns how many were left behind, the embedder's included.
+    pub(crate) fn join(&self, leaked: bool) -> usize {
         let mut threads = lock(&self.threads);
         let all_ended = self.is_idle();
         for thread in threads.drain(..) {
-            if all_ended || thread.is_finished() {
+            let held = leaked && thread.thread().name() == Some(DRIVER);
+            if !held && (all_ended || thread.is_finished()) {
                 // Panics are caught inside.
                 let _caught = thread.join();
             }
         }
+        self.at_work() + usize::from(leaked)
     }
 
     /// What the nets under the sleeps found.

@@ -617,3 +617,61 @@ fn two_sessions_know_nothing_of_each_other() {
     drop(one.near);
     one.load.join().result.unwrap();
 }
+
+/// `join` has the session, and the handle cancels it: of a load and of a save.
+#[test]
+fn a_canceller_ends_a_join_from_another_thread() {
+    for backend in BACKENDS {
+        let _case = Case::new();
+        let Loading { load, near, .. } = loading(settings(backend), |_| {});
+        load.switchover_start();
+        let canceller = load.canceller();
+        let joining = thread::spawn(move || load.join());
+        while !canceller.is_over() {
+            canceller.clone().cancel();
+            thread::sleep(Duration::from_millis(1));
+        }
+        let report = joining.join().unwrap();
+        assert!(report.result.unwrap_err().is_cancelled());
+        assert_eq!(
+            report.devices[0].device.as_ref().unwrap().state(),
+            DeviceState::Running
+        );
+        drop((near, report.devices));
+        // The session's memory, threads and files are gone, and the handle is not.
+        canceller.cancel();
+
+        let (reader, writer) = io::pipe().unwrap();
+        let (near, far) = UnixStream::pair().unwrap();
+        let save = SaveSession::builder()
+            .settings(settings(backend))
+            .device(Mock::new(reader).device(1))
+            .channel(near)
+            .start()
+            .unwrap();
+        let canceller = save.canceller();
+        let joining = thread::spawn(move || save.join());
+        let reason = vfio_migration::Error::new(ErrorKind::Channel, vfio_migration::Phase::Section);
+        canceller.fail(reason);
+        let report = joining.join().unwrap();
+        assert_eq!(*report.result.unwrap_err().kind(), ErrorKind::Channel);
+        assert!(canceller.is_over());
+        drop((writer, far));
+    }
+}
+
+/// Sessions are dropped before anything, with and without a switchover, from another thread.
+#[test]
+fn a_session_can_be_dropped_anywhere() {
+    for backend in BACKENDS {
+        for started in [false, true] {
+            let _case = Case::new();
+            let Loading { load, near, .. } = loading(settings(backend), |_| {});
+            if started {
+                load.switchover_start();
+            }
+            thread::spawn(move || drop(load)).join().unwrap();
+            drop(near);
+        }
+    }
+}

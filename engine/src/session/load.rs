@@ -11,8 +11,8 @@ use std::{
 use vfio_migration_uring::Waker;
 
 use super::{
-    Common, DeviceReport, Ferry, NotStarted, Parts, Report, Returned, builder_methods, host,
-    publisher::Publisher,
+    Canceller, Common, DeviceReport, Ferry, NotStarted, Parts, Report, Returned, builder_methods,
+    host, publisher::Publisher, unless_stuck,
 };
 use crate::{
     channel::{Channel, Receiver, Terms},
@@ -212,6 +212,12 @@ impl LoadSession {
         let session = Self {
             common: Arc::new(Common {
                 crew: Arc::new(Crew::new(parts.spawner.take())?),
+                canceller: Canceller::new(Phase::Load, {
+                    let load = load.clone();
+                    move |error| {
+                        load.fail(error);
+                    }
+                }),
                 returned: Mutex::new(BTreeMap::new()),
                 channels: Mutex::new(Vec::new()),
                 backend,
@@ -368,7 +374,10 @@ impl LoadSession {
         let stuck = || Error::new(ErrorKind::Stuck, Phase::Cleanup).on_device(id);
         match returned {
             Some(Returned { device, result }) if ended => match result {
-                Err(error) if *error.kind() == ErrorKind::Stuck => Err(error),
+                Err(error) if *error.kind() == ErrorKind::Stuck => {
+                    let _leaked = unless_stuck(device, true);
+                    Err(error)
+                }
                 _ => Ok(device),
             },
             _ => Err(stuck()),
@@ -509,6 +518,12 @@ impl LoadSession {
         Err(error)
     }
 
+    /// A handle that cancels, also while another thread waits in [`LoadSession::join`].
+    #[must_use]
+    pub fn canceller(&self) -> Canceller {
+        self.common.canceller.clone()
+    }
+
     /// Cancels: should-quit. Returns at once.
     pub fn cancel(&self) {
         self.load.fail(Error::cancelled(Phase::Load));
@@ -611,11 +626,13 @@ impl LoadSession {
         crew.wait(short, || (crew.at_work() <= 1).then_some(()));
         self.load.driver.close();
         crew.wait(short, || crew.is_idle().then_some(()));
-        crew.join();
+        let leaked = self.load.driver.leaked.get() > 0;
+        let left_behind = crew.join(leaked);
+        self.common.canceller.retire();
         let stats = self.stats();
         let ids = lock(&self.ids).devices.clone();
         let result = self.load.failure().map_or(Ok(()), Err);
-        self.common.report(ids, result, stats)
+        self.common.report(ids, result, stats, left_behind)
     }
 }
 

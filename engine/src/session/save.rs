@@ -10,7 +10,7 @@ use std::{
 
 use vfio_migration_uring::Waker;
 
-use super::{Common, Ferry, NotStarted, Parts, Report, builder_methods, host};
+use super::{Canceller, Common, Ferry, NotStarted, Parts, Report, builder_methods, host};
 use crate::{
     channel::{Channel, Sender, Terms},
     device::{Device, buffer_len},
@@ -131,6 +131,12 @@ impl SaveSession {
         let session = Self {
             common: Arc::new(Common {
                 crew: Arc::new(Crew::new(parts.spawner.take())?),
+                canceller: Canceller::new(Phase::Save, {
+                    let save = save.clone();
+                    move |error| {
+                        save.fail(error);
+                    }
+                }),
                 returned: Mutex::new(BTreeMap::new()),
                 channels: Mutex::new(Vec::new()),
                 backend,
@@ -261,6 +267,12 @@ impl SaveSession {
         )
     }
 
+    /// A handle that cancels, also while another thread waits in [`SaveSession::join`].
+    #[must_use]
+    pub fn canceller(&self) -> Canceller {
+        self.common.canceller.clone()
+    }
+
     /// Cancels: should-quit. Returns at once; devices are put back to RUNNING.
     pub fn cancel(&self) {
         self.save.fail(Error::cancelled(Phase::Save));
@@ -320,12 +332,16 @@ impl SaveSession {
         self.save.driver.close();
         let short = Some(Instant::now() + SLACK);
         crew.wait(short, || crew.is_idle().then_some(()));
-        crew.join();
+        let leaked = self.save.driver.leaked.get() > 0;
+        let left_behind = crew.join(leaked);
+        self.common.canceller.retire();
         let stats = self.stats();
         let ids = self.save.devices.iter();
         let ids = ids.map(|device| (device.ordinal(), device.id.clone()));
         let result = self.failure().map_or(Ok(()), Err);
-        let mut report = self.common.report(ids.collect(), result, stats);
+        let mut report = self
+            .common
+            .report(ids.collect(), result, stats, left_behind);
         if report.result.is_err() {
             report.put_back();
         }
