@@ -72,7 +72,13 @@ const CALLS: &[Call] = &[
         number: libc::SYS_io_uring_register,
         backend: AUTO,
         threads: None,
-        errnos: &[(EINVAL, Success), (ENOMEM, Success), (EPERM, Success)],
+        // 0: it says that it was done, and was not.
+        errnos: &[
+            (EINVAL, Success),
+            (ENOMEM, Success),
+            (EPERM, Success),
+            (0, Any),
+        ],
     },
     // One wait that fails for want of memory is tried again.
     Call {
@@ -349,6 +355,24 @@ fn scene(call: &Call, kth: &Kth<i32>) -> Scene {
         }),
         ..Scene::new()
     }
+}
+
+/// A kernel whose probe knows no operation: the answer is never filled in.
+#[test]
+fn an_operation_that_the_kernel_lacks_leads_to_the_other_backend() {
+    let mut sweep = Sweep::new("io_uring's probe, empty");
+    sweep.counted(2);
+    let call = CALLS
+        .iter()
+        .find(|call| call.number == libc::SYS_io_uring_register)
+        .unwrap();
+    // The first call of each of the two rings.
+    for k in [0, 3] {
+        let kth = Kth::new(k, 0);
+        let case = format!("an empty probe in call {k}");
+        judged(&mut sweep, &case, &scene(call, &kth), Success, || kth.met());
+    }
+    assert_eq!(sweep.met, 2);
 }
 
 #[test]
