@@ -15,8 +15,16 @@
 //! A session owns its threads, its memory, its ring and its channels; nothing is global, so two
 //! sessions know nothing of each other. Devices go in and come back in the [`Report`].
 //!
-//! Every method may be called from any thread; [`Canceller`] cancels also while one is in `join`. What ends each wait here: `join`, all tasks' ends;
-//! after a failure or a cancellation, those or the grace time.
+//! Every method may be called from any thread; [`Canceller`] cancels also while one is in `join`.
+//! What ends each wait here: `join`, all tasks' ends; after a failure or a cancellation, those or the
+//! grace time.
+//!
+//! # What the kernel can still block
+//!
+//! A driver that does not give a transfer back costs its session the grace time and no more. But the
+//! thread that submitted it cannot exit before it has ended: the engine leaves that thread behind
+//! ([`Report::abandoned_threads`]); one of the embedder's own, on which it ran the driver's task,
+//! blocks at its exit, and so does the exit of the whole process, also by a signal.
 
 use std::{
     collections::BTreeMap,

@@ -82,6 +82,9 @@ pub struct Settings {
     pub stop_after_load: bool,
     /// After a cancellation, how long a device's driver may keep a transfer before it is given up.
     /// 5 s.
+    ///
+    /// The thread that submitted such a transfer cannot exit before it has ended. The engine leaves
+    /// it behind; an embedder's own, and the process, block there when they exit.
     pub grace: Duration,
     /// How long nothing at all may move once the switchover has begun, and how long a connection
     /// may stand still within a packet. 60 s.

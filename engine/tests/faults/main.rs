@@ -21,7 +21,8 @@
 //! Runs go one after the other, for they count the process's threads and files. Where the product is
 //! too large for every test run, every fault still meets every stride-th operation, and the stride's
 //! phase comes from the seed: `VFIO_MIGRATION_FAULTS=all` does the whole product, and
-//! `VFIO_MIGRATION_FAULTS_SEED` moves the phase.
+//! `VFIO_MIGRATION_FAULTS_SEED` moves the phase. `VFIO_MIGRATION_FAULTS_SLOW` names the runs that take
+//! longer than half a second.
 #![cfg(feature = "faults")]
 #![allow(missing_docs, reason = "a test")]
 

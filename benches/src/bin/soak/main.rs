@@ -8,7 +8,7 @@
 //! One migration after the other, and everything random comes from its seed, but for the kernel's
 //! and the scheduler's part in it. After each: what succeeded has the right digests, what failed says
 //! why, devices are in the states that the sessions report, and no thread, file or memory is left.
-//! A line for each failure has the seed that repeats it: `soak --seed N --count 1`.
+//! A line for each failure has the seed that repeats it: `soak --seed N --count 1 --verbose`.
 //!
 //! The main thread runs the migrations; a watchdog ends the process where one does not end. It counts
 //! its own wake-ups rather than the clock's time, so that a machine that stands still ends nothing.
@@ -91,7 +91,10 @@ fn main() -> ExitCode {
             Ok(false) => count.refused += 1,
             Err(why) => {
                 failed += 1;
-                println!("FAILED: {why}; repeat: soak --seed {seed} --count 1; {plan:?}");
+                println!(
+                    "FAILED: {:?}: {why}; repeat: soak --seed {seed} --count 1 --verbose",
+                    plan.scene
+                );
             }
         }
         if said.elapsed() > Duration::from_secs(60) {
