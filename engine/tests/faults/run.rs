@@ -143,6 +143,8 @@ fn settings(scene: &Scene) -> Settings {
     let mut settings = Settings::default();
     settings.backend = scene.backend;
     settings.budget = Some(scene.budget);
+    // So that both channels have one, where the budget is large.
+    settings.buffer_len = 64 << 10;
     settings.data_len = Some(6 << 10);
     settings.grace = Duration::from_secs(10);
     settings.no_progress = scene.no_progress;
