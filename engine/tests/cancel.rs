@@ -675,3 +675,47 @@ fn a_session_can_be_dropped_anywhere() {
         }
     }
 }
+
+/// A source whose driver never gives a read back: the other device goes back to work.
+#[test]
+fn a_source_that_never_answers_is_left_behind_and_harms_nobody() {
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let _watchdog = Watchdog::new();
+    for end in [SaveSession::join, SaveSession::cleanup] {
+        let mut settings = settings(Backend::Auto);
+        settings.grace = Duration::from_millis(50);
+        let (first, _first) = io::pipe().unwrap();
+        let (second, mut state) = io::pipe().unwrap();
+        state.write_all(b"state").unwrap();
+        drop(state);
+        let (near, _far) = UnixStream::pair().unwrap();
+        let ring = RingConfig {
+            plan: FaultPlan::new().with(0, Fault::Stick),
+            ..RingConfig::default()
+        };
+        let save = SaveSession::builder()
+            .settings(settings)
+            .device(Mock::new(first).device(1))
+            .device(Mock::new(second).device(2))
+            .channel(near)
+            .simulated_ring(ring)
+            .start()
+            .unwrap();
+        // Only the second device's read is ever executed: the first one's pipe stays empty.
+        while save.stats().ring_calls < 3 {
+            thread::sleep(Duration::from_millis(1));
+        }
+        save.cancel();
+        let report = end(save);
+        let stuck = report.devices[1].result.as_ref().unwrap_err();
+        assert_eq!(*stuck.kind(), ErrorKind::Stuck, "{stuck:?}");
+        assert_eq!(stuck.device(), Some(&id(2)));
+        assert!(report.devices[1].device.is_none(), "it must not be touched");
+        assert!(report.stats.leaked_transfers > 0 && report.abandoned_threads > 0);
+        let other = &report.devices[0];
+        assert!(other.result.as_ref().unwrap_err().is_cancelled());
+        let state = other.device.as_ref().unwrap().state();
+        assert_eq!(state, DeviceState::Running);
+    }
+    a_session_works();
+}
