@@ -19,8 +19,8 @@ const LICENCES: [&str; 5] = [
 
 const REGISTRY: &str = "registry+https://github.com/rust-lang/crates.io-index";
 
-/// Packages of which two versions are known to be here: neither is in the library without features.
-const TWICE: [&str; 2] = ["cpufeatures", "syn"];
+/// Packages of which two versions are known to be here: never both in the library without features.
+const TWICE: [&str; 3] = ["bitflags", "cpufeatures", "syn"];
 
 fn packages() -> Vec<Value> {
     let cargo = env::var("CARGO").unwrap_or_else(|_unset| "cargo".into());
