@@ -371,6 +371,7 @@ fn packets_in_any_order_leave_in_theirs() {
             fed.join().unwrap();
         }
         same(&sent, &sink.end());
+        assert_eq!(json["late_wakeups"], 0);
         assert_eq!(json["devices"].as_array().unwrap().len(), 3);
         for device in json["devices"].as_array().unwrap() {
             assert_eq!(device["packets"], 201);
@@ -381,13 +382,24 @@ fn packets_in_any_order_leave_in_theirs() {
 #[test]
 fn a_packet_that_comes_too_early_waits_for_its_channels_first_sync() {
     let directory = Directory::new();
-    let sink = Sink::new(&directory, 1);
+    let tap = Arc::new(Tap::default());
+    let sink = Sink::with(&directory, 1, Vec::new(), tap.clone());
     let (relay, from) = relay(&directory, &sink.address, "--channels 1");
-    let sent = [hello(0), packet(1, 0, b"state"), config(1, 1), sync(0)].concat();
-    let fed = feed(&from, sent.clone(), usize::MAX);
+    let early = [hello(0), packet(1, 0, b"state"), config(1, 1)].concat();
+    let mut source = UnixStream::connect(&from).unwrap();
+    source.write_all(&early).unwrap();
+    let hello_len = hello(0).len() as u64;
+    let deadline = Instant::now() + WATCHDOG;
+    while tap.read.load(Relaxed) < hello_len && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(5));
+    }
+    // Time enough for what must not come.
+    thread::sleep(Duration::from_millis(300));
+    assert_eq!(tap.read.load(Relaxed), hello_len);
+    source.write_all(&sync(0)).unwrap();
+    drop(source);
     assert_eq!(relay.end().json()["devices"][0]["packets"], 2);
-    fed.join().unwrap();
-    same(&[sent], &sink.end());
+    same(&[[early, sync(0)].concat()], &sink.end());
 }
 
 #[test]

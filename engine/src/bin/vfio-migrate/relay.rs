@@ -375,6 +375,7 @@ struct Output {
     main_to_source: Option<u64>,
     budget: u64,
     held_high: u64,
+    late_wakeups: u64,
 }
 
 impl Output {
@@ -400,6 +401,7 @@ impl Output {
             main_to_source: main.map(|[_, back]| back),
             budget: stats.budget,
             held_high: stats.held_high,
+            late_wakeups: stats.late_wakeups,
         }
     }
 
