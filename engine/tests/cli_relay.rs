@@ -785,6 +785,130 @@ fn a_destination_that_takes_nothing_is_waited_for_no_longer_than_said() {
     sink.end();
 }
 
+/// A destination whose channels stand still at each SYNC until all have come to it: as QEMU's do.
+struct Barrier {
+    /// How many SYNCs each channel has come to.
+    seen: Mutex<Vec<u64>>,
+    /// Set where a channel has ended: then nobody waits any more.
+    over: AtomicU64,
+}
+
+impl Barrier {
+    fn sync(&self, channel: usize) {
+        let mine = {
+            let mut seen = self.seen.lock().unwrap();
+            seen[channel] += 1;
+            seen[channel]
+        };
+        while self.over.load(Relaxed) == 0
+            && self.seen.lock().unwrap().iter().any(|&seen| seen < mine)
+        {
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+/// One frame of a channel, whole; `None` at its end, and where it breaks.
+fn frame(socket: &mut UnixStream) -> Option<Vec<u8>> {
+    let mut bytes = vec![0; 12];
+    socket.read_exact(&mut bytes).ok()?;
+    let device_state = bytes[11] == 0x40;
+    bytes.resize(if device_state { 276 } else { 1344 }, 0);
+    socket.read_exact(&mut bytes[12..]).ok()?;
+    let at = if device_state { 272 } else { 20 };
+    let payload = u32::from_be_bytes(bytes[at..at + 4].try_into().unwrap());
+    let header = bytes.len();
+    bytes.resize(header + payload as usize, 0);
+    socket.read_exact(&mut bytes[header..]).ok()?;
+    Some(bytes)
+}
+
+fn sink_with_barriers(path: &Path, channels: usize) -> JoinHandle<Vec<Vec<u8>>> {
+    let listener = UnixListener::bind(path).unwrap();
+    let barrier = Arc::new(Barrier {
+        seen: Mutex::new(vec![0; channels]),
+        over: AtomicU64::new(0),
+    });
+    thread::spawn(move || {
+        let readers: Vec<_> = (0..channels)
+            .map(|channel| {
+                let (mut socket, _) = listener.accept().unwrap();
+                let barrier = barrier.clone();
+                thread::spawn(move || {
+                    let mut bytes = vec![0; 64];
+                    let greeted = socket.read_exact(&mut bytes).is_ok();
+                    while greeted && let Some(frame) = frame(&mut socket) {
+                        let is_sync = frame[11] == 1;
+                        bytes.extend(frame);
+                        if is_sync {
+                            barrier.sync(channel);
+                        }
+                    }
+                    barrier.over.store(1, Relaxed);
+                    bytes
+                })
+            })
+            .collect();
+        let ended = readers.into_iter().map(|reader| reader.join().unwrap());
+        ended.collect()
+    })
+}
+
+/// Three channels, six barriers; between them device state, `count` packets of 100 KiB in no order,
+/// most of them on one channel, and RAM.
+fn between_barriers(count: u32) -> Vec<Vec<u8>> {
+    let mut channels: Vec<_> = (0..3).map(|id| [hello(id), sync(0)].concat()).collect();
+    let mut order: Vec<u32> = (0..count).collect();
+    order.sort_by_key(|&index| random(index.into()));
+    for (round, some) in (1..).zip(order.chunks(order.len().div_ceil(6))) {
+        for &index in some {
+            let data = vec![index.to_le_bytes()[0]; 100 << 10];
+            let on = random(u64::from(index) << 9) % 6;
+            let channel = &mut channels[if on < 2 { on + 1 } else { 0 } as usize];
+            channel.extend(packet(1, index, &data));
+            channel.extend(ram(index.into()));
+        }
+        for channel in &mut channels {
+            channel.extend(sync(round));
+        }
+    }
+    channels[2].extend(config(1, count));
+    channels
+}
+
+#[test]
+fn device_state_passes_a_destination_that_stands_at_its_barriers() {
+    for (budget, passes) in [("64MiB", true), ("2MiB", false)] {
+        let directory = Directory::new();
+        let path = directory.path().join("to");
+        let sink = sink_with_barriers(&path, 3);
+        let to = format!("unix:{}", path.display());
+        let options = format!("--channels 3 --budget {budget} --timeout 1");
+        let (relay, from) = relay(&directory, &to, &options);
+        let channels = between_barriers(300);
+        let fed: Vec<_> = channels
+            .iter()
+            .map(|bytes| feed(&from, bytes.clone(), 1 << 20))
+            .collect();
+        let ended = relay.end();
+        if passes {
+            ended.json();
+        } else {
+            // As documented: not enough for what must wait, and so it says what it waits for.
+            let why = ended.why();
+            assert!(why.contains("no progress"), "{why}");
+            assert!(why.contains("device 0000:00:01.0/vfio"), "{why}");
+        }
+        for fed in fed {
+            fed.join().unwrap();
+        }
+        let received = sink.join().unwrap();
+        if passes {
+            same(&channels, &received);
+        }
+    }
+}
+
 #[test]
 fn wrong_use_is_said() {
     let from = |rest: &str| run(words(&format!("relay --listen 127.0.0.1:0 {rest}")));
