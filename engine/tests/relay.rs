@@ -1,0 +1,184 @@
+//! The relay as an embedder uses it: its window, its end, its cancellation, and what is left over.
+#![allow(missing_docs, reason = "a test")]
+
+mod common;
+
+use std::{
+    io::{Read, Write},
+    os::unix::net::UnixStream,
+    sync::{Mutex, MutexGuard, PoisonError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use common::{Watchdog, config_packet, hello, leftovers, packet, sync};
+use vfio_migration::{Channel, ErrorKind, Relay, Settings};
+
+/// One test at a time: what is left over is the process's.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+/// Nothing of a relay may be left when a test is over.
+struct Alone {
+    before: (usize, usize),
+    _alone: MutexGuard<'static, ()>,
+    _watchdog: Watchdog,
+}
+
+impl Alone {
+    fn new() -> Self {
+        let alone = ONE_AT_A_TIME.lock();
+        Self {
+            _alone: alone.unwrap_or_else(PoisonError::into_inner),
+            before: leftovers(),
+            _watchdog: Watchdog::new(),
+        }
+    }
+}
+
+impl Drop for Alone {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            return;
+        }
+        // A thread that was joined may be listed for a moment more.
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while leftovers() != self.before && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!(leftovers(), self.before, "threads and files");
+    }
+}
+
+/// A channel's two ends that are the test's: the source's, the destination's.
+fn channel(relay: &Relay) -> (UnixStream, UnixStream) {
+    let (source, near) = UnixStream::pair().unwrap();
+    let (far, destination) = UnixStream::pair().unwrap();
+    relay.add_channel(near, far).unwrap();
+    (source, destination)
+}
+
+fn wait_for(what: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(50);
+    while !what() {
+        assert!(Instant::now() < deadline, "it never comes to that");
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+#[test]
+fn a_packet_beyond_the_window_goes_on_as_soon_as_it_may() {
+    let _alone = Alone::new();
+    let mut settings = Settings::default();
+    settings.window = 1;
+    let relay = Relay::start(&settings).unwrap();
+    let (mut first, mut out) = channel(&relay);
+    let (mut second, mut other) = channel(&relay);
+    for (id, source) in (0..).zip([&mut first, &mut second]) {
+        source.write_all(&[hello(id), sync()].concat()).unwrap();
+    }
+    second.write_all(&packet(1, 1, b"later")).unwrap();
+    let received = |relay: &Relay| -> u64 {
+        let channels = relay.stats().channels;
+        channels.iter().map(|channel| channel.packets).sum()
+    };
+    wait_for(|| received(&relay) == 1);
+    // More than a socket holds, and nobody reads: it is on its way for as long as the test likes.
+    first.write_all(&packet(1, 0, &[7; 1 << 20])).unwrap();
+    // Longer than a re-check: what would only be found by one counts as late.
+    thread::sleep(Duration::from_millis(1500));
+    let collect = thread::spawn(move || {
+        let mut bytes = Vec::new();
+        out.read_to_end(&mut bytes).unwrap();
+        bytes.len()
+    });
+    let collect_other = thread::spawn(move || {
+        let mut bytes = Vec::new();
+        other.read_to_end(&mut bytes).unwrap();
+        bytes.len()
+    });
+    first.write_all(&config_packet(1, 2, b"config")).unwrap();
+    drop((first, second));
+    let report = relay.join();
+    report.result.unwrap();
+    assert_eq!(report.stats.late_wakeups, 0);
+    assert_eq!(report.stats.devices[0].packets, 3);
+    assert!(collect.join().unwrap() + collect_other.join().unwrap() > 1 << 20);
+}
+
+#[test]
+fn a_cancellation_ends_every_wait_and_leaves_nothing() {
+    let _alone = Alone::new();
+    for dropped in [false, true] {
+        let relay = Relay::start(&Settings::default()).unwrap();
+        // One says nothing, one stands within a packet, one is not read from.
+        let (silent, silent_out) = channel(&relay);
+        let (mut cut, mut cut_out) = channel(&relay);
+        let beginning = [hello(1), sync(), packet(1, 0, b"state")].concat();
+        cut.write_all(&beginning[..beginning.len() - 1]).unwrap();
+        let (mut full, full_out) = channel(&relay);
+        full.write_all(&[hello(2), sync()].concat()).unwrap();
+        full.write_all(&packet(2, 0, &[1; 1 << 20])).unwrap();
+        wait_for(|| relay.stats().channels[2].packets == 1);
+        assert_eq!(relay.channels(), (3, 3));
+        assert!(!relay.is_finished());
+        if dropped {
+            drop(relay);
+        } else {
+            relay.cancel();
+            let report = relay.join();
+            assert_eq!(*report.result.unwrap_err().kind(), ErrorKind::Cancelled);
+            assert_eq!(report.abandoned_threads, 0);
+        }
+        // Both sides were let go.
+        let mut rest = Vec::new();
+        cut_out.read_to_end(&mut rest).unwrap();
+        assert!(cut.write_all(&[0; 1 << 20]).is_err());
+        drop((silent, silent_out, cut, cut_out, full, full_out));
+    }
+}
+
+#[test]
+fn nothing_is_added_after_the_last() {
+    let _alone = Alone::new();
+    let relay = Relay::start(&Settings::default()).unwrap();
+    relay.no_more_channels();
+    let (near, far) = UnixStream::pair().unwrap();
+    let error = relay.add_channel(near, far).unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::Config(_)), "{error}");
+    let report = relay.join();
+    report.result.unwrap();
+    assert!(report.stats.channels.is_empty());
+}
+
+#[test]
+fn settings_that_cannot_be_are_refused() {
+    let _alone = Alone::new();
+    let refused = |change: fn(&mut Settings)| {
+        let mut settings = Settings::default();
+        change(&mut settings);
+        let error = Relay::start(&settings).unwrap_err();
+        assert!(matches!(error.kind(), ErrorKind::Config(_)), "{error}");
+    };
+    refused(|settings| settings.budget = Some(1 << 20));
+    refused(|settings| settings.max_packet = 1 << 20);
+    refused(|settings| settings.max_packet = 17 << 20);
+    refused(|settings| settings.max_devices = Some(0));
+    refused(|settings| settings.window = 0);
+}
+
+#[test]
+fn a_targets_page_size_is_its_own() {
+    let _alone = Alone::new();
+    let relay = Relay::start(&Settings::default()).unwrap();
+    let page_size = vfio_migration::wire::PageSize::new(65536).unwrap();
+    let sent = [hello(0), vfio_migration::wire::encode_sync(page_size, 0)].concat();
+    let (far, mut destination) = UnixStream::pair().unwrap();
+    let source = Channel::from_reader(std::io::Cursor::new(sent.clone()));
+    relay
+        .add_channel(source.with_page_size(65536).unwrap(), far)
+        .unwrap();
+    relay.join().result.unwrap();
+    let mut received = Vec::new();
+    destination.read_to_end(&mut received).unwrap();
+    assert_eq!(received, sent);
+}
