@@ -137,6 +137,93 @@ fn a_cancellation_ends_every_wait_and_leaves_nothing() {
     }
 }
 
+/// Pseudo-random numbers, splitmix64.
+fn random(state: &mut u64) -> usize {
+    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let mut word = *state;
+    word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    usize::try_from((word ^ (word >> 31)) & 0x7fff_ffff).unwrap()
+}
+
+#[test]
+fn whatever_a_source_sends_it_comes_to_an_end() {
+    let _alone = Alone::new();
+    let mut settings = Settings::default();
+    settings.budget = Some(9 << 20);
+    let whole: [Vec<u8>; 2] = [
+        [
+            hello(0),
+            sync(),
+            packet(1, 0, b"a"),
+            packet(2, 1, b"b"),
+            sync(),
+        ]
+        .concat(),
+        [
+            hello(1),
+            sync(),
+            packet(2, 0, b"c"),
+            config_packet(2, 2, b"d"),
+        ]
+        .concat(),
+    ];
+    let (mut passed, mut failed) = (0, 0);
+    for seed in 0..400 {
+        let mut state = seed;
+        let mut channels = whole.clone();
+        channels[0].extend(config_packet(1, 1, b"e"));
+        for channel in &mut channels {
+            // Nothing, a byte changed, a field of ones, a cut, a part twice.
+            let len = channel.len();
+            let at = random(&mut state) % len;
+            match random(&mut state) % 6 {
+                0 => channel[at] ^= 1 << (random(&mut state) % 8),
+                1 => channel[at..]
+                    .iter_mut()
+                    .take(4)
+                    .for_each(|byte| *byte = 0xff),
+                2 => channel.truncate(at),
+                3 => channel.extend_from_within(at..),
+                _ => {}
+            }
+        }
+        let relay = Relay::start(&settings).unwrap();
+        let mut reading = Vec::new();
+        for bytes in &channels {
+            let (far, mut destination) = UnixStream::pair().unwrap();
+            let source = Channel::from_reader(std::io::Cursor::new(bytes.clone()));
+            relay.add_channel(source, far).unwrap();
+            reading.push(thread::spawn(move || {
+                let mut received = Vec::new();
+                // Hung up on, perhaps.
+                let _ended = destination.read_to_end(&mut received);
+                received.len()
+            }));
+        }
+        let report = relay.join();
+        assert_eq!(report.abandoned_threads, 0);
+        let received: usize = reading.into_iter().map(|it| it.join().unwrap()).sum();
+        let sent: usize = channels.iter().map(Vec::len).sum();
+        match report.result {
+            Ok(()) => {
+                passed += 1;
+                assert_eq!(received, sent, "seed {seed}: what passes passes whole");
+            }
+            Err(error) => {
+                failed += 1;
+                let place = error.channel().is_some() || error.device().is_some();
+                assert!(place, "seed {seed}: {error} is nowhere");
+                assert!(received <= sent, "seed {seed}");
+            }
+        }
+    }
+    assert!(
+        passed > 50 && failed > 50,
+        "{passed} passed, {failed} failed"
+    );
+}
+
 #[test]
 fn nothing_is_added_after_the_last() {
     let _alone = Alone::new();
