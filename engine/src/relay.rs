@@ -31,33 +31,42 @@
 //! # What a destination relies on
 //!
 //! - Within a channel, hello, RAM and SYNC packets stay in their order: one thread passes them on.
-//! - No device packet comes on a channel before that channel's hello and first SYNC: its outlet is
-//!   let in by the inlet, once these two have been sent.
+//! - No device packet comes on a channel before that channel's hello and first SYNC.
 //! - A packet is sent whole: inlet and outlet of a line share its sender behind a lock, which each
-//!   holds for one packet (an outlet: for one call). What ends the wait for it is the end of that
-//!   packet, or the connection's time-out.
+//!   holds for one packet. What ends the wait for it is the end of that packet, or the connection's
+//!   time-out.
 //! - A channel is ended only when all device state has been sent, on whichever.
 //!
 //! # Memory
 //!
 //! Packets are held in a pool: the budget. One buffer of it, of the largest packet's size, is kept
-//! back for a packet that is the next of its device, and the mover hands on such a packet at once;
-//! so where the source hands out all devices' packets in one sequence, and the destination takes
-//! what is sent to it, there is always one that gets on, however full the pool is.
+//! back for a packet that is the next of its device, and the mover hands on such a packet at once.
 //!
-//! RAM shares the channels, though, and a destination's channel stands still at a SYNC until all
-//! have come to theirs. While it does, what follows behind it (the next packet, perhaps) is held up
-//! in the connections, and the packets that other channels carry before their SYNC must fit into the
-//! budget: at the most what the connections' socket buffers hold and one packet for each channel.
-//! Less, and it can stand still for good; then it ends with [`ErrorKind::Stalled`], after
-//! [`Settings::no_progress`] or a few times that, and names the device and the idx.
+//! RAM shares the channels, and a destination's channel stands still at a SYNC until all have come to
+//! theirs. So device state goes only on lines that are not ahead of another in their SYNCs (see
+//! `relay/line.rs`): on those the destination reads, whatever the relay holds; what has been taken is
+//! sent, and its memory comes back. Then there is always a packet that gets on, however full the
+//! pool is, where the source
+//!
+//! - hands out all devices' packets in one sequence, and
+//! - sends RAM behind a SYNC only once that SYNC has been sent on all channels.
+//!
+//! For of the packets that have not come in, the one that was handed out first is the next of its
+//! device, and so may have the buffer kept back; and nothing in front of it waits for long: not a
+//! packet, which would have been handed out before it; and not RAM behind a SYNC that another channel
+//! still waits to bring, for the packet that this other one waits with would have been, too.
+//! A source that does otherwise (one whose channels are cut and put together anew, say) needs a budget for
+//! what is out of order. Where that is not enough it can stand still for good; then it ends with
+//! [`ErrorKind::Stalled`], after [`Settings::no_progress`] or a few times that, and names the device
+//! and the idx.
 //!
 //! # What ends each wait
 //!
 //! An inlet that waits for bytes: the source's, or its end; within a packet, the connection's
 //! time-out. One that waits for room: a packet sent, or taken by the mover; the end of all. The mover:
-//! a packet, the inputs' end, and while a device's state is incomplete, the time without progress. An
-//! outlet: its line's opening, a packet, the queue's end; in a write, the connection's time-out.
+//! a packet, the inputs' end, and while a device's state is incomplete or unsent, the time without
+//! progress. An outlet: a packet that it may send, the queue's end; in a write, the connection's
+//! time-out.
 //! Every failure hangs up all connections of both sides, and ends them all.
 
 use std::{
@@ -136,8 +145,12 @@ struct Shared {
     room: Waiters,
     /// The mover, which waits for packets.
     arrivals: Waiters,
-    /// Outlets that wait for their lines' opening.
-    openings: Waiters,
+    /// Outlets that wait for packets, and for their lines to be no longer ahead.
+    outgoing: Waiters,
+    /// By number.
+    lines: Mutex<Vec<Arc<Line>>>,
+    /// Set when the queue has all packets.
+    moved: AtomicBool,
     /// How many threads have something to send now, the wait for a line's sender included.
     sending: Arc<AtomicU32>,
     /// Inlets that have not ended, and one for those still to come.
@@ -154,7 +167,7 @@ impl Shared {
                 .close(&epoch.pin(), |packet| packet.recycle(&self.pool));
             self.room.notify_all();
             self.arrivals.notify_all();
-            self.openings.notify_all();
+            self.outgoing.notify_all();
         }
     }
 
@@ -211,6 +224,25 @@ impl Shared {
     fn input_ended(&self) -> bool {
         // Acquire: as above.
         self.inputs.load(Ordering::Acquire) == 0
+    }
+
+    /// Whether device state may be sent on this line: it is open, and not ahead of another.
+    fn may_send(&self, line: &Line) -> bool {
+        let mine = line.syncs();
+        mine > 0 && lock(&self.lines).iter().all(|other| other.syncs() >= mine)
+    }
+
+    /// Says that the queue has all packets. The mover.
+    fn end_moving(&self) {
+        // Release: whoever sees it sees all that was published.
+        self.moved.store(true, Ordering::Release);
+        self.outgoing.notify_all();
+    }
+
+    /// Whether the queue has all packets.
+    fn all_moved(&self) -> bool {
+        // Acquire: as above.
+        self.moved.load(Ordering::Acquire)
     }
 
     /// Whether something is on its way to the destination: then its connections have time-outs.
@@ -326,7 +358,9 @@ impl Relay {
             channels: Mutex::new(Vec::new()),
             room: Waiters::new(),
             arrivals: Waiters::new(),
-            openings: Waiters::new(),
+            outgoing: Waiters::new(),
+            lines: Mutex::new(Vec::new()),
+            moved: AtomicBool::new(false),
             sending: Arc::default(),
             // The one that stands for the channels still to come.
             inputs: AtomicU32::new(1),
@@ -399,6 +433,7 @@ impl Relay {
         };
         let sender = Sender::new(destination, number);
         let line = Arc::new(Line::new(number, sender, self.shared.sending.clone()));
+        lock(&self.shared.lines).push(line.clone());
         self.spawn_outlet(line.clone())?;
         self.spawn_inlet(source, line, counters)
     }
@@ -411,7 +446,7 @@ impl Relay {
     ) -> Result<()> {
         let (shared, greeted, terms) = (self.shared.clone(), self.greeted.clone(), self.terms);
         let number = line.number();
-        let ending = (self.shared.clone(), line.clone());
+        let ending = self.shared.clone();
         Crew::spawn(
             &self.crew,
             TaskKind::Channel(number),
@@ -423,13 +458,10 @@ impl Relay {
                 }
             },
             move |error| {
-                let (shared, line) = ending;
                 if let Some(error) = error {
-                    shared.fail(error);
+                    ending.fail(error);
                 }
-                line.end();
-                shared.openings.notify_all();
-                shared.close_input();
+                ending.close_input();
             },
         )
     }
@@ -508,7 +540,7 @@ impl Relay {
         let waiters = [
             &self.shared.room,
             &self.shared.arrivals,
-            &self.shared.openings,
+            &self.shared.outgoing,
         ];
         let late: u64 = waiters.iter().map(|waiters| waiters.late()).sum();
         Stats {

@@ -15,6 +15,7 @@ use std::{
     sync::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering::Relaxed},
+        mpsc,
     },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -910,6 +911,103 @@ fn device_state_passes_a_destination_that_stands_at_its_barriers() {
         if passes {
             same(&channels, &received);
         }
+    }
+}
+
+/// What a source's channel is given to send; and whom to tell when it is sent.
+type Item = (Vec<u8>, Option<mpsc::Sender<()>>);
+
+/// A source as QEMU is one. A device's thread hands out packets in the order of their idx, to
+/// whichever channel is idle; the main thread hands out RAM, and SYNCs, and goes on with RAM only when
+/// the SYNC has been sent on every channel.
+fn source_with_barriers(from: &Path, channels: u8, packets: u32) {
+    let (senders, threads): (Vec<_>, Vec<_>) = (0..channels)
+        .map(|id| {
+            let (sender, items) = mpsc::sync_channel::<Item>(0);
+            let mut socket = UnixStream::connect(from).unwrap();
+            let sending = thread::spawn(move || {
+                socket.write_all(&[hello(id), sync(0)].concat()).unwrap();
+                while let Ok((bytes, sent)) = items.recv() {
+                    // A relay that has failed hangs up; it says why itself.
+                    if socket.write_all(&bytes).is_err() {
+                        return;
+                    }
+                    if let Some(sent) = sent {
+                        let _main_has_gone = sent.send(());
+                    }
+                }
+            });
+            (sender, sending)
+        })
+        .unzip();
+    let idle = |senders: &[mpsc::SyncSender<Item>], bytes: Vec<u8>, first: u64| {
+        let mut item = (bytes, None);
+        // Ends: with a channel that is idle, or with all of them gone.
+        loop {
+            let mut gone = 0;
+            for at in 0..senders.len() {
+                let at = (at + usize::try_from(first % 255).unwrap()) % senders.len();
+                match senders[at].try_send(item) {
+                    Ok(()) => return,
+                    Err(mpsc::TrySendError::Full(back)) => item = back,
+                    Err(mpsc::TrySendError::Disconnected(back)) => {
+                        gone += 1;
+                        item = back;
+                    }
+                }
+            }
+            if gone == senders.len() {
+                return;
+            }
+            thread::sleep(Duration::from_micros(200));
+        }
+    };
+    thread::scope(|scope| {
+        let device = scope.spawn(|| {
+            for index in 0..packets {
+                let data = vec![index.to_le_bytes()[0]; 1 << 20];
+                idle(&senders, packet(1, index, &data), random(index.into()));
+            }
+            idle(&senders, config(1, packets), 0);
+        });
+        let mut round = 0;
+        while !device.is_finished() {
+            round += 1;
+            for number in 0..40 {
+                idle(&senders, ram(round * 100 + number), number);
+            }
+            let (sent, seen) = mpsc::channel();
+            for sender in &senders {
+                let _gone = sender.send((sync(round), Some(sent.clone())));
+            }
+            drop(sent);
+            // Ends: with every channel's word, or its end.
+            assert!(seen.iter().count() <= senders.len());
+        }
+    });
+    drop(senders);
+    for thread in threads {
+        thread.join().unwrap();
+    }
+}
+
+#[test]
+fn memory_for_one_packet_is_enough_at_a_destinations_barriers() {
+    for channels in [2, 4] {
+        let directory = Directory::new();
+        let path = directory.path().join("to");
+        let sink = sink_with_barriers(&path, channels.into());
+        let to = format!("unix:{}", path.display());
+        let budget = (1 << 20) + 4096;
+        let options = format!("--channels {channels} --budget {budget}");
+        let (relay, from) = relay(&directory, &to, &options);
+        source_with_barriers(&from, channels, 60);
+        let json = relay.end().json();
+        assert_eq!(json["devices"][0]["packets"], 61);
+        assert_eq!(json["late_wakeups"], 0);
+        let received = sink.join().unwrap();
+        let received: Vec<_> = received.iter().map(|bytes| split(bytes)).collect();
+        assert_eq!(packets(&received).len(), 61);
     }
 }
 

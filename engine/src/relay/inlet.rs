@@ -37,7 +37,7 @@ pub(super) fn serve(
         }
         line.send(&mut [IoSlice::new(bytes)])
     })?;
-    if line.is_open().is_none() {
+    if line.syncs() == 0 {
         // A channel begins with hello and one SYNC: this one ended within its beginning.
         return Err(Error::protocol(Violation::Truncated).on_channel(line.number()));
     }
@@ -85,9 +85,9 @@ impl RamSink for PassOn {
     }
 
     fn sync(&mut self, header: &[u8]) -> io::Result<()> {
-        say(&self.shared, self.line.send(&mut [IoSlice::new(header)]))?;
-        self.line.open();
-        self.shared.openings.notify_all();
+        say(&self.shared, self.line.sync(header))?;
+        // Those that were ahead of this line may be so no more.
+        self.shared.outgoing.notify_all();
         Ok(())
     }
 }

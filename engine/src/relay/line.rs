@@ -1,29 +1,23 @@
 //! One channel's way to the destination, shared by the two threads that send on it.
 //!
-//! ```text
-//!   Shut ──────────────▶ Open ─────────────▶ Ended        Shut ─▶ Ended: no SYNC ever came
-//!     hello and first     the outlet sends     the source's channel has ended;
-//!     SYNC are sent       device state         the outlet goes on to the queue's end
-//! ```
+//! A destination's channel stands still at a SYNC until all have come to theirs. So a line that has
+//! sent more SYNCs than another is *ahead*: nobody may be reading at its other end, for as long as
+//! it takes the other to come to its own. Device state is sent only on lines that are not ahead
+//! ([`Shared::may_send`]): what is looked at and taken under the sender's lock cannot end up behind
+//! a barrier that waits for it.
 //!
 //! # Edges
 //!
-//! | edge | release side | acquire side | what it carries |
-//! |---|---|---|---|
-//! | open | [`Line::open`] | [`Line::is_open`] | nothing: the sender's lock orders what is sent |
+//! There is none: the sender's lock orders what is sent, and a line's count is its own inlet's. An
+//! old count of another line's is only too low, and makes an outlet wait for the next notice.
 
 use super::*;
-
-/// The channel's hello and first SYNC are sent.
-const OPEN: u32 = 1;
-/// Nothing more comes from the source.
-const ENDED: u32 = 2;
 
 /// One channel's way out.
 pub(super) struct Line {
     number: u32,
-    /// `OPEN` and `ENDED`, each set once.
-    state: AtomicU32,
+    /// How many SYNCs have been sent. Written under the sender's lock.
+    syncs: AtomicU32,
     sender: Mutex<Sender>,
     /// How many threads of all lines have something to send now.
     sending: Arc<AtomicU32>,
@@ -33,7 +27,7 @@ impl Line {
     pub(super) fn new(number: u32, sender: Sender, sending: Arc<AtomicU32>) -> Self {
         Self {
             number,
-            state: AtomicU32::new(0),
+            syncs: AtomicU32::new(0),
             sender: Mutex::new(sender),
             sending,
         }
@@ -69,24 +63,19 @@ impl Line {
         }
     }
 
-    /// Says that the channel's hello and first SYNC are sent. The inlet.
-    pub(super) fn open(&self) {
-        // open edge, release side.
-        self.state.fetch_or(OPEN, Ordering::Release);
+    /// Sends a SYNC, and counts it. The inlet.
+    pub(super) fn sync(&self, header: &[u8]) -> Result<()> {
+        self.with_sender(|sender| {
+            sender.send(&mut [IoSlice::new(header)])?;
+            // Relaxed: under the lock; for others a count that only grows.
+            self.syncs.fetch_add(1, Ordering::Relaxed);
+            Ok(())
+        })
     }
 
-    /// Says that nothing more comes from the source. The inlet.
-    pub(super) fn end(&self) {
-        // Release: with the edge above.
-        self.state.fetch_or(ENDED, Ordering::Release);
-    }
-
-    /// Whether device state may be sent; `None` where that is not known yet.
-    pub(super) fn is_open(&self) -> Option<bool> {
-        // open edge, acquire side.
-        match self.state.load(Ordering::Acquire) {
-            0 => None,
-            state => Some(state & OPEN != 0),
-        }
+    /// How many SYNCs have been sent: with the first, the channel is open for device state.
+    pub(super) fn syncs(&self) -> u32 {
+        // Relaxed: as above.
+        self.syncs.load(Ordering::Relaxed)
     }
 }

@@ -54,6 +54,7 @@ impl Mover<'_> {
             let ended = shared.input_ended();
             self.meet();
             while self.pass()? {
+                shared.outgoing.notify_all();
                 // What a device needs next has changed, and with it who may have the reserve.
                 shared.room.notify_all();
             }
@@ -64,7 +65,7 @@ impl Mover<'_> {
                 return self.end();
             }
             let incomplete = self.moved.iter().any(|moved| !moved.complete);
-            let before = incomplete.then(|| shared.activity());
+            let before = (incomplete || shared.queue.waiting() > 0).then(|| shared.activity());
             let deadline = before.map(|_| Instant::now() + shared.no_progress);
             let found = shared.arrivals.wait(deadline, || self.look().then_some(()));
             if found.is_some() || before != Some(shared.activity()) {
@@ -131,6 +132,7 @@ impl Mover<'_> {
     fn end(&self) -> Result<()> {
         if self.moved.iter().all(|moved| moved.complete) {
             self.shared.queue.end();
+            self.shared.end_moving();
             Ok(())
         } else {
             Err(self.missing(ErrorKind::Missing))

@@ -66,9 +66,8 @@ pub(crate) struct Options {
     channels: Option<u32>,
     /// The memory that packets may wait in [default: 64MiB]
     ///
-    /// RAM's barriers hold up the channels: what the source's channels carry of device state while
-    /// one of them has not come to a barrier must find room. Where it does not, and nothing moves
-    /// any more, it fails after --timeout.
+    /// One packet of the largest size is enough for a source that hands out each device's packets in
+    /// order, as QEMU does; more lets the channels get on side by side.
     #[arg(long, value_name = "SIZE", value_parser = args::memory)]
     budget: Option<usize>,
     /// The largest packet that is passed on (at least 1MiB); the budget is cut into such pieces
