@@ -398,9 +398,15 @@ fn a_packet_that_comes_too_early_waits_for_its_channels_first_sync() {
     thread::sleep(Duration::from_millis(300));
     assert_eq!(tap.read.load(Relaxed), hello_len);
     source.write_all(&sync(0)).unwrap();
+    let whole = [early, sync(0)].concat();
+    while tap.read.load(Relaxed) < whole.len() as u64 && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(5));
+    }
     drop(source);
-    assert_eq!(relay.end().json()["devices"][0]["packets"], 2);
-    same(&[[early, sync(0)].concat()], &sink.end());
+    let json = relay.end().json();
+    assert_eq!(json["devices"][0]["packets"], 2);
+    assert_eq!(json["late_wakeups"], 0, "the SYNC lets them go");
+    same(&[whole], &sink.end());
 }
 
 #[test]

@@ -128,6 +128,7 @@ fn a_cancellation_ends_every_wait_and_leaves_nothing() {
             let report = relay.join();
             assert_eq!(*report.result.unwrap_err().kind(), ErrorKind::Cancelled);
             assert_eq!(report.abandoned_threads, 0);
+            assert_eq!(report.stats.late_wakeups, 0, "all were told");
         }
         // Both sides were let go.
         let mut rest = Vec::new();
