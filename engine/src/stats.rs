@@ -242,6 +242,7 @@ impl Stats {
                 held_high: 0,
             },
             backend: "main channel",
+            leaked_transfers: 0,
             ring_calls: 0,
             late_wakeups: 0,
         }
