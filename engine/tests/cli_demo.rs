@@ -125,7 +125,7 @@ fn wrong_use_is_status_2_and_says_why() {
         ),
         (
             "receive --listen h:1 --device file:x,id=a file:x,id=b",
-            "the file x",
+            "the path x",
         ),
         ("receive --listen h:1 --device disk:a", "sim:id=ID"),
         (
