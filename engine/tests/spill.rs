@@ -279,6 +279,13 @@ impl Case {
             assert!(got.len() == all.len() || report.result.is_err());
         }
         let stats = &report.stats;
+        // Each packet has a header of 12 bytes; a config has two tags around it, too.
+        let state = self.count as usize * (self.len + 12) + 12 + 16 + b"config".len();
+        for device in &stats.devices {
+            let counted = (device.bytes, device.packets);
+            let all = (state as u64, u64::from(self.count) + 1);
+            assert!(counted == all || report.result.is_err(), "{counted:?}");
+        }
         assert_eq!(stats.spill.held, 0, "space is given back");
         assert!(stats.spill.held_high <= stats.spill.limit);
         assert!(stats.held_high <= stats.budget);

@@ -191,14 +191,15 @@ impl LoadFlow {
     }
 
     /// Takes what is there, as far as it makes one chain with what was taken before.
-    fn gather(&mut self, guard: &Guard) -> Result<()> {
+    fn gather(&mut self, guard: &Guard) {
         let mut taken = 0;
         while !self.config_taken && self.read_back.is_none() && !self.ready.is_full() {
             let (index, packet) = match self.cursor.take(&self.device.inbox, guard) {
                 Next::Packet(index, packet) => (index, packet),
                 Next::Starved(_) | Next::Closed => break,
             };
-            taken += u64::from(!packet.more);
+            let last = !packet.more;
+            taken += u64::from(last);
             if let Payload::Aside(number) = packet.payload {
                 self.read_back = Some(ReadBack {
                     spilled: self.load.adopt_spilled(number),
@@ -224,6 +225,8 @@ impl LoadFlow {
             let ready = &mut self.ready;
             if ready.indices.last() != Some(&index) {
                 ready.indices.push(index);
+            }
+            if last {
                 ready.bytes += wire::PACKET_HEADER_LEN as u64;
             }
             ready.bytes += len as u64;
@@ -232,7 +235,6 @@ impl LoadFlow {
         if taken > 0 {
             self.device.counters.taken(taken);
         }
-        Ok(())
     }
 
     /// Has the ring read the next part of a spilled packet. The lane is idle, and the batch empty.
@@ -290,7 +292,7 @@ impl LoadFlow {
                 continue;
             }
             let ready = &mut self.ready;
-            if packet.at == len {
+            if packet.at == packet.spilled.size() {
                 ready.bytes += wire::PACKET_HEADER_LEN as u64;
             }
             if ready.indices.last() != Some(&index) {
@@ -383,9 +385,7 @@ impl Flow for LoadFlow {
         let started = *self.started.get_or_insert_with(Instant::now);
         // Before the look at the slots: what was published before the last input ended is seen.
         let ended = self.load.input_ended();
-        if let Err(error) = self.gather(context.guard) {
-            return Pump::Finished(Err(error));
-        }
+        self.gather(context.guard);
         if first && self.cursor.next() > 0 {
             trace::load_state_device_buffer_start(&self.device.id);
         }
@@ -439,11 +439,11 @@ impl Flow for LoadFlow {
     }
 
     fn prepare(&mut self, guard: &Guard) -> Result<()> {
-        let gathered = self.gather(guard);
+        self.gather(guard);
         if !self.config_taken && self.read_back.is_none() && !self.ready.is_full() {
             self.load.room.miss();
         }
-        gathered
+        Ok(())
     }
 
     fn can_prepare(&self, guard: &Guard) -> bool {
