@@ -117,7 +117,13 @@ unsafe fn feature<T: Plain>(fd: BorrowedFd<'_>, flags: u32, data: T) -> io::Resu
     };
     // SAFETY: `call` has the layout of the header's struct and its true size in `argsz`, and outlives
     // the call; a file that is no VFIO device refuses this request. Addresses are the caller's.
-    let result = unsafe { libc::ioctl(fd.as_raw_fd(), VFIO_DEVICE_FEATURE.into(), &raw mut call) };
+    let result = unsafe {
+        libc::ioctl(
+            fd.as_raw_fd(),
+            VFIO_DEVICE_FEATURE as libc::Ioctl,
+            &raw mut call,
+        )
+    };
     Errno::result(result)?;
     Ok(call.data)
 }
@@ -220,7 +226,7 @@ pub fn precopy_info(data_fd: BorrowedFd<'_>) -> io::Result<PrecopyInfo> {
     let result = unsafe {
         libc::ioctl(
             data_fd.as_raw_fd(),
-            VFIO_MIG_GET_PRECOPY_INFO.into(),
+            VFIO_MIG_GET_PRECOPY_INFO as libc::Ioctl,
             &raw mut info,
         )
     };
@@ -239,7 +245,7 @@ pub fn precopy_info(data_fd: BorrowedFd<'_>) -> io::Result<PrecopyInfo> {
 /// The kernel's.
 pub fn reset(fd: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: the request has no argument.
-    let result = unsafe { libc::ioctl(fd.as_raw_fd(), VFIO_DEVICE_RESET.into()) };
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), VFIO_DEVICE_RESET as libc::Ioctl) };
     Errno::result(result)?;
     Ok(())
 }
@@ -299,7 +305,8 @@ pub fn stop_dma_logging(fd: BorrowedFd<'_>) -> io::Result<()> {
 ///
 /// # Errors
 ///
-/// `EINVAL` where `bitmap` is too small for the range; the kernel's.
+/// `EINVAL` where `bitmap` is too small for the range, or the range is not one of whole pages; the
+/// kernel's.
 pub fn report_dma_logging(
     fd: BorrowedFd<'_>,
     range: DmaRange,
@@ -307,7 +314,9 @@ pub fn report_dma_logging(
     bitmap: &mut [u64],
 ) -> io::Result<()> {
     let pages = range.length.checked_div(page_size).ok_or(Errno::EINVAL)?;
-    if pages.div_ceil(64) > bitmap.len() as u64 {
+    // The kernel would set the bit of a page that is only begun: beyond the bitmap's end.
+    let whole = range.iova.is_multiple_of(page_size) && range.length.is_multiple_of(page_size);
+    if !whole || pages.div_ceil(64) > bitmap.len() as u64 {
         return Err(Errno::EINVAL.into());
     }
     let report = uapi::vfio_device_feature_dma_logging_report {

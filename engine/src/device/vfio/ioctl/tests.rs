@@ -267,6 +267,12 @@ fn a_report_that_does_not_fit_is_not_asked_for() {
         let refused = report_dma_logging(file.as_fd(), range, page_size, &mut vec![0; words]);
         assert_eq!(refused.unwrap_err().raw_os_error(), Some(libc::EINVAL));
     }
+    // The kernel would take 64 pages and a byte for 65.
+    for (iova, length) in [(0, 64 * 4096 + 1), (1, 64 * 4096)] {
+        let refused =
+            report_dma_logging(file.as_fd(), DmaRange { iova, length }, 4096, &mut [0; 1]);
+        assert_eq!(refused.unwrap_err().raw_os_error(), Some(libc::EINVAL));
+    }
 }
 
 #[test]
