@@ -335,6 +335,10 @@ pub(crate) trait Inlet {
     /// Gives up memory that is not in use: before a wait of unknown length.
     fn rest(&mut self);
 
+    /// Before a SYNC is handed on, for which the sink may keep the channel waiting until the other
+    /// channels have come as far.
+    fn stand(&mut self);
+
     /// The channel's counters.
     fn counters(&self) -> &ChannelCounters;
 }
@@ -443,8 +447,7 @@ impl Receiver {
                     } => {
                         let sync = matches!(frame, Frame::Sync { .. });
                         if sync {
-                            // The sink may keep us waiting for the other channels.
-                            inlet.rest();
+                            inlet.stand();
                         }
                         self.ram(inlet.counters(), sync, header_len, payload_len)?;
                         break;

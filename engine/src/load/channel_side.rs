@@ -475,6 +475,11 @@ impl Inlet for LoadInlet {
         self.rest();
     }
 
+    fn stand(&mut self) {
+        // The others may need what is left of it before they come to theirs.
+        self.rest();
+    }
+
     fn counters(&self) -> &ChannelCounters {
         &self.counters
     }

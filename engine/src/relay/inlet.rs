@@ -280,6 +280,11 @@ impl Inlet for RelayInlet {
         self.packer.release();
     }
 
+    fn stand(&mut self) {
+        // What is left of the buffer stays: small packets that are early would hold a buffer each
+        // between two SYNCs, and the one that is kept back lets the next of them pass in any case.
+    }
+
     fn counters(&self) -> &ChannelCounters {
         &self.counters
     }
