@@ -84,7 +84,7 @@ fn held(backend: Backend, end: End) {
     for packet in rest {
         publisher.push(&id(2), &packet).unwrap();
     }
-    while load.stats().devices[1].phases.stop.is_zero() {
+    while load.stats().devices[1].phases.resume.is_zero() {
         thread::sleep(Duration::from_millis(1));
     }
     drop(publisher);
