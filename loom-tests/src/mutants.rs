@@ -25,13 +25,14 @@ use table::{EXPLAINED, HAND_WRITTEN};
 const MODULES: [&str; 2] = ["engine/src/reorder", "engine/src"];
 
 /// What of the workspace is copied.
-const COPIED: [&str; 6] = [
+const COPIED: [&str; 7] = [
     "Cargo.toml",
     "Cargo.lock",
     "engine",
     "uring",
     "benches",
     "loom-tests",
+    "guest-tests",
 ];
 
 /// Each module, with the test files that its mutants have to pass, the most telling first.
