@@ -22,13 +22,13 @@ use sha2::{Digest, Sha256};
 use vfio_migration::{
     Device, DeviceId, DeviceStats, MigrationDevice, Stats,
     sim::{Image, SimConfig, SimDevice, SimHandle},
-    vfio,
     wire::PACKET_HEADER_LEN,
 };
 
 use crate::{
     Usage, args,
     file::FileDevice,
+    kernel,
     observed::{ConfigSeen, Observed},
     output::{Moved, hex},
 };
@@ -41,8 +41,10 @@ SPEC is one of:
   file:PATH[,id=ID]               a device whose state is a file: a source reads it, a
                                   destination writes it (PATH.partial until it is whole);
                                   its id is file/NAME unless given, NAME being PATH's last part
-  vfio:SYSFS_PATH[,id=ID]         a device of the kernel's, bound to a VFIO driver; its id is
-                                  vfio/NAME unless given
+  vfio:SYSFS_PATH[,id=ID]         a device of the kernel's, bound to a VFIO driver and not in use;
+                                  its id is vfio/NAME unless given. Only what its driver saves is
+                                  moved, and no digest of that is known; the kernel may reset the
+                                  device when it is closed in the end
 All take instance=N as well, the instance id (0). Source and destination must name the same
 devices: the same ids and instances, in any order.";
 
@@ -204,7 +206,7 @@ pub(crate) fn open(specs: &[Spec], source: bool) -> anyhow::Result<Vec<(Device, 
                 (Box::new(device), State::File(path.clone()))
             }
             Kind::Vfio(path) => {
-                let device = vfio::open(path).context("cannot open the device")?;
+                let (device, _) = kernel::open(path)?;
                 (Box::new(device), State::Vfio)
             }
         };
@@ -220,6 +222,12 @@ pub(crate) fn open(specs: &[Spec], source: bool) -> anyhow::Result<Vec<(Device, 
         Ok((device, subject))
     };
     specs.iter().map(open).collect()
+}
+
+/// The bytes of a device's state among all that were moved of it.
+fn data_bytes(stats: &DeviceStats, config: u64) -> u64 {
+    let headers = PACKET_HEADER_LEN as u64 * stats.packets;
+    stats.bytes.saturating_sub(headers + config)
 }
 
 /// The length and the sha256 of a simulated state.
@@ -260,6 +268,7 @@ impl Subject {
     fn describe(&self, stats: &DeviceStats) -> anyhow::Result<Moved> {
         let config = self.config.get();
         let config = config.with_context(|| format!("device {}: no config was moved", self.id))?;
+        let moved = data_bytes(stats, config.bytes);
         let (state_bytes, state_sha256) = match &self.state {
             State::Sim(handle) => {
                 // What came says itself which image it is; its digest says whether it was all.
@@ -277,11 +286,13 @@ impl Subject {
                 let digest = digest_file(path).with_context(|| path.display().to_string())?;
                 (digest.0, Some(digest.1))
             }
-            State::Vfio => {
-                let headers = PACKET_HEADER_LEN as u64 * stats.packets;
-                (stats.bytes.saturating_sub(headers + config.bytes), None)
-            }
+            State::Vfio => (moved, None),
         };
+        ensure!(
+            state_bytes == moved,
+            "device {}: its state has {state_bytes} bytes, but {moved} were moved",
+            self.id
+        );
         Ok(Moved {
             idstr: self.id.idstr().to_owned(),
             instance: self.id.instance(),

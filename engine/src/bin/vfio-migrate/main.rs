@@ -5,7 +5,7 @@
 //!   send ── receive    source ══ TCP or unix ═══▶ destination     two processes
 //!   relay              source ═══════▶ relay ═══════▶ destination   QEMU's on both sides, say
 //!   replay             captured channels ───────▶ destination     the state, out of a capture
-//!   probe              a device of the kernel's        what it can do
+//!   probe              a device of the kernel's ────▶ what it can do     or why not
 //!   inspect            a captured channel ──────▶ its packets     one line for each
 //! ```
 //!
@@ -15,6 +15,7 @@
 //! | `main_channel` | what `send` and `receive` say to each other beside the packets |
 //! | `network`, `door` | addresses, connections, listeners; which connection is what |
 //! | `device`, `file`, `observed` | the devices of a `SPEC`, and what is known of them afterwards |
+//! | `kernel` | the kernel's own devices: opened, or refused with a reason |
 //! | `capture` | a captured channel's packets and where they stand |
 //! | `output`, `progress`, `args`, `interrupt` | tables and JSON, bars, sizes and times, Ctrl-C |
 //!
@@ -38,6 +39,7 @@ mod door;
 mod file;
 mod inspect;
 mod interrupt;
+mod kernel;
 mod main_channel;
 mod network;
 mod observed;

@@ -2,18 +2,16 @@
 //!
 //! Opens the device, asks, and closes it; its state is not changed. One thread, no waits of its own.
 
-use std::{io, path::PathBuf};
+use std::path::PathBuf;
 
-use anyhow::{Context, anyhow};
 use clap::Args;
-use nix::errno::Errno;
 use serde::Serialize;
 use vfio_migration::{
-    DeviceState, MigrationFlags,
-    vfio::{self, Ability, Support},
+    DeviceState, MAX_DATA_SIZE, MigrationFlags,
+    vfio::{Ability, Support},
 };
 
-use crate::output;
+use crate::{kernel, output};
 
 /// Says what the VFIO device at a sysfs path can do, or why its migration is refused.
 ///
@@ -73,7 +71,10 @@ impl Found {
         let yes = |is: bool| if is { "yes" } else { "no" };
         let size = self.estimated_bytes.map_or_else(
             || "the kernel cannot tell".to_owned(),
-            |bytes| format!("{bytes} bytes"),
+            |bytes| match bytes {
+                ..=MAX_DATA_SIZE => format!("{bytes} bytes"),
+                _ => format!("{bytes} bytes, which is not to be believed"),
+            },
         );
         format!(
             "{}\n  state        {}\n  states       {}\n  PRE_COPY     {}\n  P2P          {}\n  \
@@ -89,27 +90,49 @@ impl Found {
     }
 }
 
-/// Why a device that can be opened cannot migrate.
-fn refused(error: io::Error) -> anyhow::Error {
-    let why = match error.raw_os_error().map(Errno::from_raw) {
-        Some(Errno::ENOTTY) => "the kernel has no migration for this device",
-        Some(Errno::EINVAL) => "this device or its driver has no migration",
-        Some(Errno::EOPNOTSUPP) => "this device has no STOP_COPY",
-        _ => return error.into(),
-    };
-    anyhow!("migration is refused: {why} ({error})")
-}
-
+/// Runs `probe`.
 pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
-    let device = vfio::open(&options.path).context("cannot open the device")?;
-    let ability = device
-        .probe()
-        .map_err(refused)
-        .with_context(|| options.path.display().to_string())?;
+    let (device, ability) = kernel::open(&options.path)?;
+    drop(device);
     let found = Found::new(options, &ability);
     if options.json {
         output::print_json(&found)
     } else {
         output::print(&found.text())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_and_estimates() {
+        let mut found = Found {
+            device: "/sys/x".into(),
+            state: "RUNNING".into(),
+            states: vec!["STOP".into(), "RUNNING".into()],
+            precopy: false,
+            p2p: true,
+            dma_logging: say(Support::NotThisKernel),
+            precopy_info_flags: say(Support::NotThisDevice),
+            estimated_bytes: Some(96),
+        };
+        let text = found.text();
+        for line in [
+            "  state        RUNNING",
+            "  states       STOP RUNNING",
+            "  PRE_COPY     no",
+            "  P2P          yes",
+            "  DMA logging  no: the kernel knows nothing of it",
+            "  info flags   no: this device does not have it",
+            "  estimate     96 bytes",
+        ] {
+            assert!(text.lines().any(|it| it == line), "{line}: {text}");
+        }
+        found.estimated_bytes = Some(u64::MAX - 7);
+        assert!(found.text().contains("not to be believed"));
+        found.estimated_bytes = None;
+        assert!(found.text().contains("cannot tell"));
     }
 }
