@@ -13,6 +13,7 @@
 
 mod cancellations;
 mod device;
+mod dma_logging;
 mod kernel;
 mod refusals;
 mod transfers;
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         transitions::TESTS,
         refusals::TESTS,
         cancellations::TESTS,
+        dma_logging::TESTS,
     ]
     .concat();
     let mut failed = Vec::new();
