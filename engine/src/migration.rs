@@ -175,17 +175,9 @@ impl Realized {
         self.device
     }
 
-    /// Takes the device back to work: RUNNING, or a reset, which makes it so. A device that is lost
-    /// says so from now on.
+    /// See [`put_back`].
     fn put_back(&mut self) -> Result<()> {
-        trace::migration_state_notifier(self.id(), "failed");
-        let running = if self.device.state() == DeviceState::Resuming {
-            // Ended only so.
-            self.device.reset()
-        } else {
-            self.device.set_state(DeviceState::Running, Recover::Reset)
-        };
-        running.map_err(|error| error.in_phase(Phase::Cleanup))
+        put_back(&mut self.device)
     }
 
     /// Takes a device back to work that may hold another VM's state, or part of it.
@@ -196,6 +188,19 @@ impl Realized {
         let reset = self.device.reset();
         reset.map_err(|error| error.in_phase(Phase::Cleanup))
     }
+}
+
+/// Takes a device back to work: RUNNING, or a reset, which makes it so. A device that is lost says so
+/// from now on.
+fn put_back(device: &mut Device) -> Result<()> {
+    trace::migration_state_notifier(device.id(), "failed");
+    let running = if device.state() == DeviceState::Resuming {
+        // Ended only so.
+        device.reset()
+    } else {
+        device.set_state(DeviceState::Running, Recover::Reset)
+    };
+    running.map_err(|error| error.in_phase(Phase::Cleanup))
 }
 
 /// Does something with all of a set at once, a thread for each, and returns when all have returned.

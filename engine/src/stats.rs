@@ -245,7 +245,6 @@ impl Stats {
             leaked_transfers: 0,
             ring_calls: 0,
             late_wakeups: 0,
-            leaked_transfers: 0,
         }
     }
 }

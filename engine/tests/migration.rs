@@ -762,6 +762,16 @@ fn a_cancellation_and_a_late_failure_of_the_destination_put_devices_back() {
 }
 
 #[test]
+fn a_source_that_is_dropped_on_its_way_runs_again() {
+    let _watchdog = Watchdog::new();
+    let (mut source, handle, _acks) = source(SimConfig::default(), Ack::Off);
+    assert_eq!(handle.state(), DeviceState::PreCopy);
+    source.iterate(io::sink()).unwrap();
+    drop(source);
+    assert_eq!(handle.state(), DeviceState::Running);
+}
+
+#[test]
 fn sections_are_written_in_their_order_and_once() {
     let _watchdog = Watchdog::new();
     let off = Setup {

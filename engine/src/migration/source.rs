@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   Realized ─ setup() ─▶ Source ─ iterate() … pending_estimate() … pending_exact() ─▶ Switchover
-//!                           └─ abort() ─▶ Realized, RUNNING
+//!                           └─ abort() ─▶ Realized, RUNNING        (dropped: the device RUNNING)
 //! ```
 //!
 //! In PRE_COPY the device runs on and gives what it has already: each iteration reads once, up to
@@ -12,11 +12,14 @@
 //! Everything here is the caller's thread's, and lasts as long as the device's driver and the main
 //! channel take; nothing here waits for anything else.
 
-use std::io::Write;
+use std::{
+    io::Write,
+    ops::{Deref, DerefMut},
+};
 
 use nix::errno::Errno;
 
-use super::{Ack, Acks, DeviceSettings, Failed, Realized, Terms};
+use super::{Ack, Acks, DeviceSettings, Failed, Realized, Terms, put_back};
 use crate::{
     device::{Device, MAX_DATA_SIZE, buffer_len, stop_copy_estimate},
     error::{Error, ErrorKind, Phase, Result},
@@ -66,11 +69,11 @@ impl Pending {
 
 /// One device's migration on the source, while the VM runs.
 ///
-/// Dropping it leaves the device as it is; [`Source::abort`] puts it back.
+/// Dropping it puts the device back to work, as [`Source::abort`] does, which also gives it back.
 #[derive(Debug)]
 #[must_use = "the migration of a device under way: complete or abort it"]
 pub struct Source {
-    pub(super) device: Device,
+    pub(super) device: UnderWay,
     pub(super) settings: DeviceSettings,
     pub(super) multifd: bool,
     /// Whether its config waits on the destination for a notice.
@@ -113,7 +116,7 @@ impl Source {
         } = realized;
         trace::migration_state_notifier(device.id(), "setup");
         let mut source = Self {
-            device,
+            device: UnderWay(Some(device)),
             settings,
             multifd: false,
             config_waits: terms.config_waits(),
@@ -169,19 +172,19 @@ impl Source {
 
     /// The device's name.
     #[must_use]
-    pub const fn id(&self) -> &DeviceId {
+    pub fn id(&self) -> &DeviceId {
         self.device.id()
     }
 
     /// What the device can do.
     #[must_use]
-    pub const fn flags(&self) -> MigrationFlags {
+    pub fn flags(&self) -> MigrationFlags {
         self.device.flags()
     }
 
     /// The device's state as last known.
     #[must_use]
-    pub const fn state(&self) -> DeviceState {
+    pub fn state(&self) -> DeviceState {
         self.device.state()
     }
 
@@ -193,7 +196,7 @@ impl Source {
 
     /// Whether there is anything to iterate: the device is in a PRE_COPY state.
     #[must_use]
-    pub const fn is_active(&self) -> bool {
+    pub fn is_active(&self) -> bool {
         self.device.state().is_precopy()
     }
 
@@ -370,7 +373,40 @@ impl Source {
     }
 
     pub(super) fn into_realized(self) -> Realized {
-        Realized::new(self.device, self.settings)
+        Realized::new(self.device.take(), self.settings)
+    }
+}
+
+/// A device whose migration is under way: goes back to work where nobody takes it.
+#[derive(Debug)]
+pub(super) struct UnderWay(Option<Device>);
+
+impl UnderWay {
+    pub(super) fn take(mut self) -> Device {
+        self.0.take().expect("taken once")
+    }
+}
+
+impl Deref for UnderWay {
+    type Target = Device;
+
+    fn deref(&self) -> &Device {
+        self.0.as_ref().expect("taken with its owner")
+    }
+}
+
+impl DerefMut for UnderWay {
+    fn deref_mut(&mut self) -> &mut Device {
+        self.0.as_mut().expect("taken with its owner")
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        if let Some(device) = &mut self.0 {
+            // Whoever drops it asks no more; a device that is lost says so itself.
+            let _lost = put_back(device);
+        }
     }
 }
 

@@ -118,7 +118,7 @@ impl Switchover {
             let config_waits = source.config_waits;
             let way = if source.multifd {
                 trace::save_complete_precopy_start(&id);
-                session = session.sized_device(source.device, source.buffer.len());
+                session = session.sized_device(source.device.take(), source.buffer.len());
                 Way::Channels {
                     settings: source.settings,
                     counters: source.counters,
