@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "installing a signal handler")]
 
 use std::{
-    io::Write,
+    io::{self, Write},
     os::unix::{net::UnixStream, thread::JoinHandleExt},
     sync::{
         Arc,
@@ -118,6 +118,31 @@ fn a_send_that_nobody_will_receive_kills_nobody() {
         ring.push(Token(0), op, Link::End).unwrap();
         ring.wait(Some(LONG)).unwrap();
         let error = ring.reap().unwrap().result.unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EPIPE), "{backend}");
+    }
+}
+
+#[test]
+fn a_write_to_a_pipe_that_nobody_reads_kills_nobody_who_blocks_signals() {
+    let action = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
+    // SAFETY: installs no handler.
+    unsafe { sigaction(Signal::SIGPIPE, &action) }.unwrap();
+
+    for (backend, _waker, mut ring) in rings() {
+        // As the engine's own threads do. There is no flag for it, as a socket's send has one.
+        let user = thread::spawn(move || {
+            SigSet::all().thread_block().unwrap();
+            let (reader, writer) = io::pipe().unwrap();
+            drop(reader);
+            let op = Op::Write {
+                fd: Arc::new(writer.into()),
+                buffer: vec![0; 4],
+            };
+            ring.push(Token(0), op, Link::End).unwrap();
+            ring.wait(Some(LONG)).unwrap();
+            ring.reap().unwrap().result.unwrap_err()
+        });
+        let error = user.join().unwrap();
         assert_eq!(error.raw_os_error(), Some(libc::EPIPE), "{backend}");
     }
 }
