@@ -24,11 +24,18 @@ pub struct Got {
 /// A target's end of a device.
 #[derive(Clone, Debug)]
 pub struct Drain {
+    id: DeviceId,
     reader: Arc<Mutex<Option<PipeReader>>>,
     got: Arc<Mutex<Got>>,
 }
 
 impl Drain {
+    /// The device's name.
+    #[must_use]
+    pub const fn id(&self) -> &DeviceId {
+        &self.id
+    }
+
     /// What has reached the device.
     pub fn got(&self) -> MutexGuard<'_, Got> {
         self.got.lock().unwrap_or_else(PoisonError::into_inner)
@@ -85,6 +92,7 @@ pub enum Loader {
 /// Where the name is none.
 pub fn device(id: &DeviceId, config: Loader) -> (Device, Drain) {
     let drain = Drain {
+        id: id.clone(),
         reader: Arc::default(),
         got: Arc::default(),
     };
