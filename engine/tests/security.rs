@@ -20,7 +20,7 @@ use std::{
 
 use common::{Mock, collect};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
-use vfio_migration::{Backend, LoadSession, SaveSession, Settings, Task, TaskKind};
+use vfio_migration::{Backend, LoadSession, SaveSession, Settings, Spill, Task, TaskKind};
 
 const CASE: &str = "VFIO_MIGRATION_SECURITY_CASE";
 
@@ -36,9 +36,9 @@ fn numbers() -> BTreeMap<&'static str, i64> {
         eventfd2 SYS_eventfd2, exit SYS_exit, fcntl SYS_fcntl, fstat SYS_fstat, newfstatat SYS_newfstatat, futex SYS_futex,
         gettid SYS_gettid, io_uring_enter SYS_io_uring_enter,
         io_uring_register SYS_io_uring_register, io_uring_setup SYS_io_uring_setup,
-        madvise SYS_madvise, mmap SYS_mmap, mprotect SYS_mprotect, mremap SYS_mremap,
+        madvise SYS_madvise, memfd_create SYS_memfd_create, mmap SYS_mmap, mprotect SYS_mprotect, mremap SYS_mremap,
         munmap SYS_munmap, poll SYS_poll, ppoll SYS_ppoll, preadv2 SYS_preadv2,
-        prctl SYS_prctl, pwritev2 SYS_pwritev2, read SYS_read, readv SYS_readv,
+        prctl SYS_prctl, pread64 SYS_pread64, pwrite64 SYS_pwrite64, pwritev2 SYS_pwritev2, read SYS_read, readv SYS_readv,
         recvfrom SYS_recvfrom, recvmsg SYS_recvmsg, rseq SYS_rseq,
         rt_sigprocmask SYS_rt_sigprocmask, sched_yield SYS_sched_yield,
         sched_getaffinity SYS_sched_getaffinity, sendmsg SYS_sendmsg, sendto SYS_sendto,
@@ -138,20 +138,28 @@ fn migrate(backend: Backend, cancelled: bool, filtered: bool) {
     let (mut load, mut save) = (LoadSession::builder(), SaveSession::builder());
     let mut got = Vec::new();
     let mut kept = Vec::new();
+    // Nobody takes what the devices get before a packet has been spilled.
+    let (spilled, gate) = mpsc::channel::<()>();
+    let gate = Arc::new(Mutex::new(gate));
     for number in 0..2 {
         let (reader, writer) = io::pipe().unwrap();
         if cancelled {
             kept.push(reader);
         } else {
-            got.push(collect(reader));
+            let gate = gate.clone();
+            got.push(thread::spawn(move || {
+                let _gone = gate.lock().unwrap().recv();
+                collect(reader).join().unwrap()
+            }));
         }
         load = load.device(Mock::new(writer).device(number));
         save = save.device(Mock::new(full(3 << 20)).device(number));
         let (near, far) = UnixStream::pair().unwrap();
         (save, load) = (save.channel(near), load.channel(far));
     }
-    let load = load.settings(settings.clone()).spawn_with(spawn.clone());
-    let save = save.settings(settings).spawn_with(spawn);
+    let save = save.settings(settings.clone()).spawn_with(spawn.clone());
+    settings.spill = Spill::Memfd;
+    let load = load.settings(settings).spawn_with(spawn);
     let setup = filter("setup", backend);
     let (sender, ended) = mpsc::channel();
     thread::spawn(move || {
@@ -161,10 +169,11 @@ fn migrate(backend: Backend, cancelled: bool, filtered: bool) {
         let load = load.start().unwrap();
         let save = save.start().unwrap();
         load.switchover_start();
+        while load.stats().spill.packets == 0 {
+            thread::yield_now();
+        }
+        drop(spilled);
         if cancelled {
-            while load.stats().devices[0].packets < 2 {
-                thread::yield_now();
-            }
             load.cancel();
             save.cancel();
         }
@@ -209,8 +218,10 @@ fn the_engine_makes_the_calls_that_the_document_lists_and_no_other() {
         // That the filters bite: without one of its calls a thread ends the process.
         ("uring driver io_uring_enter", true),
         ("uring channel writev", true),
+        ("uring channel pwrite64", true),
         ("uring device futex", true),
         ("uring setup eventfd2", true),
+        ("uring setup memfd_create", true),
         ("blocking driver ppoll", true),
         ("blocking driver pwritev2", true),
         ("blocking setup eventfd2", true),
