@@ -703,11 +703,21 @@ impl Read for Pages<'_> {
 pub(crate) struct Sender {
     channel: Channel,
     number: u32,
+    greeted: bool,
 }
 
 impl Sender {
     pub(crate) const fn new(channel: Channel, number: u32) -> Self {
-        Self { channel, number }
+        Self {
+            channel,
+            number,
+            greeted: false,
+        }
+    }
+
+    /// What ends its waits.
+    pub(crate) fn hangup(&self) -> io::Result<Hangup> {
+        self.channel.hangup()
     }
 
     fn broken(&self, source: io::Error) -> Error {
@@ -725,8 +735,11 @@ impl Sender {
         set.map_err(|error| self.broken(error))
     }
 
-    /// Opens the channel: hello and one SYNC.
+    /// Opens the channel: hello and one SYNC. Nothing the second time.
     pub(crate) fn greet(&mut self, terms: &Terms, id: u8) -> Result<()> {
+        if std::mem::replace(&mut self.greeted, true) {
+            return Ok(());
+        }
         self.set_timeout(terms.no_progress)?;
         let mut bytes = Hello {
             uuid: terms.uuid,

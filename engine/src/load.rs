@@ -37,7 +37,7 @@ mod room;
 pub(crate) use self::{
     channel_side::{Incoming, LoadInlet},
     device_side::LoadFlow,
-    device_thread::{serve_device, start, write_iterable},
+    device_thread::{serve_device, start, start_early, wait_written, write_iterable},
     room::Room,
 };
 use crate::{
@@ -82,6 +82,10 @@ pub(crate) struct LoadDevice {
     /// For iterable data: from setup to the switchover's start.
     iterable: Mutex<Option<Fd>>,
     drained: Mutex<Option<Drained>>,
+    /// How many packets are in the device, as far as that is told: before the switchover.
+    written: AtomicU32,
+    /// Who waits for that.
+    progress: Waiters,
     unplugged: AtomicBool,
 }
 
@@ -98,9 +102,15 @@ impl LoadDevice {
         self.unplugged.load(Ordering::Relaxed)
     }
 
+    /// See [`Waiters::late`].
+    pub(crate) fn late(&self) -> u64 {
+        self.control.late() + self.progress.late()
+    }
+
     fn leave(&self, drained: Drained) {
         *lock(&self.drained) = Some(drained);
         self.control.drained();
+        self.progress.notify_all();
     }
 
     fn refuse(&self, violation: Violation, index: u32) -> Error {
@@ -206,6 +216,8 @@ impl Load {
             counters: DeviceCounters::default(),
             iterable: Mutex::new(None),
             drained: Mutex::new(None),
+            written: AtomicU32::new(0),
+            progress: Waiters::new(),
             unplugged: AtomicBool::new(false),
         });
         self.add_route(id, Route::Device(device.clone()))?;
@@ -242,6 +254,7 @@ impl Load {
             .router
             .remove(idstr, device.id.instance(), &handle.pin());
         device.control.quit();
+        device.progress.notify_all();
         self.driver.wake();
         self.room.notify_all();
     }
@@ -310,6 +323,7 @@ impl Load {
             fence(Ordering::SeqCst);
             for device in self.devices() {
                 device.control.quit();
+                device.progress.notify_all();
             }
             self.driver.wake();
             self.room.notify_all();

@@ -83,6 +83,8 @@ pub(crate) struct SaveDevice {
     key: wire::DeviceKey,
     /// The most bytes of data in a packet.
     data_len: usize,
+    /// Its first packet's idx: behind those that carried its PRE_COPY data.
+    first: u32,
     pub(crate) control: Control,
     pub(crate) counters: DeviceCounters,
     /// The config packet's data, framing tags included, once it is saved.
@@ -133,20 +135,21 @@ pub(crate) struct Save {
 
 impl Save {
     pub(crate) fn new(
-        devices: Vec<(DeviceId, usize)>,
+        devices: Vec<(DeviceId, usize, u32)>,
         pool: PoolLayout,
         driver: Arc<Handle<SaveFlow>>,
         grace: Duration,
     ) -> Self {
         let collector = Collector::new();
         let count = u32::try_from(devices.len()).expect("the builder bounds their number");
-        let device = |(ordinal, (id, data_len)): (u32, (DeviceId, usize))| {
+        let device = |(ordinal, (id, data_len, first)): (u32, (DeviceId, usize, u32))| {
             assert!(HEADROOM + data_len <= pool.buffer_len && pool.buffers > 0);
             Arc::new(SaveDevice {
                 key: wire::DeviceKey::new(&id),
                 id,
                 ordinal,
                 data_len,
+                first,
                 control: Control::new(),
                 counters: DeviceCounters::default(),
                 config: OnceLock::new(),

@@ -11,8 +11,12 @@
 //!   ├─ SETUP ── END_OF_STATE ─────────────────────────────────────▶
 //!   ├─ CONFIG ── the config's bytes ──▶ sink.config ── END_OF_STATE ▶
 //!   ├─ INIT_DATA_SENT ──▶ sink.init_data_sent ────────────────────▶
-//!   └─ CONFIG_LOAD_READY ──▶ sink.config_load_ready ──────────────▶
+//!   ├─ CONFIG_LOAD_READY ──▶ sink.config_load_ready ──────────────▶
+//!   ├─ SETUP_OVER_CHANNELS ── END_OF_STATE ──▶ sink.setup ────────▶
+//!   └─ PRECOPY_SENT ── be32 count ──▶ sink.precopy_sent, and the next tag
 //! ```
+//!
+//! The last two are no peer's but ours: they stand only where PRE_COPY data goes over the channels.
 //!
 //! The embedder's main thread calls it, with the main channel standing at the device's part: past
 //! the section's header, before its footer. A part has no length; it ends where its last tag says.
@@ -173,6 +177,27 @@ pub trait SectionSink {
     /// The loader's. Where `input` had ended before it, that is reported instead.
     fn config(&mut self, input: &mut dyn Read) -> Result<()>;
 
+    /// The migration has been set up; `over_channels` says that its PRE_COPY data comes over the
+    /// multifd channels. Returns whether that was agreed on.
+    ///
+    /// # Errors
+    ///
+    /// A better reason than that the tag was not asked for.
+    fn setup(&mut self, over_channels: bool) -> Result<bool> {
+        Ok(!over_channels)
+    }
+
+    /// So many packets of the device's PRE_COPY data have been sent over the channels. Returns
+    /// whether that was asked for.
+    ///
+    /// # Errors
+    ///
+    /// As for [`SectionSink::setup`].
+    fn precopy_sent(&mut self, count: u32) -> Result<bool> {
+        let _ = count;
+        Ok(false)
+    }
+
     /// The peer has sent the device's initial data: approves the switchover, and says whether that
     /// was asked for. It was not, and is a broken rule, where the device has no precopy or
     /// switchover-ack is not in use.
@@ -206,8 +231,9 @@ pub trait SectionSink {
 pub struct Piece {
     /// The length of all its DATA blocks, in bytes.
     pub data_len: u64,
-    /// What ended it. [`Tag::Setup`] and [`Tag::Config`] stand for themselves and the
-    /// [`Tag::EndOfState`] behind them; [`Tag::Data`] never stands here.
+    /// What ended it. [`Tag::Setup`], [`Tag::SetupOverChannels`] and [`Tag::Config`] stand for
+    /// themselves and the [`Tag::EndOfState`] behind them; [`Tag::Data`] and [`Tag::PrecopySent`]
+    /// never stand here.
     pub end: Tag,
 }
 
@@ -269,7 +295,17 @@ where
         }
         sink.on_tag(tag, 0);
         let asked_for = match tag {
-            Tag::Setup => input.end_of_state().map(|()| true)?,
+            Tag::Setup | Tag::SetupOverChannels => {
+                input.end_of_state()?;
+                sink.setup(tag == Tag::SetupOverChannels)?
+            }
+            Tag::PrecopySent => {
+                let count = u32::from_be_bytes(input.array()?);
+                if sink.precopy_sent(count)? {
+                    continue;
+                }
+                false
+            }
             Tag::Config => load_config(&mut input, sink).map(|()| true)?,
             Tag::InitDataSent => sink.init_data_sent()?,
             Tag::ConfigLoadReady => sink.config_load_ready()?,
@@ -343,6 +379,26 @@ impl<W: Write> Writer<W> {
     /// [`ErrorKind::Channel`].
     pub fn setup(&mut self) -> Result<()> {
         self.tag(Tag::Setup)
+    }
+
+    /// In the place of [`Writer::setup`], where PRE_COPY data goes over the multifd channels.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Channel`].
+    pub fn setup_over_channels(&mut self) -> Result<()> {
+        self.tag(Tag::SetupOverChannels)
+    }
+
+    /// How many packets of PRE_COPY data have been sent over the multifd channels so far: before an
+    /// iteration's end that says that the initial data has been.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Channel`].
+    pub fn precopy_sent(&mut self, count: u32) -> Result<()> {
+        self.tag(Tag::PrecopySent)?;
+        self.put(&count.to_be_bytes())
     }
 
     /// A DATA block: bytes that were read from the data fd, and may be none.

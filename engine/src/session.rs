@@ -39,12 +39,14 @@ use vfio_migration_uring::{Backend, Ring, Waker};
 
 mod canceller;
 mod load;
+mod precopy;
 mod publisher;
 mod save;
 
 pub use self::{
     canceller::Canceller,
     load::{LoadBuilder, LoadSession},
+    precopy::PrecopyChannels,
     publisher::{PacketLease, Publisher},
     save::{SaveBuilder, SaveSession},
 };
@@ -107,6 +109,10 @@ struct Parts {
     devices: Vec<Device>,
     /// Save: the most data in a packet, of the devices that have been sized by the caller.
     data_lens: Vec<(DeviceId, usize)>,
+    /// Save: the first packet's idx, of the devices whose PRE_COPY data has gone over the channels.
+    first: Vec<(DeviceId, u32)>,
+    /// Save: channels that carry packets already.
+    precopy: Option<PrecopyChannels>,
     channels: Vec<Channel>,
     spawner: Option<Spawner>,
     #[cfg(feature = "sim")]

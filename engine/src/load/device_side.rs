@@ -180,6 +180,17 @@ impl LoadFlow {
         taken.unwrap_or_else(|| self.cursor.next())
     }
 
+    /// Tells how far the device is, while somebody may wait for it: before the switchover.
+    fn tell(&self) {
+        if !self.device.control.is_switched() {
+            // Release: what is said to be in the device is there. Partner: `wait_written`.
+            self.device
+                .written
+                .store(self.position(), Ordering::Release);
+            self.device.progress.notify_all();
+        }
+    }
+
     /// Takes a piece of the config packet out of the pool: it waits for the device's thread, and
     /// must not hold up other packets meanwhile. Its size is bounded by the maximum of a packet.
     fn take_config(&mut self, packet: Packet) {
@@ -382,7 +393,11 @@ impl Flow for LoadFlow {
             return Pump::Held;
         }
         let first = self.cursor.next() == 0;
-        let started = *self.started.get_or_insert_with(Instant::now);
+        // A loader that has been started early does not count as waiting before the switchover.
+        let switched = self.device.control.is_switched();
+        if switched {
+            self.started.get_or_insert_with(Instant::now);
+        }
         // Before the look at the slots: what was published before the last input ended is seen.
         let ended = self.load.input_ended();
         self.gather(context.guard);
@@ -412,7 +427,12 @@ impl Flow for LoadFlow {
             self.read_on(context.ring);
             return Pump::Busy;
         }
+        self.tell();
         if self.config_taken {
+            let Some(started) = self.started else {
+                // The gate: no config before the switchover.
+                return Pump::Held;
+            };
             let counters = &self.device.counters;
             if let Some(since) = self.starved.take() {
                 counters.starved.add_time(since.elapsed());
@@ -435,7 +455,7 @@ impl Flow for LoadFlow {
             return Pump::Finished(Err(error));
         }
         self.load.room.miss();
-        Pump::Starved
+        if switched { Pump::Starved } else { Pump::Held }
     }
 
     fn prepare(&mut self, guard: &Guard) -> Result<()> {
@@ -464,6 +484,7 @@ impl Flow for LoadFlow {
         }
         self.device.counters.bytes.add(self.in_flight.bytes);
         self.in_flight.clear();
+        self.tell();
         Ok(())
     }
 
@@ -499,6 +520,9 @@ impl Flow for LoadFlow {
     }
 
     fn is_ready(&mut self, guard: &Guard) -> bool {
+        if self.config_taken {
+            return self.device.control.is_switched();
+        }
         self.device.control.is_started()
             && (self.cursor.is_ready(&self.device.inbox, guard) || self.load.input_ended())
     }

@@ -111,7 +111,56 @@ pub(crate) fn write_iterable(shared: &LoadDevice, bytes: &[u8]) -> Result<()> {
 /// The switchover starts: all iterable data is in the device.
 pub(crate) fn start(load: &Load, shared: &LoadDevice) {
     drop(lock(&shared.iterable).take());
+    let switched = shared.control.switch();
+    if shared.control.start() || switched {
+        load.driver.wake();
+    }
+}
+
+/// All of the device's data comes over the channels, what was read in PRE_COPY too: the driver may
+/// write what comes before the switchover, but for the config.
+pub(crate) fn start_early(load: &Load, shared: &LoadDevice) {
+    drop(lock(&shared.iterable).take());
     if shared.control.start() {
         load.driver.wake();
+    }
+}
+
+/// Waits until the first `count` packets are in the device. Ends with that, the load's end, or a
+/// time without progress.
+pub(crate) fn wait_written(
+    load: &Load,
+    shared: &LoadDevice,
+    count: u32,
+    no_progress: Duration,
+) -> Result<()> {
+    let mut before = 0;
+    loop {
+        // A time beyond the clock's end is none.
+        let deadline = Instant::now().checked_add(no_progress);
+        let mut written = 0;
+        let ended = shared.progress.wait(deadline, || {
+            // Acquire: with the driver's release.
+            written = shared.written.load(Ordering::Acquire);
+            if written >= count {
+                return Some(Ok(()));
+            }
+            let ended = shared.control.stop().is_some() || shared.control.is_drained();
+            ended.then(|| {
+                let cancelled = || Error::cancelled(Phase::Section).on_device(&shared.id);
+                Err(load.failure().unwrap_or_else(cancelled))
+            })
+        });
+        match ended {
+            Some(result) => return result,
+            // Ends: the count rises each time.
+            None if written > before => before = written,
+            None => {
+                let missing = "packets of PRE_COPY data that were said to be sent";
+                return Err(Error::stalled(Phase::Section, missing)
+                    .on_device(&shared.id)
+                    .at_index(written));
+            }
+        }
     }
 }

@@ -10,6 +10,10 @@
 //!
 //! Devices that use the multifd channels belong to a [`LoadSession`] and its threads; of the others
 //! data and config come in their sections, and go to the device on the thread that reads those.
+//! Where both ends have agreed to carry PRE_COPY data over the channels too, a device's loader starts
+//! with its SETUP, and the thread that reads the sections waits, before it approves the switchover,
+//! until the packets that were counted are in the device.
+//!
 //! That one thread reads the main channel; any other may look at the counters, add channels, or
 //! cancel. `finish` waits for the session, which its own times bound; the sections' reader waits as
 //! the main channel and the devices' drivers do.
@@ -62,6 +66,8 @@ struct Member {
     id: DeviceId,
     settings: DeviceSettings,
     precopy: bool,
+    /// Whether its PRE_COPY data comes over the channels too.
+    over_channels: bool,
     way: Way,
     counters: DeviceCounters,
 }
@@ -71,6 +77,8 @@ struct Member {
 struct Owed {
     /// Devices that have not said that their initial data is here.
     devices: Vec<DeviceId>,
+    /// Devices whose PRE_COPY data is to come over the channels, and whose SETUP has not said so.
+    agreements: Vec<DeviceId>,
     /// The switchover has started.
     switched: bool,
 }
@@ -158,13 +166,16 @@ impl Incoming {
                 id,
                 settings,
                 precopy,
+                over_channels: multifd && terms.precopy_over_channels,
                 way,
                 counters,
             });
         }
         let asking = members.iter().filter(|member| member.precopy);
+        let agreeing = members.iter().filter(|member| member.over_channels);
         let owed = Owed {
             devices: asking.map(|member| member.id.clone()).collect(),
+            agreements: agreeing.map(|member| member.id.clone()).collect(),
             switched: false,
         };
         let mut incoming = Self {
@@ -255,12 +266,24 @@ impl Incoming {
     ///
     /// # Errors
     ///
-    /// [`Violation::Section`] the second time. The migration has failed then.
+    /// [`Violation::Section`] the second time, and before a device's SETUP where PRE_COPY data is to
+    /// come over the channels. The migration has failed then.
     pub fn switchover_start(&self) -> Result<()> {
-        let before = std::mem::replace(&mut lock(&self.owed).switched, true);
-        if before {
-            let violation = Violation::Section("the switchover starts a second time");
-            let error = Error::protocol(violation).in_phase(Phase::Section);
+        let refused = {
+            let mut owed = lock(&self.owed);
+            if std::mem::replace(&mut owed.switched, true) {
+                Some(("the switchover starts a second time", None))
+            } else {
+                let missing = owed.agreements.first().cloned();
+                missing.map(|id| ("the switchover starts before a device's SETUP", Some(id)))
+            }
+        };
+        if let Some((what, device)) = refused {
+            let error = Error::protocol(Violation::Section(what)).in_phase(Phase::Section);
+            let error = match &device {
+                Some(id) => error.on_device(id),
+                None => error,
+            };
             self.fail(error.clone());
             return Err(error);
         }
@@ -509,6 +532,7 @@ impl Destination<'_> {
                 incoming: self.incoming,
                 member: self.member,
                 direct: None,
+                sent: None,
             };
             return load_state(body, &mut sink);
         };
@@ -517,6 +541,7 @@ impl Destination<'_> {
             incoming: self.incoming,
             member: self.member,
             direct: Some(&mut direct),
+            sent: None,
         };
         let piece = load_state(body, &mut sink)?;
         if piece.end == Tag::Config {
@@ -551,6 +576,8 @@ struct Sink<'a> {
     incoming: &'a Incoming,
     member: &'a Member,
     direct: Option<&'a mut Direct>,
+    /// How many packets of PRE_COPY data were said to have been sent.
+    sent: Option<u32>,
 }
 
 impl Sink<'_> {
@@ -565,6 +592,9 @@ impl Sink<'_> {
 impl SectionSink for Sink<'_> {
     fn write(&mut self, bytes: &[u8]) -> Result<()> {
         let refused = self.refuse(Tag::Data);
+        if self.member.over_channels {
+            return Err(refused);
+        }
         let switched = self.incoming.is_switched();
         let Some(direct) = &mut self.direct else {
             let session = self.incoming.session.as_ref();
@@ -607,7 +637,39 @@ impl SectionSink for Sink<'_> {
         Ok(())
     }
 
+    fn setup(&mut self, over_channels: bool) -> Result<bool> {
+        let session = self.incoming.session.as_ref();
+        let what = match (over_channels, self.member.over_channels, session) {
+            (false, false, _) => return Ok(true),
+            (true, true, Some(session)) => {
+                let id = &self.member.id;
+                session.start_early(id)?;
+                lock(&self.incoming.owed)
+                    .agreements
+                    .retain(|other| other != id);
+                return Ok(true);
+            }
+            (true, ..) => "the source sends PRE_COPY data over the channels; that is off here",
+            (false, ..) => {
+                "PRE_COPY data over the channels is on here; the source does not send it"
+            }
+        };
+        Err(Error::protocol(Violation::Section(what)).in_phase(Phase::Section))
+    }
+
+    fn precopy_sent(&mut self, count: u32) -> Result<bool> {
+        self.sent = Some(count);
+        Ok(self.member.over_channels)
+    }
+
     fn init_data_sent(&mut self) -> Result<bool> {
+        if self.member.over_channels {
+            let session = self.incoming.session.as_ref();
+            let (Some(count), Some(session)) = (self.sent, session) else {
+                return Ok(false);
+            };
+            session.wait_written(&self.member.id, count)?;
+        }
         self.incoming.init_data_sent(self.member)
     }
 

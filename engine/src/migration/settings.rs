@@ -88,6 +88,12 @@ pub struct Terms {
     /// where the architecture wants it, which is 64-bit Arm: its interrupt controller must be
     /// restored first.
     pub config_after_iterables: OnOffAuto,
+    /// What a device gives in PRE_COPY goes over the multifd channels too, of devices whose state
+    /// does. No, by default: no other source or destination can, and one that does not agree is
+    /// refused at the device's set-up. The source then greets its channels before it iterates
+    /// ([`PrecopyChannels`](crate::PrecopyChannels)), and the destination loads what comes over them
+    /// from then on.
+    pub precopy_over_channels: bool,
     /// The VM may run on the destination before all of its memory is there.
     pub postcopy: bool,
     /// The VM is saved while it runs on.
@@ -103,6 +109,7 @@ impl Default for Terms {
             switchover_start: true,
             switchover_ack: Ack::Off,
             config_after_iterables: OnOffAuto::Auto,
+            precopy_over_channels: false,
             postcopy: false,
             background_snapshot: false,
         }

@@ -9,6 +9,9 @@
 //! a buffer, and writes what came into the body of the device's section. The estimates drop with
 //! what was read, and are asked for anew by [`Source::pending_exact`] alone.
 //!
+//! Where both ends have agreed on it, [`Source::iterate_over`] sends what was read as packets over
+//! channels that have been greeted before, numbered from 0; what STOP_COPY gives goes on behind.
+//!
 //! Everything here is the caller's thread's, and lasts as long as the device's driver and the main
 //! channel take; nothing here waits for anything else.
 
@@ -25,6 +28,7 @@ use crate::{
     error::{Error, ErrorKind, Phase, Result},
     id::DeviceId,
     section,
+    session::PrecopyChannels,
     state::{DeviceState, MigrationFlags},
     stats::DeviceCounters,
     trace,
@@ -76,6 +80,10 @@ pub struct Source {
     pub(super) device: UnderWay,
     pub(super) settings: DeviceSettings,
     pub(super) multifd: bool,
+    /// Whether what is read in PRE_COPY goes over the channels too.
+    over_channels: bool,
+    /// How many packets of that have been sent.
+    pub(super) carried: u32,
     /// Whether its config waits on the destination for a notice.
     pub(super) config_waits: bool,
     pub(super) buffer: Vec<u8>,
@@ -119,6 +127,8 @@ impl Source {
             device: UnderWay(Some(device)),
             settings,
             multifd: false,
+            over_channels: false,
+            carried: 0,
             config_waits: terms.config_waits(),
             buffer: Vec::new(),
             counters: Box::default(),
@@ -141,6 +151,7 @@ impl Source {
     fn set_up(&mut self, terms: &Terms, body: impl Write) -> Result<()> {
         terms.prepare()?;
         self.multifd = terms.decide(self.settings.transfer)?;
+        self.over_channels = self.multifd && terms.precopy_over_channels;
         let mut writer = section::Writer::new(body);
         let state = self.device.state();
         if !matches!(state, DeviceState::Running | DeviceState::Stop) {
@@ -150,7 +161,11 @@ impl Source {
         // Once, for the whole migration: packets are as large as this.
         let len = self.settings.buffer_len;
         let len = len.unwrap_or_else(|| buffer_len(self.device.data_size().ok()));
-        writer.setup()?;
+        if self.over_channels {
+            writer.setup_over_channels()?;
+        } else {
+            writer.setup()?;
+        }
         let precopy = self.flags().contains(MigrationFlags::PRE_COPY);
         if precopy && state == DeviceState::Running {
             self.device
@@ -215,29 +230,82 @@ impl Source {
     /// # Errors
     ///
     /// The device's, where it does not let itself be read; [`ErrorKind::Channel`]. Nothing of the
-    /// body can be taken back: the migration has failed.
+    /// body can be taken back: the migration has failed. [`ErrorKind::Config`] where the data is to
+    /// go over the channels.
     pub fn iterate<W: Write>(&mut self, body: W) -> Result<Iteration> {
+        if self.over_channels {
+            let kind = ErrorKind::Config("its PRE_COPY data goes over the channels");
+            return Err(Error::new(kind, Phase::Save).on_device(self.id()));
+        }
+        let (count, all) = self.read()?;
+        let data = &self.buffer[..count];
+        section::Writer::new(body)
+            .iterate(data, all)
+            .map_err(|error| error.on_device(self.device.id()))?;
+        self.counters.main_bytes.add(count as u64);
+        Ok(self.iterated(count, all))
+    }
+
+    /// As [`Source::iterate`], where [`Terms::precopy_over_channels`] says that PRE_COPY data goes
+    /// over the channels: what was read is sent as a packet, and the body has the end alone. Of a
+    /// device whose data goes over the main channel this is [`Source::iterate`].
+    ///
+    /// Blocks while the destination takes nothing; a cancellation of `channels` ends that.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Source::iterate`]; what has ended `channels`.
+    pub fn iterate_over<W: Write>(
+        &mut self,
+        channels: &mut PrecopyChannels,
+        body: W,
+    ) -> Result<Iteration> {
+        if !self.over_channels {
+            return self.iterate(body);
+        }
+        let (count, all) = self.read()?;
+        if count > 0 {
+            let data = &self.buffer[..count];
+            let sent = channels.send(self.device.id(), self.carried, data)?;
+            self.carried += 1;
+            self.counters.published();
+            self.counters.taken(1);
+            self.counters.bytes.add(sent as u64);
+        }
+        let mut writer = section::Writer::new(body);
+        let counted = if all {
+            writer.precopy_sent(self.carried)
+        } else {
+            Ok(())
+        };
+        counted
+            .and_then(|()| writer.iterate(&[], all))
+            .map_err(|error| error.on_device(self.device.id()))?;
+        Ok(self.iterated(count, all))
+    }
+
+    /// Reads once. Returns how much, and whether that is the last of the initial data.
+    fn read(&mut self) -> Result<(usize, bool)> {
         trace::save_iterate_start(self.device.id());
         let mut count = 0;
         if self.is_active() {
             count = self.device.read_precopy(&mut self.buffer)?;
             self.was_read(count);
         }
-        let all = self.asks && !self.init_sent && self.initial == 0;
-        let data = &self.buffer[..count];
-        section::Writer::new(body)
-            .iterate(data, all)
-            .map_err(|error| error.on_device(self.device.id()))?;
-        if all {
+        Ok((count, self.asks && !self.init_sent && self.initial == 0))
+    }
+
+    /// An iteration has been written.
+    fn iterated(&mut self, bytes: usize, init_data_sent: bool) -> Iteration {
+        if init_data_sent {
             self.init_sent = true;
             trace::send_init_data_flag(self.device.id());
         }
-        self.counters.main_bytes.add(count as u64);
         trace::save_iterate(self.device.id(), self.initial, self.dirty);
-        Ok(Iteration {
-            bytes: count,
-            init_data_sent: all,
-        })
+        Iteration {
+            bytes,
+            init_data_sent,
+        }
     }
 
     /// The estimates drop by what was read, the initial bytes first.
@@ -353,7 +421,8 @@ impl Source {
         if let Some(error) = &self.failure {
             return Err(error.clone());
         }
-        if self.counters.main_bytes.get() > 0 && !self.device.state().is_saving() {
+        let sent = self.counters.main_bytes.get() > 0 || self.carried > 0;
+        if sent && !self.device.state().is_saving() {
             let kind = ErrorKind::Config("the device's session has ended since it was iterated");
             return Err(Error::new(kind, Phase::Save).on_device(self.id()));
         }

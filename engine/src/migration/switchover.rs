@@ -118,7 +118,8 @@ impl Switchover {
             let config_waits = source.config_waits;
             let way = if source.multifd {
                 trace::save_complete_precopy_start(&id);
-                session = session.sized_device(source.device.take(), source.buffer.len());
+                let device = source.device.take();
+                session = session.carried_device(device, source.buffer.len(), source.carried);
                 Way::Channels {
                     settings: source.settings,
                     counters: source.counters,
@@ -321,6 +322,8 @@ impl Switchover {
                     Some(known) => {
                         let mut both = known.clone();
                         both.main_bytes += own.main_bytes;
+                        both.bytes += own.bytes;
+                        both.packets += own.packets;
                         both.phases.stop += own.phases.stop;
                         both
                     }

@@ -1,7 +1,8 @@
 //! What a device's migration has been told, and whether it has ended: flags that are only ever set.
 //!
 //! ```text
-//!   START         the switchover began: the driver may transfer          the main thread
+//!   START         the driver may transfer                                the main thread
+//!   SWITCHED      the switchover began, with START or after it           the main thread
 //!   CONFIG_READY  load: the config may be loaded; save: it is saved      the main thread; the device's
 //!   QUIT          should-quit: the migration is off                      anybody
 //!   EXIT          want-exit: cleanup waits for the end                   whoever cleans up
@@ -61,6 +62,7 @@ impl Control {
     const EXIT: u32 = 1 << 3;
     const DRAINED: u32 = 1 << 4;
     const ENDED: u32 = 1 << 5;
+    const SWITCHED: u32 = 1 << 6;
 
     /// Returns the flags of a device that nothing has been said of.
     #[must_use]
@@ -84,14 +86,24 @@ impl Control {
         self.word.load(Acquire) & flags != 0
     }
 
-    /// The switchover begins. Returns whether it is the first time.
+    /// The driver may transfer. Returns whether it is the first time.
     pub fn start(&self) -> bool {
         self.set(Self::START)
     }
 
-    /// Whether the switchover has begun.
+    /// Whether the driver may transfer.
     pub fn is_started(&self) -> bool {
         self.has(Self::START)
+    }
+
+    /// The switchover begins. Returns whether it is the first time.
+    pub fn switch(&self) -> bool {
+        self.set(Self::SWITCHED)
+    }
+
+    /// Whether the switchover has begun.
+    pub fn is_switched(&self) -> bool {
+        self.has(Self::SWITCHED)
     }
 
     /// The config may be loaded. Returns whether it is the first time.

@@ -500,6 +500,19 @@ impl LoadSession {
         }
     }
 
+    /// Both ends carry this device's PRE_COPY data over the channels: what comes before the
+    /// switchover is written at once.
+    pub(crate) fn start_early(&self, id: &DeviceId) -> Result<()> {
+        load::start_early(&self.load, &*self.device(id)?);
+        Ok(())
+    }
+
+    /// Waits until the device's first `count` packets are in it.
+    pub(crate) fn wait_written(&self, id: &DeviceId, count: u32) -> Result<()> {
+        let no_progress = self.common.no_progress;
+        load::wait_written(&self.load, &*self.device(id)?, count, no_progress)
+    }
+
     /// The main channel says that the device's config may be loaded.
     ///
     /// # Errors
@@ -561,7 +574,7 @@ impl LoadSession {
             .iter()
             .map(|device| device.counters.snapshot(&device.id));
         let late = self.load.room.late();
-        let devices_late: u64 = self.load.devices().iter().map(|d| d.control.late()).sum();
+        let devices_late: u64 = self.load.devices().iter().map(|d| d.late()).sum();
         let mut stats = self
             .common
             .stats(devices.collect(), &self.load.pool, &self.load.driver);

@@ -10,7 +10,9 @@ use std::{
 
 use vfio_migration_uring::Waker;
 
-use super::{Canceller, Common, Ferry, NotStarted, Parts, Report, builder_methods, host};
+use super::{
+    Canceller, Common, Ferry, NotStarted, Parts, PrecopyChannels, Report, builder_methods, host,
+};
 use crate::{
     channel::{Channel, Sender, Terms},
     device::{Device, buffer_len},
@@ -38,6 +40,20 @@ impl SaveBuilder {
     pub fn sized_device(mut self, device: Device, data_len: usize) -> Self {
         self.0.data_lens.push((device.id().clone(), data_len));
         self.device(device)
+    }
+
+    /// As [`sized_device`](Self::sized_device), for a device of which so many packets have gone over
+    /// the channels before.
+    pub(crate) fn carried_device(mut self, device: Device, data_len: usize, first: u32) -> Self {
+        self.0.first.push((device.id().clone(), first));
+        self.sized_device(device, data_len)
+    }
+
+    /// Goes on with channels that have carried PRE_COPY data. They come before all others, and
+    /// replace those of an earlier call.
+    pub fn precopy_channels(mut self, channels: PrecopyChannels) -> Self {
+        self.0.precopy = Some(channels);
+        self
     }
 
     /// Allocates all memory, starts all threads, and sets every device to STOP_COPY, all at once;
@@ -100,24 +116,33 @@ impl SaveSession {
         parts: &mut Parts,
         devices: &mut [Device],
     ) -> Result<(Self, Driver<SaveFlow>, Terms)> {
-        let count = u32::try_from(parts.channels.len()).unwrap_or(u32::MAX);
+        let (greeted, failure) = parts
+            .precopy
+            .as_ref()
+            .map_or((0, None), |channels| (channels.count(), channels.failure()));
+        if let Some(error) = failure {
+            return Err(error);
+        }
+        let count = u32::try_from(greeted + parts.channels.len()).unwrap_or(u32::MAX);
         if count == 0 || count > 255 {
             let kind = ErrorKind::Config("a save has 1 to 255 channels");
             return Err(Error::new(kind, Phase::Setup));
         }
         let limit = parts.settings.device_limit(devices.len())?;
-        let mut sized: Vec<(DeviceId, usize)> = Vec::with_capacity(devices.len());
+        let mut sized: Vec<(DeviceId, usize, u32)> = Vec::with_capacity(devices.len());
         for device in devices {
-            if sized.iter().any(|(id, _)| id == device.id()) {
+            if sized.iter().any(|(id, ..)| id == device.id()) {
                 let kind = ErrorKind::Config("two devices of one name");
                 return Err(Error::new(kind, Phase::Setup).on_device(device.id()));
             }
             let known = parts.data_lens.iter().find(|(id, _)| id == device.id());
             let len = known.map(|(_, len)| *len).or(parts.settings.data_len);
             let len = len.unwrap_or_else(|| buffer_len(device.data_size().ok()));
-            sized.push((device.id().clone(), len));
+            let first = parts.first.iter().find(|(id, _)| id == device.id());
+            let first = first.map_or(0, |(_, first)| *first);
+            sized.push((device.id().clone(), len, first));
         }
-        let largest = sized.iter().map(|(_, len)| *len).max().unwrap_or(0);
+        let largest = sized.iter().map(|(_, len, _)| *len).max().unwrap_or(0);
         let memory = parts.settings.save_memory(limit, largest)?;
         let waker = Waker::new().map_err(host)?;
         let (ring, backend) = parts.ring(limit, waker.clone())?;
@@ -187,12 +212,19 @@ impl SaveSession {
         }
         drop(sender);
         started?;
-        for channel in &parts.channels {
-            let hangup = channel.hangup().map_err(host)?;
+        let mut senders = parts
+            .precopy
+            .map_or_else(Vec::new, PrecopyChannels::hand_over);
+        for channel in parts.channels {
+            let number = u32::try_from(senders.len()).expect("the builder bounds their number");
+            senders.push(Sender::new(channel, number));
+        }
+        for sender in &senders {
+            let hangup = sender.hangup().map_err(host)?;
             self.save.verdict.add(hangup);
         }
-        for (number, channel) in (0..).zip(parts.channels) {
-            self.spawn_channel(number, channel, terms)?;
+        for (number, sender) in (0..).zip(senders) {
+            self.spawn_channel(number, sender, terms)?;
         }
         // A channel may have failed meanwhile: then that is why a device's set-up was cancelled.
         let names = self.save.devices.iter();
@@ -243,7 +275,7 @@ impl SaveSession {
         )
     }
 
-    fn spawn_channel(&self, number: u32, channel: Channel, terms: Terms) -> Result<()> {
+    fn spawn_channel(&self, number: u32, sender: Sender, terms: Terms) -> Result<()> {
         let counters = Arc::new(ChannelCounters::default());
         lock(&self.common.channels).push(counters.clone());
         let save = self.save.clone();
@@ -254,7 +286,6 @@ impl SaveSession {
             TaskKind::Channel(number),
             format!("vfio-mig-ch{number}"),
             move || {
-                let sender = Sender::new(channel, number);
                 if let Err(error) = save::serve_channel(&save, sender, &terms, id, &counters) {
                     save.fail(error);
                 }

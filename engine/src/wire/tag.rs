@@ -29,6 +29,12 @@ pub enum Tag {
     InitDataSent = 0xffff_ffff_ef10_0005,
     /// Ends a piece: what the config depends on has been loaded.
     ConfigLoadReady = 0xffff_ffff_ef10_0006,
+    /// In [`Tag::Setup`]'s place where both ends carry PRE_COPY data over the multifd channels. No
+    /// peer of QEMU's knows it, and refuses it.
+    SetupOverChannels = 0xffff_ffff_ef20_0001,
+    /// A count comes next, be32: how many packets of PRE_COPY data have been sent so far. Stands
+    /// before [`Tag::InitDataSent`] where those go over the multifd channels.
+    PrecopySent = 0xffff_ffff_ef20_0002,
 }
 
 impl Tag {
@@ -43,6 +49,8 @@ impl Tag {
             Self::Data,
             Self::InitDataSent,
             Self::ConfigLoadReady,
+            Self::SetupOverChannels,
+            Self::PrecopySent,
         ]
         .into_iter()
         .find(|tag| tag.value() == value)

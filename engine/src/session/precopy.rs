@@ -1,0 +1,154 @@
+//! The source's channels before its session: they carry what the devices give in PRE_COPY.
+//!
+//! ```text
+//!   greet() ─▶ PrecopyChannels ─ Source::iterate_over() … ─▶ SaveBuilder::precopy_channels()
+//! ```
+//!
+//! The caller's thread owns the channels and sends each packet on the next one in turn. Every packet
+//! that comes before it, of any device, has been sent by then, so the destination can always get on
+//! with what it has. Any thread may cancel.
+//!
+//! What ends a send's wait: the peer, which takes something; the time without progress; a
+//! cancellation, which hangs up all channels.
+
+use std::{fmt, io::IoSlice, sync::Arc};
+
+use super::{Canceller, host};
+use crate::{
+    channel::{Channel, Sender, Terms},
+    error::{Error, ErrorKind, Phase, Result},
+    id::DeviceId,
+    settings::Settings,
+    verdict::Verdict,
+    wire,
+};
+
+/// A source's multifd channels, greeted, before its session has them.
+///
+/// For [`Terms::precopy_over_channels`](crate::migration::Terms::precopy_over_channels). Dropping it
+/// closes the channels.
+///
+/// ```
+/// use std::os::unix::net::UnixStream;
+/// use vfio_migration::{PrecopyChannels, SaveSession, Settings};
+///
+/// let (near, far) = UnixStream::pair()?;
+/// let channels = PrecopyChannels::greet(vec![near.into()], &Settings::default())?;
+/// // … `Source::iterate_over(&mut channels, body)` for each device; at the switchover:
+/// let session = SaveSession::builder().precopy_channels(channels);
+/// # drop((session, far));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[must_use = "dropping it closes the channels"]
+pub struct PrecopyChannels {
+    senders: Vec<Sender>,
+    /// Which channel has the next packet.
+    turn: usize,
+    verdict: Arc<Verdict>,
+    canceller: Canceller,
+}
+
+impl PrecopyChannels {
+    /// Opens the channels: on each its hello and one SYNC. `settings` are the session's.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Config`] for no channel, or more than 255; [`ErrorKind::Channel`];
+    /// [`ErrorKind::Host`].
+    pub fn greet(channels: Vec<Channel>, settings: &Settings) -> Result<Self> {
+        let count = u8::try_from(channels.len()).unwrap_or(0);
+        if count == 0 {
+            let kind = ErrorKind::Config("a save has 1 to 255 channels");
+            return Err(Error::new(kind, Phase::Setup));
+        }
+        let terms = Terms {
+            uuid: settings.uuid,
+            channels: count.into(),
+            max_packet: settings.max_packet,
+            hello_timeout: settings.hello_timeout,
+            no_progress: settings.no_progress,
+            packet_timeout: settings.packet_timeout,
+        };
+        let verdict = Arc::new(Verdict::default());
+        let mut senders = Vec::with_capacity(channels.len());
+        for (id, channel) in (0..count).zip(channels) {
+            let mut sender = Sender::new(channel, id.into());
+            verdict.add(sender.hangup().map_err(host)?);
+            sender.greet(&terms, id)?;
+            senders.push(sender);
+        }
+        let failing = verdict.clone();
+        let canceller = Canceller::new(Phase::Save, move |error| {
+            failing.fail(error);
+        });
+        Ok(Self {
+            senders,
+            turn: 0,
+            verdict,
+            canceller,
+        })
+    }
+
+    /// A handle that cancels, also while another thread sends. It does nothing any more once a
+    /// session has the channels.
+    #[must_use]
+    pub fn canceller(&self) -> Canceller {
+        self.canceller.clone()
+    }
+
+    /// Why they have been ended, once they have.
+    #[must_use]
+    pub fn failure(&self) -> Option<Error> {
+        self.verdict.failure()
+    }
+
+    /// How many there are.
+    pub(super) const fn count(&self) -> usize {
+        self.senders.len()
+    }
+
+    /// Sends a packet of a device's data. Returns the bytes of its payload.
+    pub(crate) fn send(&mut self, id: &DeviceId, index: u32, data: &[u8]) -> Result<usize> {
+        let place = |error: Error| error.on_device(id).at_index(index);
+        if let Some(error) = self.failure() {
+            return Err(place(error));
+        }
+        let len = u32::try_from(data.len());
+        let fits = u32::try_from(data.len() + wire::DEVICE_PACKET_LEN).is_ok();
+        let (Ok(len), true) = (len, fits && index != wire::INVALID_INDEX) else {
+            let kind = ErrorKind::Config("more packets than idx can count, or too large a one");
+            return Err(place(Error::new(kind, Phase::Save)));
+        };
+        let headers = wire::encode_packet(&wire::DeviceKey::new(id), index, false, len);
+        let turn = self.turn % self.senders.len();
+        self.turn = turn + 1;
+        let sent = self.senders[turn].send(&mut [IoSlice::new(&headers), IoSlice::new(data)]);
+        sent.map_err(|error| {
+            // Part of the packet may have gone: nothing can go behind it.
+            self.verdict.fail(place(error));
+            self.verdict.failure().expect("it has just failed")
+        })?;
+        Ok(wire::PACKET_HEADER_LEN + data.len())
+    }
+
+    /// Gives the channels to a session, which hangs them up from now on.
+    pub(super) fn hand_over(mut self) -> Vec<Sender> {
+        self.canceller.retire();
+        std::mem::take(&mut self.senders)
+    }
+}
+
+impl Drop for PrecopyChannels {
+    fn drop(&mut self) {
+        self.canceller.retire();
+    }
+}
+
+impl fmt::Debug for PrecopyChannels {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PrecopyChannels")
+            .field("channels", &self.senders.len())
+            .field("failure", &self.failure())
+            .finish_non_exhaustive()
+    }
+}
