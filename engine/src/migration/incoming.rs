@@ -664,6 +664,10 @@ impl SectionSink for Sink<'_> {
 
     fn init_data_sent(&mut self) -> Result<bool> {
         if self.member.over_channels {
+            if !self.member.precopy || self.incoming.ack == Ack::Off || self.incoming.is_switched()
+            {
+                return Ok(false);
+            }
             let session = self.incoming.session.as_ref();
             let (Some(count), Some(session)) = (self.sent, session) else {
                 return Ok(false);

@@ -14,8 +14,8 @@ use std::{
 };
 
 use vfio_migration::{
-    Device, DeviceId, DeviceState, LoadSession, MigrationFlags, Result, SaveSession, Settings,
-    Stats,
+    Device, DeviceId, DeviceState, LoadSession, MigrationFlags, PrecopyChannels, Result,
+    SaveSession, Settings, Stats,
     migration::{
         Ack, Acks, DeviceSettings, Incoming, OnOffAuto, Realized, Saved, Source, Switchover, Terms,
         vm,
@@ -39,6 +39,8 @@ pub struct Setup {
     pub ack: Ack,
     pub config_after_iterables: OnOffAuto,
     pub delays: Vec<(DeviceState, Duration)>,
+    /// PRE_COPY data goes over the channels too.
+    pub over_channels: bool,
 }
 
 impl Default for Setup {
@@ -55,6 +57,7 @@ impl Default for Setup {
             ack: Ack::Off,
             config_after_iterables: OnOffAuto::Off,
             delays: Vec::new(),
+            over_channels: false,
         }
     }
 }
@@ -64,6 +67,7 @@ impl Setup {
         let mut terms = Terms::default();
         terms.switchover_ack = self.ack;
         terms.config_after_iterables = self.config_after_iterables;
+        terms.precopy_over_channels = self.over_channels;
         terms
     }
 
@@ -210,11 +214,18 @@ impl Ended {
 pub fn migrate(setup: &Setup) -> Ended {
     let terms = setup.terms();
     let (mut load, mut save) = (LoadSession::builder(), SaveSession::builder());
+    let mut early = Vec::new();
     for _ in 0..setup.channels {
         let (near, far) = UnixStream::pair().unwrap();
-        save = save.channel(near);
+        if setup.over_channels {
+            early.push(near.into());
+        } else {
+            save = save.channel(near);
+        }
         load = load.channel(far);
     }
+    let greet = |early| PrecopyChannels::greet(early, &Settings::default()).unwrap();
+    let mut precopy = setup.over_channels.then(|| greet(early));
     let numbered = 1..=setup.devices;
     let (sources, saved_from): (Vec<_>, Vec<_>) = numbered
         .clone()
@@ -255,7 +266,13 @@ pub fn migrate(setup: &Setup) -> Ended {
         assert!(round < 1000, "the iterations end");
         for source in under_way.iter_mut().filter(|source| source.is_active()) {
             let id = source.id().clone();
-            main.section(SectionKind::Part, &id, |body| source.iterate(body).unwrap());
+            main.section(SectionKind::Part, &id, |body| {
+                match &mut precopy {
+                    Some(channels) => source.iterate_over(channels, body),
+                    None => source.iterate(body),
+                }
+                .unwrap()
+            });
         }
         read_main(&mut reader, &pipe, &incoming).unwrap();
         let left: u64 = under_way
@@ -273,6 +290,9 @@ pub fn migrate(setup: &Setup) -> Ended {
     let reason = vm::Reason::FinishMigration;
     vm::stop(&mut under_way, reason).unwrap();
     let ids: Vec<_> = under_way.iter().map(|source| source.id().clone()).collect();
+    if let Some(channels) = precopy {
+        save = save.precopy_channels(channels);
+    }
     let mut switchover = Switchover::begin(under_way, save).unwrap();
     main.command(Command::SwitchoverStart);
     for id in &ids {
