@@ -79,7 +79,7 @@ pub(crate) struct LoadDevice {
     pub(crate) inbox: Inbox,
     pub(crate) control: Control,
     pub(crate) counters: DeviceCounters,
-    /// For iterable data: from setup to the switchover's start.
+    /// For iterable data: from setup to the switchover's start, or an earlier one of the loader's.
     iterable: Mutex<Option<Fd>>,
     drained: Mutex<Option<Drained>>,
     /// How many packets are in the device, as far as that is told: before the switchover.

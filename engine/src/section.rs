@@ -26,6 +26,7 @@
 //! |---|---|
 //! | setup | SETUP, then, once the device's state has changed, END |
 //! | iterate | one DATA block or none, then END, or once INIT_DATA_SENT in its place |
+//! | setup and iterate, over the channels | SETUP_OVER_CHANNELS, then END; no DATA, and PRECOPY_SENT before INIT_DATA_SENT |
 //! | complete | DATA blocks, then END; with multifd transfer END alone |
 //! | config | CONFIG, the bytes, END; with multifd transfer END or CONFIG_LOAD_READY alone |
 
