@@ -211,25 +211,29 @@ fn at_once<T: Send, R: Send>(all: &mut [T], f: impl Fn(&mut T) -> R + Sync) -> V
     }
     let f = &f;
     thread::scope(|scope| {
-        let tasks: Vec<_> = all
-            .iter_mut()
-            .map(|one| {
-                // Handed over, not captured: it must still be there where there is no thread.
-                let place = std::sync::Mutex::new(Some(one));
-                let place = std::sync::Arc::new(place);
-                let theirs = place.clone();
-                let take = |place: &std::sync::Mutex<Option<_>>| crate::sync::lock(place).take();
-                let name = "vfio-mig-state".to_owned();
-                let task =
-                    thread::Builder::new()
+        let tasks: Vec<_> =
+            all.iter_mut()
+                .map(|one| {
+                    // Handed over, not captured: it must still be there where there is no thread.
+                    let place = std::sync::Mutex::new(Some(one));
+                    let place = std::sync::Arc::new(place);
+                    let theirs = place.clone();
+                    let take = |place: &std::sync::Mutex<Option<_>>| {
+                        let mut place = place
+                            .lock()
+                            .unwrap_or_else(std::sync::PoisonError::into_inner);
+                        place.take()
+                    };
+                    let name = "vfio-mig-state".to_owned();
+                    let task = thread::Builder::new()
                         .name(name)
                         .spawn_scoped(scope, move || {
                             f(take(&theirs)
                                 .expect("the spawner took it only where there is no thread"))
                         });
-                task.map_err(|_no_thread| f(take(&place).expect("no thread has taken it")))
-            })
-            .collect();
+                    task.map_err(|_no_thread| f(take(&place).expect("no thread has taken it")))
+                })
+                .collect();
         let result = |task: Result<thread::ScopedJoinHandle<'_, R>, R>| match task {
             Ok(task) => task
                 .join()
