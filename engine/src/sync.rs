@@ -227,6 +227,7 @@ pub(crate) mod atomic {
                 fetch_sub(value: $value, order: Ordering) -> $value;
                 fetch_or(value: $value, order: Ordering) -> $value;
                 fetch_max(value: $value, order: Ordering) -> $value;
+                fetch_min(value: $value, order: Ordering) -> $value;
             }
         };
     }

@@ -7,8 +7,11 @@
 //! | `a_notification_ends_the_wait` | either fence, the look under the lock, or the lock's round trip is gone |
 //! | `all_who_wait_are_notified` | `notify_all` notifies one |
 //! | `two_notifications_end_two_waits` | `waiting` is not counted, or `notify_one` loses one |
+//! | `what_one_cannot_use_another_is_told_of` | whoever is told and finds nothing does not tell the next |
 //! | `a_recycled_lease_ends_a_channels_wait` | the same, for the pool |
 //! | `a_channel_gets_on_when_its_packet_is_next` | the wait does not see the cursor |
+//! | `a_channel_is_told_of_its_turn_alone` | either fence around `awaited` is gone, or the channel does not say what it waits for |
+//! | `all_who_wait_for_their_turns_are_told` | one channel's idx hides another's, or what was taken back is not said again |
 #![cfg(loom)]
 #![expect(
     clippy::arc_with_non_send_sync,
@@ -100,6 +103,27 @@ fn two_notifications_end_two_waits() {
     });
 }
 
+/// Two wait for different things, and one of them is there: whoever is told first, the right one gets
+/// it. 3 threads, 2 preemptions.
+#[test]
+fn what_one_cannot_use_another_is_told_of() {
+    model(|| {
+        let shared = Arc::new((Waiters::new(), AtomicU32::new(0)));
+        let waiters = [1, 2].map(|thing| {
+            let shared = Arc::clone(&shared);
+            thread::spawn(move || {
+                let look = || (shared.1.load(Relaxed) & thing == thing).then_some(());
+                assert_eq!(shared.0.wait(None, look), Some(()));
+            })
+        });
+        for (there, waiter) in [1, 1 | 2].into_iter().zip(waiters) {
+            shared.1.store(there, Relaxed);
+            shared.0.notify_one();
+            waiter.join().unwrap();
+        }
+    });
+}
+
 /// A channel waits for the only buffer, the driver gives it back. 2 threads, 1 buffer, 2
 /// preemptions.
 #[test]
@@ -157,5 +181,81 @@ fn a_channel_gets_on_when_its_packet_is_next() {
         room.notify_all();
         channel.join().unwrap();
         drop(held);
+    });
+}
+
+/// A channel waits until its idx is next, and the driver notifies only where somebody waits for that.
+fn take_turn(room: &Waiters, inbox: &Inbox, index: u32) {
+    let look = || {
+        inbox.wait_for(index);
+        (inbox.next() >= index).then_some(())
+    };
+    room.wait(None, look).expect("no deadline");
+}
+
+/// The driver takes what is next.
+fn take_next(inbox: &Inbox, cursor: &mut Cursor, driver: &Participant) {
+    let taken = cursor.take(inbox, &driver.pin());
+    assert!(matches!(taken, Next::Packet(..)));
+}
+
+/// An inbox where idx 0 and 1 are.
+fn two_packets(driver: &Participant, collector: Collector) -> Inbox {
+    let inbox = Inbox::new(collector, 100);
+    for index in [0, 1] {
+        let published = inbox.publish(index, aside(index.into()), &driver.pin());
+        assert_eq!(published, Publish::Published);
+    }
+    inbox
+}
+
+/// The driver takes idx 0 and 1 at once; a channel waits for the turn of one of the next. 2 threads,
+/// 2 preemptions.
+#[test]
+fn a_channel_is_told_of_its_turn_alone() {
+    for index in [1, 2] {
+        model(move || {
+            let collector = Collector::new();
+            let driver = Participant::new(&collector);
+            let shared = Arc::new((Waiters::new(), two_packets(&driver, collector)));
+            let (room, inbox) = &*shared;
+            let channel = thread::spawn({
+                let shared = Arc::clone(&shared);
+                move || take_turn(&shared.0, &shared.1, index)
+            });
+            let mut cursor = Cursor::new();
+            for _ in 0..2 {
+                take_next(inbox, &mut cursor, &driver);
+            }
+            if cursor.is_awaited(inbox) {
+                room.notify_all();
+            }
+            channel.join().unwrap();
+        });
+    }
+}
+
+/// The driver takes idx 0 and 1; two channels wait for the turns of 1 and 2. 3 threads, 2
+/// preemptions.
+#[test]
+fn all_who_wait_for_their_turns_are_told() {
+    model(|| {
+        let collector = Collector::new();
+        let driver = Participant::new(&collector);
+        let shared = Arc::new((Waiters::new(), two_packets(&driver, collector)));
+        let (room, inbox) = &*shared;
+        let channels = [1, 2].map(|index| {
+            let shared = Arc::clone(&shared);
+            thread::spawn(move || take_turn(&shared.0, &shared.1, index))
+        });
+        let mut cursor = Cursor::new();
+        for channel in channels {
+            take_next(inbox, &mut cursor, &driver);
+            if cursor.is_awaited(inbox) {
+                room.notify_all();
+            }
+            // What comes next may be what this one brings.
+            channel.join().unwrap();
+        }
     });
 }

@@ -277,6 +277,7 @@ impl LoadInlet {
     /// What a channel that waits looks for.
     fn look(&mut self, packet: &Incoming, patient: bool) -> Option<Result<Buffer>> {
         let device = &packet.device;
+        device.inbox.wait_for(packet.index);
         if packet.index < device.inbox.next() {
             return Some(Err(
                 device.refuse(Violation::IndexAlreadyWritten, packet.index)
@@ -311,11 +312,14 @@ impl LoadInlet {
         self.rest();
         let since = Instant::now();
         let load = self.load.clone();
-        let found = load.room.wait(|| match self.is_near(packet) {
-            // What the driver tells of, and nothing else.
-            Ok(near) if near && self.is_told(packet, false) => Some(Ok(())),
-            Ok(_) => None,
-            Err(error) => Some(Err(error)),
+        let found = load.room.wait(|| {
+            packet.device.inbox.wait_for(packet.index);
+            match self.is_near(packet) {
+                // What the driver tells of, and nothing else.
+                Ok(near) if near && self.is_told(packet, false) => Some(Ok(())),
+                Ok(_) => None,
+                Err(error) => Some(Err(error)),
+            }
         });
         self.counters.blocked.add_time(since.elapsed());
         load.room.pass_on();
@@ -396,6 +400,7 @@ impl LoadInlet {
             if self.stopped(device).is_some() {
                 return Some(Publish::Closed(filled));
             }
+            device.inbox.wait_for(index);
             match device.inbox.publish_rest(index, filled, &self.epoch.pin()) {
                 Publish::Full(filled) => {
                     waiting = Some(filled);

@@ -191,6 +191,13 @@ impl LoadFlow {
         }
     }
 
+    /// The device misses its next packet: a channel that waits with it must hear of that.
+    fn miss(&self) {
+        if self.cursor.is_awaited(&self.device.inbox) {
+            self.load.room.miss();
+        }
+    }
+
     /// Takes a piece of the config packet out of the pool: it waits for the device's thread, and
     /// must not hold up other packets meanwhile. Its size is bounded by the maximum of a packet.
     fn take_config(&mut self, packet: Packet) {
@@ -419,7 +426,7 @@ impl Flow for LoadFlow {
                 &self.device.counters,
             );
             if !self.cursor.is_ready(&self.device.inbox, context.guard) {
-                self.load.room.miss();
+                self.miss();
             }
             return Pump::Busy;
         }
@@ -454,14 +461,14 @@ impl Flow for LoadFlow {
                 .at_index(self.cursor.next());
             return Pump::Finished(Err(error));
         }
-        self.load.room.miss();
+        self.miss();
         if switched { Pump::Starved } else { Pump::Held }
     }
 
     fn prepare(&mut self, guard: &Guard) -> Result<()> {
         self.gather(guard);
         if !self.config_taken && self.read_back.is_none() && !self.ready.is_full() {
-            self.load.room.miss();
+            self.miss();
         }
         Ok(())
     }

@@ -11,11 +11,11 @@
 //!
 //! A channel that finds room for one packet and sleeps again costs more than the packet. So the
 //! driver tells *one* channel when there is room for many packets, and *all* of them when a device
-//! misses its next packet, for that one is always let in. A channel that was told, and leaves room
-//! for many, tells the next.
+//! misses its next packet and a channel has said that it waits with that ([`Inbox::wait_for`]): that one
+//! is always let in. A channel that was told, and leaves room for many or cannot use it, tells the next.
 //!
-//! The driver alone writes `missed`. What ends a channel's wait: the driver's rounds go on as long as
-//! anything moves, and the last of them ends with a device that misses a packet, or with an end.
+//! The driver alone writes `missed`. What ends a channel's wait: memory that is given back, by the
+//! driver, whose every round ends here, or by a channel; its packet's turn; or an end.
 
 use super::*;
 
@@ -58,7 +58,7 @@ impl Room {
         self.pool.in_use().0 + limit.div_ceil(4) <= limit
     }
 
-    /// The driver: a device misses its next packet.
+    /// The driver: a device misses its next packet, and a channel waits with it.
     pub(super) fn miss(&self) {
         // Relaxed: read by this same thread, at the end of its round.
         self.missed.store(true, Ordering::Relaxed);

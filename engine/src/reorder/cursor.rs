@@ -4,11 +4,17 @@
 //!   extent   highest idx seen │ the config packet's idx     checked before memory is spent
 //!   next     what the device needs next                     written by the driver alone
 //!   starved  what the driver waits for, if it waits         written by the driver alone
+//!   awaited  the lowest idx whose turn a channel waits for  lowered by channels, taken back by the driver
 //!   table    the slots
 //! ```
 //!
 //! A channel calls [`Inbox::admit`] when it has a packet's header, leases, receives, and calls
 //! [`Inbox::publish`]. The driver owns the [`Cursor`] and takes `next`, and only `next`.
+//!
+//! A channel whose packet has to wait for its turn says so ([`Inbox::wait_for`]) in each look of its
+//! wait. So the driver, who misses a packet in nearly every round where there are many devices, disturbs
+//! the channels only where one of them has it. Several may wait: the driver takes `awaited` back whole,
+//! notifies all, and those who go on waiting say so again.
 //!
 //! # Edges
 //!
@@ -16,6 +22,10 @@
 //! |--------|------------------|------------------|-------------------------------------------|
 //! | extent | [`Inbox::admit`] | [`Inbox::admit`] | nothing but the word itself               |
 //! | next   | [`Cursor::take`] | [`Inbox::next`]  | nothing: a guess that only ever lags      |
+//!
+//! `awaited` has none either. Two fences order it against `next`. That whoever lowered it is seen to wait,
+//! once it was taken back, is the doing of the fences in `Waiters`: the one of `wait` is in front of the
+//! lowering, the one of `notify_all` behind the taking back.
 
 use std::fmt;
 
@@ -29,7 +39,11 @@ use crate::{
         slot::{Packet, Publish, Take},
         table::Table,
     },
-    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    sync::atomic::{
+        AtomicU64,
+        Ordering::{Relaxed, SeqCst},
+        fence,
+    },
 };
 
 /// The highest idx and the config's, in one word: each is stored plus 1, 0 says none.
@@ -67,6 +81,8 @@ pub struct Inbox {
     extent: CachePadded<AtomicU64>,
     next: CachePadded<AtomicU64>,
     starved: CachePadded<AtomicU64>,
+    /// The lowest idx that a channel waits for, or one below.
+    awaited: CachePadded<AtomicU64>,
     window: u32,
 }
 
@@ -83,6 +99,7 @@ impl Inbox {
             extent: CachePadded::new(AtomicU64::new(Extent::new(None, None).0)),
             next: CachePadded::new(AtomicU64::new(0)),
             starved: CachePadded::new(AtomicU64::new(NONE)),
+            awaited: CachePadded::new(AtomicU64::new(NONE)),
             window,
         }
     }
@@ -155,6 +172,17 @@ impl Inbox {
     #[must_use]
     pub fn in_window(&self, index: u32) -> bool {
         u64::from(index) < u64::from(self.next()) + u64::from(self.window)
+    }
+
+    /// A channel waits until `index` is next, or its piece before has been taken. To be called at the
+    /// beginning of each look of a [`wait`](crate::reorder::waiters::Waiters::wait): the driver takes it
+    /// back when it notifies.
+    pub fn wait_for(&self, index: u32) {
+        // Relaxed: ordered by the fence, and by that of `Waiters::wait`.
+        self.awaited.fetch_min(index.into(), Relaxed);
+        // Partner: the fence of `Cursor::is_awaited`. One of the two comes first: either the look behind
+        // this sees what is next, or the driver sees that it is awaited.
+        fence(SeqCst);
     }
 
     /// Publishes an admitted packet, or its first piece. Any thread.
@@ -250,6 +278,21 @@ impl Cursor {
                 Next::Packet(index, packet)
             }
         }
+    }
+
+    /// Whether a channel waits for the idx that is next, or for one before. If so, all who wait must be
+    /// notified afterwards: they say again what they wait for.
+    #[must_use = "a channel that is not notified sleeps on"]
+    pub fn is_awaited(&self, inbox: &Inbox) -> bool {
+        // Partner: the fence of `Inbox::wait_for`.
+        fence(SeqCst);
+        // Relaxed: after the fence.
+        if inbox.awaited.load(Relaxed) > u64::from(self.next) {
+            return false;
+        }
+        // Relaxed: whoever lowered it since is notified with the others.
+        inbox.awaited.store(NONE, Relaxed);
+        true
     }
 
     /// Says what the driver waits for. Before [`Doorbell::lie_down`].

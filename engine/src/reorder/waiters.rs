@@ -16,6 +16,10 @@
 //! look and its sleep. Whether there is a waiter at all is asked without the lock, and the two
 //! fences make one of the two see the other.
 //!
+//! Those who wait need not wait for the same. What only one can have ([`Waiters::notify_one`]) is told
+//! to one; whoever is told and cannot use it tells the next, as often as there were waiters: so what one
+//! sleeper has no use for is not lost on another.
+//!
 //! Sleeps are bounded ([`RECHECK`]), as a net: what the look after the bound finds is counted in
 //! [`Waiters::late`], and must stay 0. (Not under loom, where a bound would keep every model green.)
 //!
@@ -45,7 +49,8 @@ pub const RECHECK: Duration = Duration::from_secs(1);
 pub struct Waiters {
     waiting: AtomicU32,
     late: AtomicU64,
-    lock: Mutex<()>,
+    /// How many more are to be told of what those who were told could not use.
+    lock: Mutex<u32>,
     condvar: Condvar,
 }
 
@@ -56,7 +61,7 @@ impl Waiters {
         Self {
             waiting: AtomicU32::new(0),
             late: AtomicU64::new(0),
-            lock: Mutex::new(()),
+            lock: Mutex::new(0),
             condvar: Condvar::new(),
         }
     }
@@ -73,11 +78,12 @@ impl Waiters {
         if let Some(found) = look() {
             return Some(found);
         }
-        let mut guard = lock(&self.lock);
+        let mut passes = lock(&self.lock);
         // Relaxed: ordered by the fence.
         self.waiting.fetch_add(1, Relaxed);
         // Partner: the fence of `notify`.
         fence(SeqCst);
+        let mut woken = false;
         let mut bound_passed = false;
         let mut expired = false;
         let found = loop {
@@ -88,44 +94,52 @@ impl Waiters {
                 }
                 break Some(found);
             }
+            // Also where the deadline is what has woken it: it may have been told at the same time.
+            if woken && *passes > 0 {
+                *passes -= 1;
+                self.condvar.notify_one();
+            }
             let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
             if expired || left.is_some_and(|left| left.is_zero()) {
                 break None;
             }
             let bound = left.map_or(RECHECK, |left| left.min(RECHECK));
             let slept;
-            (guard, slept) = wait_bounded(&self.condvar, &self.lock, guard, bound);
+            (passes, slept) = wait_bounded(&self.condvar, &self.lock, passes, bound);
+            woken = true;
             // A deadline is no net: only the re-check's own bound counts.
             bound_passed = slept && bound == RECHECK;
             expired = slept && left == Some(bound);
         };
         // Relaxed: a notifier that still sees us takes the lock for nothing.
         self.waiting.fetch_sub(1, Relaxed);
-        drop(guard);
+        drop(passes);
         found
     }
 
-    /// Whether a notifier would find somebody. Behind a fence, so that what was made so before is
-    /// seen by whoever begins to wait after.
-    fn somebody(&self) -> bool {
+    /// How many a notifier would find. Behind a fence, so that what was made so before is seen by
+    /// whoever begins to wait after.
+    fn count(&self) -> u32 {
         // Partner: the fence of `wait`.
         fence(SeqCst);
         // Relaxed: after the fence.
-        self.waiting.load(Relaxed) > 0
+        self.waiting.load(Relaxed)
     }
 
     /// Wakes everybody who waits, after something was made so. No system call where nobody does.
     pub fn notify_all(&self) {
-        if self.somebody() {
+        if self.count() > 0 {
             drop(lock(&self.lock));
             self.condvar.notify_all();
         }
     }
 
-    /// As [`Waiters::notify_all`], for something that only one of those who wait can have.
+    /// As [`Waiters::notify_all`], for something that only one of those who wait can have: they are
+    /// woken one after the other, until one of them finds it.
     pub fn notify_one(&self) {
-        if self.somebody() {
-            drop(lock(&self.lock));
+        let count = self.count();
+        if count > 0 {
+            *lock(&self.lock) = count;
             self.condvar.notify_one();
         }
     }

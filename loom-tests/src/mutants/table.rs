@@ -253,6 +253,24 @@ pub(super) const HAND_WRITTEN: &[HandWritten] = &[
         "inbox.next.store(self.next.into(), Relaxed);",
         "",
     ),
+    mutant(
+        "cursor",
+        "a channel does not say what it waits for",
+        "self.awaited.fetch_min(index.into(), Relaxed);",
+        "",
+    ),
+    mutant(
+        "cursor",
+        "a channel hides what another waits for",
+        "self.awaited.fetch_min(index.into(), Relaxed);",
+        "self.awaited.store(index.into(), Relaxed);",
+    ),
+    mutant(
+        "cursor",
+        "a channel is told of its own idx alone, not of those behind it",
+        "inbox.awaited.load(Relaxed) > u64::from(self.next)",
+        "inbox.awaited.load(Relaxed) != u64::from(self.next)",
+    ),
     // The queue.
     mutant(
         "queue",
@@ -374,9 +392,15 @@ pub(super) const HAND_WRITTEN: &[HandWritten] = &[
     mutant(
         "waiters",
         "notify_one does not go through the lock",
-        "drop(lock(&self.lock));
+        "*lock(&self.lock) = count;
             self.condvar.notify_one();",
         "self.condvar.notify_one();",
+    ),
+    mutant(
+        "waiters",
+        "whoever cannot use what it was told keeps it to itself",
+        "if woken && *passes > 0 {",
+        "if false {",
     ),
     mutant(
         "waiters",
@@ -404,10 +428,10 @@ pub(super) const HAND_WRITTEN: &[HandWritten] = &[
         "a notifier counts before its fence",
         "        fence(SeqCst);
         // Relaxed: after the fence.
-        self.waiting.load(Relaxed) > 0",
+        self.waiting.load(Relaxed)",
         "        let waiting = self.waiting.load(Relaxed);
         fence(SeqCst);
-        waiting > 0",
+        waiting",
     ),
     // The flags.
     mutant(
