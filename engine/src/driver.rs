@@ -52,6 +52,8 @@ pub(crate) struct Context<'a> {
     pub(crate) ring: &'a mut dyn Ring<Buffer>,
     /// Protects the segments that it looks at.
     pub(crate) guard: &'a Guard,
+    /// How many lanes were busy at the end of the round before.
+    pub(crate) busy: usize,
 }
 
 /// What a flow did when it was asked to go on.
@@ -235,6 +237,8 @@ pub(crate) struct Driver<F> {
     seats: Vec<Seat<F>>,
     active: usize,
     round: usize,
+    /// How many lanes were busy at the end of the round before.
+    busy: usize,
     limits: Limits,
     last_progress: Instant,
     /// Since when the ring's waits have failed.
@@ -249,6 +253,7 @@ impl<F: Flow> Driver<F> {
             seats: Vec::new(),
             active: 0,
             round: 0,
+            busy: 0,
             limits,
             last_progress: Instant::now(),
             failing: None,
@@ -348,6 +353,7 @@ impl<F: Flow> Driver<F> {
         let now = Instant::now();
         // Each round begins with another flow, so that all come to what there is to be had.
         self.round = self.round.wrapping_add(1);
+        let busy = mem::take(&mut self.busy);
         for step in 0..self.seats.len() {
             let at = (self.round + step) % self.seats.len();
             let Seat::Active {
@@ -359,6 +365,7 @@ impl<F: Flow> Driver<F> {
             else {
                 continue;
             };
+            self.busy += usize::from(!flow.lane().is_idle());
             if let Some((_, until)) = ending {
                 if now >= *until {
                     self.abandon(at);
@@ -380,10 +387,12 @@ impl<F: Flow> Driver<F> {
             let mut context = Context {
                 ring: &mut *self.ring,
                 guard,
+                busy,
             };
             match flow.pump(&mut context) {
                 Pump::Busy => {
                     *starved = false;
+                    self.busy += 1;
                     self.last_progress = now;
                 }
                 Pump::Held => {

@@ -20,8 +20,9 @@ const GATHER_MAX: usize = 64 << 10;
 /// How much of a spilled packet is read back at once where the pool has no buffer.
 const READ_BACK: usize = 64 << 10;
 
-/// The most bytes of a chain of large packets: enough to keep the device busy, little enough to
-/// stay in the cache.
+/// The most bytes that all lanes together are given at once: enough to keep devices busy, little enough
+/// to stay in the cache. Where many are busy each has less, but not less than what is gathered: their
+/// number is what keeps the kernel busy then, and a packet that is alone need not be copied.
 const CHAIN_BYTES: usize = 4 << 20;
 
 /// One device's packets on their way into its data fd. The driver's.
@@ -41,6 +42,8 @@ pub(crate) struct LoadFlow {
     ready: Batch,
     /// The chain in flight. Its operations are the lane's.
     in_flight: Batch,
+    /// How many bytes the lane may be given at once.
+    share: usize,
     started: Option<Instant>,
     starved: Option<Instant>,
     /// Last, so that the lane has given the data fd back before the result is there.
@@ -82,7 +85,7 @@ struct Batch {
 
 impl Batch {
     /// Whether nothing more should be added.
-    fn is_full(&self) -> bool {
+    fn is_full(&self, share: usize) -> bool {
         let staged = match &self.staging {
             // Most packets are as large as the one before.
             Some((_, buffer, used)) => buffer.size() - used < self.last_len,
@@ -90,7 +93,7 @@ impl Batch {
         };
         // The staging buffer becomes an operation, before the one that a large packet is.
         let operations = self.operations.len() + usize::from(self.staging.is_some());
-        staged || operations >= CHAIN as usize || self.len >= CHAIN_BYTES
+        staged || operations >= CHAIN as usize || self.len >= share
     }
 
     /// Cuts the staging buffer to what is in it.
@@ -156,6 +159,7 @@ impl LoadFlow {
             own: None,
             ready: Batch::default(),
             in_flight: Batch::default(),
+            share: CHAIN_BYTES,
             started: None,
             starved: None,
             outcome,
@@ -211,7 +215,7 @@ impl LoadFlow {
     /// Takes what is there, as far as it makes one chain with what was taken before.
     fn gather(&mut self, guard: &Guard) {
         let mut taken = 0;
-        while !self.config_taken && self.read_back.is_none() && !self.ready.is_full() {
+        while !self.config_taken && self.read_back.is_none() && !self.ready.is_full(self.share) {
             let (index, packet) = match self.cursor.take(&self.device.inbox, guard) {
                 Next::Packet(index, packet) => (index, packet),
                 Next::Starved(_) | Next::Closed => break,
@@ -340,7 +344,7 @@ impl LoadFlow {
     /// Adds a piece to the batch: by a copy where it is small and not alone.
     fn add(&mut self, index: u32, piece: Piece, guard: &Guard) -> usize {
         let len = piece.size();
-        let small = len <= GATHER_MAX;
+        let small = len <= GATHER_MAX && 2 * len <= self.share;
         if small && self.ready.gathered_at.is_none() {
             let another = self.cursor.is_ready(&self.device.inbox, guard);
             self.ready.staging = another.then(|| self.stage(index)).flatten();
@@ -407,6 +411,7 @@ impl Flow for LoadFlow {
         }
         // Before the look at the slots: what was published before the last input ended is seen.
         let ended = self.load.input_ended();
+        self.share = (CHAIN_BYTES / context.busy.max(1)).max(GATHER_MAX);
         self.gather(context.guard);
         if first && self.cursor.next() > 0 {
             trace::load_state_device_buffer_start(&self.device.id);
@@ -467,7 +472,7 @@ impl Flow for LoadFlow {
 
     fn prepare(&mut self, guard: &Guard) -> Result<()> {
         self.gather(guard);
-        if !self.config_taken && self.read_back.is_none() && !self.ready.is_full() {
+        if !self.config_taken && self.read_back.is_none() && !self.ready.is_full(self.share) {
             self.miss();
         }
         Ok(())
@@ -477,7 +482,7 @@ impl Flow for LoadFlow {
         // A large packet goes as it is: there is nothing to prepare.
         !self.config_taken
             && self.read_back.is_none()
-            && !self.ready.is_full()
+            && !self.ready.is_full(self.share)
             && self.in_flight.gathered_at.is_some()
             && self.cursor.is_ready(&self.device.inbox, guard)
     }
