@@ -32,6 +32,15 @@
 //! writes, chains of eight, wake-ups and round trips on a socket took as long without it, within
 //! what runs differ by. No kernel thread polls the queue: on few cores that starves everybody else.
 //!
+//! # Workers
+//!
+//! What cannot be moved without waiting the kernel gives to worker threads of its own. It finds that out
+//! by trying, and then makes a second worker only where the first one sleeps: so drivers that copy, as
+//! those of files in memory and of devices do, would all wait for one core. `IOSQE_ASYNC` spares the
+//! attempt and gives each operation a worker at once. The ring sets it for transfers on files that are
+//! always given to workers, by their type: all but pipes, sockets and character devices. (The order
+//! within a chain is kept.)
+//!
 //! # Chains
 //!
 //! A chain enters the kernel with one call or not at all: otherwise its halves would be two chains,
@@ -46,7 +55,8 @@ use std::{
     cmp,
     collections::VecDeque,
     fmt, io, mem,
-    os::fd::AsRawFd,
+    os::fd::{AsRawFd, OwnedFd},
+    sync::{Arc, Weak},
     thread,
     time::{Duration, Instant},
 };
@@ -57,10 +67,12 @@ use io_uring::{
     squeue,
     types::{self, SubmitArgs, Timespec},
 };
+use nix::sys::stat::SFlag;
 
 use crate::{
     Buffer, Completion, Drained, Link, Op, Rejected, Ring, Token, Waker,
     open::{MAX_CAPACITY, check_capacity},
+    syscall::kind,
 };
 
 /// What the ring asks the kernel to do, and all that the kernel will do for it.
@@ -133,6 +145,9 @@ struct Slot<B> {
     phase: Phase,
     cancelled: bool,
     vectors: Vectors,
+    /// The file of the last transfer, and whether it is one for the kernel's workers. A slot's next
+    /// transfer is most often on the same.
+    for_workers: (Weak<OwnedFd>, bool),
 }
 
 /// Where an operation is in its life. Declaration order is life order.
@@ -169,11 +184,37 @@ impl<B: Buffer> Slot<B> {
             phase: Phase::Free,
             cancelled: false,
             vectors: Vectors(Vec::new()),
+            for_workers: (Weak::new(), false),
         }
+    }
+
+    /// Whether the slot's operation is for the kernel's workers.
+    fn is_for_workers(&mut self) -> bool {
+        let fd = match &self.op {
+            Some(
+                Op::Read { fd, .. }
+                | Op::ReadAt { fd, .. }
+                | Op::Write { fd, .. }
+                | Op::ReadVectored { fd, .. }
+                | Op::WriteVectored { fd, .. },
+            ) => fd,
+            _ => return false,
+        };
+        let (known, answer) = &mut self.for_workers;
+        // Another file cannot have the same address while the slot remembers this one.
+        if known.as_ptr() != Arc::as_ptr(fd) {
+            let ready_at_once = [SFlag::S_IFIFO, SFlag::S_IFSOCK, SFlag::S_IFCHR];
+            *known = Arc::downgrade(fd);
+            *answer = kind(fd).is_some_and(|kind| !ready_at_once.contains(&kind));
+        }
+        *answer
     }
 
     /// The entry for the slot's operation.
     fn entry(&mut self, linked: bool) -> squeue::Entry {
+        let mut flags = squeue::Flags::empty();
+        flags.set(squeue::Flags::IO_LINK, linked);
+        flags.set(squeue::Flags::ASYNC, self.is_for_workers());
         let all = if linked { libc::MSG_WAITALL } else { 0 };
         let op = self.op.as_mut().expect("a pending slot has an operation");
         let fd = types::Fd(op.fd().as_raw_fd());
@@ -219,11 +260,7 @@ impl<B: Buffer> Slot<B> {
                 opcode::PollAdd::new(fd, events.cast_unsigned().into()).build()
             }
         };
-        if linked {
-            entry.flags(squeue::Flags::IO_LINK)
-        } else {
-            entry
-        }
+        entry.flags(flags)
     }
 }
 
@@ -685,7 +722,7 @@ fn is_forbidden(error: &io::Error) -> bool {
 fn restrict(ring: &IoUring) {
     let mut restrictions: Vec<_> = OPCODES.map(Restriction::sqe_op).into();
     restrictions.push(Restriction::sqe_flags_allowed(
-        squeue::Flags::IO_LINK.bits(),
+        (squeue::Flags::IO_LINK | squeue::Flags::ASYNC).bits(),
     ));
     let _unrestricted = ring.submitter().register_restrictions(&mut restrictions);
 }
@@ -731,10 +768,39 @@ mod tests {
     }
 
     #[test]
+    fn files_in_memory_are_for_workers_and_pipes_sockets_and_devices_are_not() {
+        let memfd = nix::sys::memfd::memfd_create(c"memfd", nix::sys::memfd::MFdFlags::empty());
+        let memfd = Arc::new(memfd.unwrap());
+        let pipe = Arc::new(nix::unistd::pipe().unwrap().1);
+        let null = Arc::new(OwnedFd::from(std::fs::File::open("/dev/null").unwrap()));
+        let socket = std::os::unix::net::UnixStream::pair().unwrap().0;
+        let socket = Arc::new(OwnedFd::from(socket));
+        let mut slot = Slot::new();
+        for (fd, expected) in [
+            (&memfd, true),
+            (&pipe, false),
+            (&memfd, true),
+            (&null, false),
+            (&socket, false),
+        ] {
+            slot.op = Some(Op::Write {
+                fd: fd.clone(),
+                buffer: vec![1_u8],
+            });
+            assert_eq!(slot.is_for_workers(), expected);
+            slot.op = Some(Op::Poll {
+                fd: fd.clone(),
+                events: libc::POLLOUT,
+            });
+            assert!(!slot.is_for_workers(), "a poll waits in the kernel alone");
+        }
+    }
+
+    #[test]
     fn after_half_a_chain_the_ring_starts_nothing_and_gives_everything_back() {
         let Some(mut ring) = ring(4) else { return };
         let (reader, writer) = nix::unistd::pipe().unwrap();
-        let writer = std::sync::Arc::new(writer);
+        let writer = Arc::new(writer);
         for token in 0..3 {
             let op = Op::Write {
                 fd: writer.clone(),
@@ -783,7 +849,7 @@ mod tests {
     fn what_the_kernel_does_not_give_back_is_leaked_and_the_rest_is_not() {
         let Some(mut ring) = ring(4) else { return };
         let (reader, _writer) = nix::unistd::pipe().unwrap();
-        let fd = std::sync::Arc::new(reader);
+        let fd = Arc::new(reader);
         for token in 0..3 {
             let op = Op::Poll {
                 fd: fd.clone(),
@@ -799,6 +865,6 @@ mod tests {
         assert_eq!((drained.reaped, drained.leaked), (2, 1));
         assert_eq!(ring.in_flight(), 0);
         drop(ring);
-        assert_eq!(std::sync::Arc::strong_count(&fd), 2);
+        assert_eq!(Arc::strong_count(&fd), 2);
     }
 }

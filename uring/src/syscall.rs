@@ -191,7 +191,7 @@ pub(crate) fn is_refused<B>(op: &Op<B>) -> bool {
 }
 
 /// What kind of file it is.
-fn kind(fd: impl AsFd) -> Option<SFlag> {
+pub(crate) fn kind(fd: impl AsFd) -> Option<SFlag> {
     let stat = fstat(fd).ok()?;
     Some(SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT)
 }
