@@ -206,6 +206,13 @@ pub enum Violation {
     ConfigTrailing(u64),
     /// A tag that a device's section cannot have here.
     SectionTag(u64),
+    /// PRE_COPY data over the channels
+    /// ([`Terms::precopy_over_channels`](crate::migration::Terms::precopy_over_channels)) is on at one
+    /// end alone.
+    PrecopyOverChannels {
+        /// At this one; otherwise at the source.
+        here: bool,
+    },
     /// A section's structure is broken.
     Section(&'static str),
     /// The main channel has something of an unknown type, or one that cannot stand here.
@@ -479,6 +486,12 @@ impl fmt::Display for Violation {
             Self::ConfigFraming(what) => write!(f, "config: {what}"),
             Self::ConfigTrailing(len) => write!(f, "{len} bytes after the config's end"),
             Self::SectionTag(tag) => write!(f, "unexpected tag {tag:#018x} in a device's section"),
+            Self::PrecopyOverChannels { here: true } => f.write_str(
+                "PRE_COPY data over the channels is on here; the source does not send it",
+            ),
+            Self::PrecopyOverChannels { here: false } => {
+                f.write_str("the source sends PRE_COPY data over the channels; that is off here")
+            }
             Self::Section(what) => write!(f, "section: {what}"),
             Self::SectionType(kind) => write!(f, "unexpected section type {kind:#04x}"),
             Self::SectionTruncated { offset } => {

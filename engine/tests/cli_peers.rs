@@ -124,6 +124,50 @@ fn files_arrive() {
 }
 
 #[test]
+fn precopy_data_goes_before_the_devices_stop_and_over_the_channels() {
+    for number in 0..2 {
+        let options = "--json --precopy-over-channels --channels 2";
+        let (sent, received) = both(
+            number,
+            &format!(
+                "{options} --packet 64KiB --device sim:id=a,size=5MiB,seed=1,precopy=3MiB \
+                 sim:id=b,seed=2 sim:id=c,seed=3,precopy=1000"
+            ),
+            &format!("{options} --device sim:id=b sim:id=c sim:id=a"),
+        );
+        // Each side has compared the bytes that its channels carried with the whole state.
+        equal(&sent, &received, 3);
+        assert_eq!(sent.json()["precopy_bytes"], (3 << 20) + 1000);
+    }
+    let (sent, received) = both(
+        0,
+        "--json --device sim:id=a,size=5MiB,precopy=3MiB",
+        "--json --device sim:id=a",
+    );
+    equal(&sent, &received, 1);
+    assert!(sent.json()["precopy_bytes"].is_null(), "{sent:?}");
+}
+
+#[test]
+fn precopy_over_channels_on_one_side_is_named_on_both() {
+    for (source, destination, what) in [
+        ("--precopy-over-channels", "", "that is off here"),
+        ("", "--precopy-over-channels", "is on here"),
+    ] {
+        let (sent, received) = both(
+            0,
+            &format!("{source} --device sim:id=dev,precopy=1000"),
+            &format!("{destination} --device sim:id=dev"),
+        );
+        for ended in [&sent, &received] {
+            let why = ended.why();
+            assert!(why.contains("--precopy-over-channels must be"), "{why}");
+            assert!(why.contains("device dev") && why.contains(what), "{why}");
+        }
+    }
+}
+
+#[test]
 fn a_simulated_devices_state_arrives_in_a_file() {
     let directory = Directory::new();
     let path = directory.file("state");
@@ -344,6 +388,26 @@ fn an_interrupt_is_told_to_the_other() {
         assert!(other.why().contains("failed: interrupted"), "{other:?}");
         assert!(!fs::exists(format!("{partial}.partial")).unwrap());
     }
+}
+
+#[test]
+fn an_interrupt_ends_what_goes_before_the_devices_stop() {
+    let options = "--precopy-over-channels --device sim:id=a";
+    let (receiving, to) = receive("127.0.0.1:0", options);
+    let sending = send(&to, &format!("{options},size=1024GiB,precopy=1024GiB"));
+    thread::sleep(Duration::from_millis(500));
+    // The channels fill up, and the source waits in the middle of a packet.
+    receiving.signal("STOP");
+    thread::sleep(Duration::from_millis(500));
+    sending.signal("INT");
+    let ended = sending.end();
+    assert_eq!(ended.status, Some(130), "{ended:?}");
+    receiving.signal("CONT");
+    let received = receiving.end();
+    assert!(
+        received.why().contains("failed: interrupted"),
+        "{received:?}"
+    );
 }
 
 #[test]

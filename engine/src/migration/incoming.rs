@@ -639,22 +639,23 @@ impl SectionSink for Sink<'_> {
 
     fn setup(&mut self, over_channels: bool) -> Result<bool> {
         let session = self.incoming.session.as_ref();
-        let what = match (over_channels, self.member.over_channels, session) {
-            (false, false, _) => return Ok(true),
+        match (over_channels, self.member.over_channels, session) {
+            (false, false, _) => Ok(true),
             (true, true, Some(session)) => {
                 let id = &self.member.id;
                 session.start_early(id)?;
                 lock(&self.incoming.owed)
                     .agreements
                     .retain(|other| other != id);
-                return Ok(true);
+                Ok(true)
             }
-            (true, ..) => "the source sends PRE_COPY data over the channels; that is off here",
-            (false, ..) => {
-                "PRE_COPY data over the channels is on here; the source does not send it"
+            _ => {
+                let violation = Violation::PrecopyOverChannels {
+                    here: !over_channels,
+                };
+                Err(Error::protocol(violation).in_phase(Phase::Section))
             }
-        };
-        Err(Error::protocol(Violation::Section(what)).in_phase(Phase::Section))
+        }
     }
 
     fn precopy_sent(&mut self, count: u32) -> Result<bool> {

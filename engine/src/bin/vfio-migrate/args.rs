@@ -5,7 +5,10 @@
 use std::{path::Path, time::Duration};
 
 use clap::ValueEnum;
-use vfio_migration::{Backend, Settings, Spill};
+use vfio_migration::{
+    Backend, Settings, Spill,
+    migration::{OnOffAuto, Terms},
+};
 
 /// What moves the bytes in and out of the devices.
 #[derive(Clone, Copy, Debug, Default, ValueEnum)]
@@ -58,6 +61,34 @@ impl Default for SpillArgs {
             spill: Spill::Auto,
             spill_limit: 1 << 30,
         }
+    }
+}
+
+/// What both ends of a migration have to be told.
+#[derive(Clone, Copy, Debug, Default, clap::Args)]
+pub(crate) struct TermsArgs {
+    /// The configs are loaded only after everything else: the same on both sides
+    #[arg(long)]
+    pub(crate) config_after_iterables: bool,
+    /// What devices give while they still run goes first, over the channels: the same on both sides
+    ///
+    /// Otherwise all of a device's state is read when it has stopped. No other program than this
+    /// one can send it so, or receive it.
+    #[arg(long)]
+    pub(crate) precopy_over_channels: bool,
+}
+
+impl TermsArgs {
+    /// As the engine takes it.
+    pub(crate) fn terms(self) -> Terms {
+        let mut terms = Terms::default();
+        terms.config_after_iterables = if self.config_after_iterables {
+            OnOffAuto::On
+        } else {
+            OnOffAuto::Off
+        };
+        terms.precopy_over_channels = self.precopy_over_channels;
+        terms
     }
 }
 

@@ -27,11 +27,10 @@ use vfio_migration::{
 
 use crate::{
     Interrupted, Usage,
-    args::{self, BackendArg, SpillArgs, show},
+    args::{self, BackendArg, SpillArgs, TermsArgs, show},
     interrupt, network,
     output::{self, Downtime, rate, time},
     progress::Progress,
-    send,
 };
 
 /// Migrate simulated devices within this process, and compare
@@ -338,7 +337,7 @@ fn migrate(options: &Options) -> anyhow::Result<Migrated> {
     device_settings.buffer_len = Some(options.packet);
     let (mut pairs_only, mut devices) = (Vec::new(), Vec::new());
     let mut sources = Vec::new();
-    let (terms, acks) = (send::terms(false), Acks::new(Ack::Off));
+    let (terms, acks) = (TermsArgs::default().terms(), Acks::new(Ack::Off));
     for (pair, source, destination) in pairs(options)? {
         pairs_only.push(pair);
         let source = Realized::new(source, device_settings.clone());

@@ -36,8 +36,10 @@ use crate::{
 /// What is said of SPEC in `send` and `receive`.
 pub(crate) const HELP: &str = "\
 SPEC is one of:
-  sim:id=ID[,size=SIZE][,seed=N]  a simulated device; size (1MiB) and seed (0) say what state
-                                  a source has, a destination takes what comes
+  sim:id=ID[,size=SIZE][,seed=N][,precopy=SIZE]
+                                  a simulated device; size (1MiB) and seed (0) say what state
+                                  a source has, and precopy (0) how much of it it gives while it
+                                  runs; a destination takes what comes
   file:PATH[,id=ID]               a device whose state is a file: a source reads it, a
                                   destination writes it (PATH.partial until it is whole);
                                   its id is file/NAME unless given, NAME being PATH's last part
@@ -51,7 +53,7 @@ devices: the same ids and instances, in any order.";
 /// Where a device's state is.
 #[derive(Clone, Debug, Eq, PartialEq)]
 enum Kind {
-    Sim { size: u64, seed: u64 },
+    Sim { size: u64, seed: u64, precopy: u64 },
     File(PathBuf),
     Vfio(PathBuf),
 }
@@ -75,8 +77,8 @@ impl FromStr for Spec {
             Self::path("vfio", rest, Kind::Vfio)
         } else {
             Err(
-                "a device is sim:id=ID[,size=SIZE][,seed=N], file:PATH[,id=ID] or \
-                 vfio:SYSFS_PATH[,id=ID]"
+                "a device is sim:id=ID[,size=SIZE][,seed=N][,precopy=SIZE], file:PATH[,id=ID] \
+                 or vfio:SYSFS_PATH[,id=ID]"
                     .into(),
             )
         }
@@ -94,7 +96,7 @@ fn name(id: &str, instance: u32) -> Result<DeviceId, String> {
 
 impl Spec {
     fn sim(fields: &str) -> Result<Self, String> {
-        let (mut id, mut instance, mut size, mut seed) = (None, 0, 1 << 20, 0);
+        let (mut id, mut instance, mut size, mut seed, mut precopy) = (None, 0, 1 << 20, 0, 0);
         for field in fields.split(',') {
             match field.split_once('=') {
                 Some(("id", value)) => id = Some(value),
@@ -103,13 +105,25 @@ impl Spec {
                     size = args::size(value).map_err(|error| format!("size={value}: {error}"))?;
                 }
                 Some(("seed", value)) => seed = number("seed", value)?,
-                _ => return Err(format!("{field:?}: not id=, instance=, size= or seed=")),
+                Some(("precopy", value)) => {
+                    precopy =
+                        args::size(value).map_err(|error| format!("precopy={value}: {error}"))?;
+                }
+                _ => {
+                    return Err(format!(
+                        "{field:?}: not id=, instance=, size=, seed= or precopy="
+                    ));
+                }
             }
         }
         let id = id.ok_or("a simulated device needs id=ID")?;
         Ok(Self {
             id: name(id, instance)?,
-            kind: Kind::Sim { size, seed },
+            kind: Kind::Sim {
+                size,
+                seed,
+                precopy,
+            },
         })
     }
 
@@ -183,10 +197,15 @@ pub(crate) fn open(specs: &[Spec], source: bool) -> anyhow::Result<Vec<(Device, 
     }
     let open = |spec: &Spec| {
         let (inner, state): (Box<dyn MigrationDevice>, _) = match &spec.kind {
-            Kind::Sim { size, seed } => {
+            Kind::Sim {
+                size,
+                seed,
+                precopy,
+            } => {
                 let config = SimConfig {
                     seed: *seed,
                     len: *size,
+                    precopy_initial: *precopy,
                     ..SimConfig::default()
                 };
                 let device = SimDevice::new(config)?;
@@ -327,13 +346,15 @@ mod tests {
 
     #[test]
     fn simulated_devices() {
-        let spec = parse("sim:id=a/b,size=2MiB,seed=7,instance=3").expect("it is right");
+        let spec = parse("sim:id=a/b,size=2MiB,seed=7,instance=3,precopy=64KiB");
+        let spec = spec.expect("it is right");
         assert_eq!(spec.id, DeviceId::new("a/b", 3).expect("a name"));
         assert_eq!(
             spec.kind,
             Kind::Sim {
                 size: 2 << 20,
-                seed: 7
+                seed: 7,
+                precopy: 64 << 10,
             }
         );
         for wrong in [
@@ -342,6 +363,7 @@ mod tests {
             "sim:id=",
             "sim:id=a,seed=-1",
             "sim:id=a,size=x",
+            "sim:id=a,precopy=-1",
             "sim:id=a,colour=red",
             "disk:a",
             "",

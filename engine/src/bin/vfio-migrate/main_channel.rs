@@ -7,6 +7,8 @@
 //!     ping                                   ──────────────────────▶
 //!                                            ◀──────────────────────   pong: all are RESUMING
 //!     N multifd channels, to the same address ═════════════════════▶
+//!     (PART of each device: END, for what it gives while it runs,
+//!      and the channels carry)               ──────────────────────▶
 //!     command 11, switchover start           ──────────────────────▶   loads begin
 //!     END, FULL of each device: empty        ──────────────────────▶   (or: config load ready)
 //!     ping, once a second                    ──────────────────────▶
@@ -37,7 +39,7 @@ use std::{
 
 use anyhow::{anyhow, bail};
 use vfio_migration::{
-    DeviceId, ErrorKind, Phase,
+    DeviceId, Error, ErrorKind, Phase,
     stream::{Command, Event, Reply, Section, SectionKind, Writer},
 };
 
@@ -73,7 +75,7 @@ pub(crate) fn show_reason(payload: &[u8]) -> String {
 }
 
 /// Whether an engine's error is one that its peer may know more about.
-pub(crate) fn is_the_peers(error: &vfio_migration::Error) -> bool {
+pub(crate) fn is_the_peers(error: &Error) -> bool {
     matches!(
         error.kind(),
         ErrorKind::Channel | ErrorKind::Missing | ErrorKind::Protocol(_)
@@ -81,17 +83,13 @@ pub(crate) fn is_the_peers(error: &vfio_migration::Error) -> bool {
 }
 
 /// The error with which a session is told that its main channel has failed.
-pub(crate) fn main_failed() -> vfio_migration::Error {
-    vfio_migration::Error::new(ErrorKind::Channel, Phase::Section)
+pub(crate) fn main_failed() -> Error {
+    Error::new(ErrorKind::Channel, Phase::Section)
 }
 
 /// One error out of the engine's and the main channel's.
-pub(crate) fn join(
-    engine: Option<vfio_migration::Error>,
-    main: Option<anyhow::Error>,
-) -> anyhow::Result<()> {
-    let told =
-        |error: &vfio_migration::Error| error.phase() == Phase::Section && error.device().is_none();
+pub(crate) fn join(engine: Option<Error>, main: Option<anyhow::Error>) -> anyhow::Result<()> {
+    let told = |error: &Error| error.phase() == Phase::Section && error.device().is_none();
     match (engine, main) {
         (None, None) => Ok(()),
         (Some(engine), None) => Err(anyhow!(engine)),
@@ -157,21 +155,25 @@ impl Words {
         self.0.write(&Event::Command(command))
     }
 
-    /// A section of a device, the `id`th, with its body.
+    /// A section of a device, the `id`th, with its body. All bodies are small here, and one that fails
+    /// leaves nothing of its section: why it failed can still be said behind what came before.
     pub(crate) fn section<R>(
         &mut self,
         kind: SectionKind,
         id: u32,
         owner: &DeviceId,
-        body: impl FnOnce(&mut Connection) -> vfio_migration::Result<R>,
+        body: impl FnOnce(&mut Vec<u8>) -> vfio_migration::Result<R>,
     ) -> vfio_migration::Result<R> {
+        let mut bytes = Vec::new();
+        let written = body(&mut bytes)?;
         self.0.write(&Event::Section(Section {
             kind,
             id,
             owner: owner.clone(),
             version: 1,
         }))?;
-        let written = body(self.0.body())?;
+        let sent = self.0.body().write_all(&bytes);
+        sent.map_err(|error| Error::new(ErrorKind::Channel, Phase::Section).caused_by(error))?;
         self.0.footer(id)?;
         Ok(written)
     }
@@ -222,7 +224,7 @@ pub(crate) fn listen(mut connection: Connection, timeout: Duration, to: &mpsc::S
 }
 
 /// Whether the connection stood still for its time-out.
-pub(crate) fn timed_out(error: &vfio_migration::Error) -> bool {
+pub(crate) fn timed_out(error: &Error) -> bool {
     error.raw_os_error() == Some(nix::errno::Errno::EAGAIN as i32)
 }
 

@@ -214,6 +214,9 @@ pub(crate) struct Transfer {
     pub(crate) seconds: f64,
     /// 10^9 bytes of state in a second.
     pub(crate) gb_per_second: f64,
+    /// The state that was read and sent while the devices still ran: the source knows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) precopy_bytes: Option<u64>,
     /// What went to a file on its way, of what was received.
     pub(crate) spilled_bytes: u64,
 }
@@ -243,6 +246,9 @@ impl Transfer {
             self.channels,
             self.backend,
         ));
+        if let Some(bytes @ 1..) = self.precopy_bytes {
+            text.push_str(&format!("{} of it went before they stopped\n", show(bytes)));
+        }
         text.push_str(&spilled(self.spilled_bytes));
         print(&text)
     }

@@ -32,7 +32,7 @@ use vfio_migration::{
 
 use crate::{
     Interrupted,
-    args::{self, BackendArg, SpillArgs},
+    args::{self, BackendArg, SpillArgs, TermsArgs},
     device::{self, Spec, Subject},
     door::{self, Caller, Door},
     interrupt,
@@ -43,7 +43,6 @@ use crate::{
     network::{self, Address, Connection, Listener, TICK},
     output::{Transfer, rate, say},
     progress::Progress,
-    send,
 };
 
 /// Receive devices' states from a `vfio-migrate send`
@@ -77,9 +76,8 @@ pub(crate) struct Options {
     /// What moves the bytes into the devices
     #[arg(long, value_enum, default_value_t)]
     backend: BackendArg,
-    /// The configs are loaded only after everything else: as the source says
-    #[arg(long)]
-    config_after_iterables: bool,
+    #[command(flatten)]
+    terms: TermsArgs,
     /// How long nothing may move, or be heard of the source, in seconds
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = args::seconds)]
     timeout: Duration,
@@ -259,7 +257,7 @@ impl MainChannel<'_> {
             self.switched.get().is_some(),
             "the main channel has ended, and the switchover was never started"
         );
-        if self.options.config_after_iterables
+        if self.options.terms.config_after_iterables
             && let Some(subject) = self.subjects.iter().find(|it| !ready.contains(&it.id))
         {
             bail!(
@@ -400,7 +398,7 @@ fn load(
         devices
             .map(|it| Realized::new(it, settings.clone()))
             .collect(),
-        &send::terms(options.config_after_iterables),
+        &options.terms.terms(),
         LoadSession::builder().settings(options.settings()),
         Box::new(|| Ok(())),
     )
@@ -464,15 +462,19 @@ fn load(
         bail!(Interrupted);
     }
     let failure = loaded.as_ref().err().cloned();
-    let channels_differ = failure.as_ref().is_some_and(|error| {
-        let kind = error.kind();
-        matches!(kind, ErrorKind::Protocol(Violation::ChannelId { .. }))
+    let differs = failure.as_ref().and_then(|error| match error.kind() {
+        ErrorKind::Protocol(Violation::ChannelId { .. }) => Some("--channels"),
+        ErrorKind::Protocol(Violation::PrecopyOverChannels { .. }) => {
+            Some("--precopy-over-channels")
+        }
+        _ => None,
     });
     let result = main_channel::join(failure, read);
-    if channels_differ {
-        result.context("--channels must be the same on both sides")?;
-    } else {
-        result?;
+    match differs {
+        Some(option) => {
+            result.with_context(|| format!("{option} must be the same on both sides"))?;
+        }
+        None => result?,
     }
     let ended = ended.unwrap_or_else(Instant::now);
     let took = switched
@@ -525,6 +527,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         backend: stats.backend,
         seconds: took.as_secs_f64(),
         gb_per_second: rate(bytes, took),
+        precopy_bytes: None,
         spilled_bytes: stats.spill.written,
     }
     .print(options.json)

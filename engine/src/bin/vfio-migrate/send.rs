@@ -1,12 +1,14 @@
 //! `send`: the source's side of a migration between two processes.
 //!
 //! ```text
-//!   connect ─▶ main channel: which devices ─▶ pong ─▶ N channels ─▶ the devices stop, STOP_COPY
-//!     ─▶ switchover start ─▶ all sent ─▶ EOF ─▶ shut 0 ─▶ devices STOP ─▶ what was moved
+//!   connect ─▶ main channel: which devices ─▶ pong ─▶ N channels ─▶ (PRE_COPY data, over them)
+//!     ─▶ the devices stop, STOP_COPY ─▶ switchover start ─▶ all sent ─▶ EOF ─▶ shut 0
+//!     ─▶ devices STOP ─▶ what was moved
 //! ```
 //!
 //! See `main_channel` for what is said. A failure, here or there, puts the devices back to
-//! RUNNING. The main thread does everything but read the return path.
+//! RUNNING. The main thread does everything but read the return path; while it sends PRE_COPY data
+//! a thread beside it looks for Ctrl-C.
 
 use std::{
     net::Shutdown,
@@ -18,24 +20,23 @@ use std::{
 
 use anyhow::{Context, anyhow, bail};
 use vfio_migration::{
-    Device, Error, SaveSession, Settings, Stats,
+    Canceller, Device, Error, PrecopyChannels, SaveSession, Settings, Stats,
     migration::{
-        Ack, Acks, DeviceSettings, Failed, OnOffAuto, Realized, Saved, Source, Switchover, Terms,
-        vm,
+        Ack, Acks, DeviceSettings, Failed, OnOffAuto, Realized, Saved, Source, Switchover, vm,
     },
     stream::{Command, SectionKind},
 };
 
 use crate::{
     Interrupted,
-    args::{self, BackendArg},
+    args::{self, BackendArg, TermsArgs},
     device::{self, Spec, Subject},
     interrupt,
     main_channel::{
         self, EXPLANATION, HEARTBEAT, LINGER, PING, Replies, STILL_HERE, Words, is_the_peers,
         main_failed,
     },
-    network::{self, Address, Connection},
+    network::{self, Address, Connection, TICK},
     output::{Transfer, rate, say},
     progress::Progress,
 };
@@ -67,9 +68,8 @@ pub(crate) struct Options {
     /// What moves the bytes out of the devices
     #[arg(long, value_enum, default_value_t)]
     backend: BackendArg,
-    /// The configs are loaded only after everything else: as the destination expects
-    #[arg(long)]
-    config_after_iterables: bool,
+    #[command(flatten)]
+    terms: TermsArgs,
     /// How long nothing may move, or be heard of the destination, in seconds
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = args::seconds)]
     timeout: Duration,
@@ -96,21 +96,6 @@ impl Options {
         settings.buffer_len = self.packet;
         settings
     }
-
-    fn terms(&self) -> Terms {
-        terms(self.config_after_iterables)
-    }
-}
-
-/// What both ends of this command agree on.
-pub(crate) fn terms(config_after_iterables: bool) -> Terms {
-    let mut terms = Terms::default();
-    terms.config_after_iterables = if config_after_iterables {
-        OnOffAuto::On
-    } else {
-        OnOffAuto::Off
-    };
-    terms
 }
 
 /// Sets the devices up, and asks the destination whether it has the same, and is ready.
@@ -120,7 +105,7 @@ fn greet(
     words: &mut Words,
     replies: &mut Replies,
 ) -> anyhow::Result<Vec<Source>> {
-    let (terms, acks) = (options.terms(), Acks::new(Ack::Off));
+    let (terms, acks) = (options.terms.terms(), Acks::new(Ack::Off));
     let mut sources = Vec::with_capacity(devices.len());
     for (number, device) in (0..).zip(devices) {
         let id = device.id().clone();
@@ -145,6 +130,73 @@ fn greet(
         }
     }
     Ok(sources)
+}
+
+/// Sends what the devices give while they still run, over the channels. Returns how many bytes.
+fn iterate(
+    sources: &mut [Source],
+    channels: &mut PrecopyChannels,
+    words: &mut Words,
+    replies: &mut Replies,
+) -> anyhow::Result<u64> {
+    let mut sent = 0;
+    // Ends: what is read lowers a device's estimate, which is not asked for anew, and one that has
+    // nothing for now has none.
+    while sources
+        .iter()
+        .any(|source| source.pending_estimate().precopy() > 0)
+    {
+        for (number, source) in (0..).zip(&mut *sources) {
+            if source.pending_estimate().precopy() == 0 {
+                continue;
+            }
+            let id = source.id().clone();
+            let iteration = words.section(SectionKind::Part, number, &id, |body| {
+                source.iterate_over(channels, body)
+            })?;
+            sent += iteration.bytes as u64;
+        }
+        replies.look()?;
+        if interrupt::requested() {
+            bail!(Interrupted);
+        }
+    }
+    Ok(sent)
+}
+
+/// Looks for Ctrl-C while another thread sends, which waits for as long as the destination takes
+/// nothing. Ends with it, or when `sent` is dropped.
+fn cancel_on_interrupt(canceller: &Canceller, sent: &mpsc::Receiver<()>) {
+    while sent.recv_timeout(TICK) == Err(mpsc::RecvTimeoutError::Timeout) {
+        if interrupt::requested() {
+            canceller.cancel();
+            return;
+        }
+    }
+}
+
+/// As [`iterate`], and to be interrupted.
+fn send_precopy(
+    sources: &mut [Source],
+    channels: &mut PrecopyChannels,
+    words: &mut Words,
+    replies: &mut Replies,
+) -> anyhow::Result<u64> {
+    let canceller = channels.canceller();
+    let (sending, sent) = mpsc::channel();
+    let result = thread::scope(|scope| {
+        scope.spawn(|| {
+            let sent = sent;
+            cancel_on_interrupt(&canceller, &sent);
+        });
+        let result = iterate(sources, channels, words, replies);
+        drop(sending);
+        result
+    });
+    match result {
+        Err(error) if error.downcast_ref().is_some_and(Error::is_cancelled) => bail!(Interrupted),
+        result => result,
+    }
 }
 
 /// Says that the loads may begin, and all that follows but the end.
@@ -231,18 +283,41 @@ fn confirm(replies: &mut Replies) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What a migration has come to.
+struct Sent {
+    stats: Stats,
+    /// What was sent before the devices stopped, where that was agreed on.
+    precopy: Option<u64>,
+    /// From then on.
+    took: Duration,
+}
+
 fn migrate(
     options: &Options,
     devices: Vec<Device>,
     subjects: &[Subject],
     words: &mut Words,
     replies: &mut Replies,
-) -> anyhow::Result<(Stats, Duration)> {
+) -> anyhow::Result<Sent> {
     let mut sources = greet(options, devices, words, replies)?;
-    let mut session = SaveSession::builder().settings(options.settings());
-    for _ in 0..options.channels {
-        session = session.channel(network::connect(&options.to, TRY_AGAIN, options.timeout)?);
-    }
+    let connect = |_| network::connect(&options.to, TRY_AGAIN, options.timeout);
+    let channels: Vec<_> = (0..options.channels)
+        .map(connect)
+        .collect::<anyhow::Result<_>>()?;
+    let settings = options.settings();
+    let mut session = SaveSession::builder().settings(settings.clone());
+    let precopy = if options.terms.precopy_over_channels {
+        let channels = channels.into_iter().map(Into::into).collect();
+        let mut channels = PrecopyChannels::greet(channels, &settings)?;
+        let sent = send_precopy(&mut sources, &mut channels, words, replies)?;
+        session = session.precopy_channels(channels);
+        Some(sent)
+    } else {
+        for channel in channels {
+            session = session.channel(channel);
+        }
+        None
+    };
     let began = Instant::now();
     vm::stop(&mut sources, vm::Reason::FinishMigration)?;
     let switchover = Switchover::begin(sources, session).map_err(Error::from)?;
@@ -270,11 +345,19 @@ fn migrate(
                 let error = anyhow!(failed.error);
                 say(&format!("all was sent, but afterwards: {error:#}"));
             }
-            Ok((stats, took))
+            Ok(Sent {
+                stats,
+                precopy,
+                took,
+            })
         }
         (result, saved) => {
             let _running = saved.map(Saved::abort);
-            result.map(|stats| (stats, took))
+            result.map(|stats| Sent {
+                stats,
+                precopy,
+                took,
+            })
         }
     }
 }
@@ -305,7 +388,7 @@ fn talk(
     devices: Vec<Device>,
     subjects: &[Subject],
     main: &Connection,
-) -> anyhow::Result<(Stats, Duration)> {
+) -> anyhow::Result<Sent> {
     let mut last = main.try_clone().context("cannot use a connection")?;
     let listening = main.try_clone().context("cannot use a connection")?;
     let (sender, heard) = mpsc::channel();
@@ -351,7 +434,11 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let (devices, subjects): (Vec<_>, Vec<_>) =
         device::open(&options.devices, true)?.into_iter().unzip();
     let main = network::connect(&options.to, options.connect_timeout, options.timeout)?;
-    let (stats, took) = talk(options, devices, &subjects, &main)?;
+    let Sent {
+        stats,
+        precopy,
+        took,
+    } = talk(options, devices, &subjects, &main)?;
     drop(main);
     let devices = device::describe(&subjects, &stats)?;
     let bytes = devices.iter().map(|device| device.state_bytes).sum();
@@ -363,6 +450,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         backend: stats.backend,
         seconds: took.as_secs_f64(),
         gb_per_second: rate(bytes, took),
+        precopy_bytes: precopy,
         spilled_bytes: 0,
     }
     .print(options.json)
