@@ -6,6 +6,9 @@
 //!             ◀── return path ───
 //! ```
 //!
+//! It moves twice: as QEMU would have it, with what the devices give while the VM runs on the main
+//! channel, and with that over the channels, which both ends have to be this engine for.
+//!
 //! The devices are simulated and the connections socket pairs; a VMM puts its own in their places,
 //! and its RAM, its processors and its other devices around this. Run it with
 //! `cargo run --features sim --example embed`.
@@ -13,7 +16,7 @@
 use std::{os::unix::net::UnixStream, thread};
 
 use vfio_migration::{
-    Device, DeviceId, Error, LoadSession, Result, SaveSession,
+    Device, DeviceId, Error, LoadSession, PrecopyChannels, Result, SaveSession, Settings,
     migration::{
         Ack, Acks, DeviceSettings, Incoming, Realized, Source, Switchover, Terms,
         vm::{self, Reason},
@@ -23,9 +26,10 @@ use vfio_migration::{
 };
 
 /// What both ends have agreed on.
-fn terms() -> Terms {
+fn terms(over_channels: bool) -> Terms {
     let mut terms = Terms::default();
     terms.switchover_ack = Ack::Once;
+    terms.precopy_over_channels = over_channels;
     terms
 }
 
@@ -45,8 +49,13 @@ fn section<R>(
 }
 
 /// The source: until the VM runs on the destination, or goes on here.
-fn source(devices: Vec<Realized>, main: &UnixStream, channels: Vec<UnixStream>) -> Result<()> {
-    let (terms, acks) = (terms(), Acks::new(Ack::Once));
+fn source(
+    devices: Vec<Realized>,
+    main: &UnixStream,
+    channels: Vec<UnixStream>,
+    terms: &Terms,
+) -> Result<()> {
+    let acks = Acks::new(terms.switchover_ack);
     let mut writer = Writer::open(main)?;
     let mut sources = Vec::new();
     for (id, device) in (0..).zip(devices) {
@@ -55,15 +64,20 @@ fn source(devices: Vec<Realized>, main: &UnixStream, channels: Vec<UnixStream>) 
             &mut writer,
             SectionKind::Start,
             (id, &owner),
-            |body| Ok(Source::setup(device, &terms, &acks, body)?),
+            |body| Ok(Source::setup(device, terms, &acks, body)?),
         )?);
     }
+    let channels = channels.into_iter().map(Into::into).collect();
+    let mut channels = PrecopyChannels::greet(channels, &Settings::default())?;
     // While the VM runs: until little enough is left, and the destination is ready.
     while sources.iter().any(|it| !it.is_switchover_ready()) {
         for (id, source) in (0..).zip(&mut sources) {
             let owner = source.id().clone();
             let part = SectionKind::Part;
-            section(&mut writer, part, (id, &owner), |body| source.iterate(body))?;
+            // Over the channels where that was agreed on, and otherwise into the section.
+            section(&mut writer, part, (id, &owner), |body| {
+                source.iterate_over(&mut channels, body)
+            })?;
         }
         if sources.iter().all(|it| it.pending_estimate().initial == 0)
             && Reply::read(&mut &*main)? == Some(Reply::SwitchoverAck)
@@ -74,9 +88,7 @@ fn source(devices: Vec<Realized>, main: &UnixStream, channels: Vec<UnixStream>) 
     let ids: Vec<_> = sources.iter().map(|source| source.id().clone()).collect();
     // The processors stand still from here on.
     vm::stop(&mut sources, Reason::FinishMigration)?;
-    let session = channels
-        .into_iter()
-        .fold(SaveSession::builder(), |it, channel| it.channel(channel));
+    let session = SaveSession::builder().precopy_channels(channels);
     let mut switchover = Switchover::begin(sources, session)?;
     writer.write(&Event::Command(Command::SwitchoverStart))?;
     for device in (0..).zip(&ids) {
@@ -101,13 +113,18 @@ fn source(devices: Vec<Realized>, main: &UnixStream, channels: Vec<UnixStream>) 
 }
 
 /// The destination: until the VM runs here.
-fn destination(devices: Vec<Realized>, main: &UnixStream, channels: Vec<UnixStream>) -> Result<()> {
+fn destination(
+    devices: Vec<Realized>,
+    main: &UnixStream,
+    channels: Vec<UnixStream>,
+    terms: &Terms,
+) -> Result<()> {
     let session = channels
         .into_iter()
         .fold(LoadSession::builder(), |it, channel| it.channel(channel));
     let path = main.try_clone().expect("a descriptor is to be had");
     let approve = move || Reply::SwitchoverAck.write(&mut &path);
-    let incoming = Incoming::setup(devices, &terms(), session, Box::new(approve))?;
+    let incoming = Incoming::setup(devices, terms, session, Box::new(approve))?;
     let mut reader = Reader::open(main)?;
     loop {
         match reader.next_event()? {
@@ -148,20 +165,27 @@ fn devices(seed: u64) -> Result<(Vec<Realized>, Vec<SimHandle>)> {
 }
 
 /// Moves a VM.
-pub fn main() -> Result<()> {
+fn migrate(terms: &Terms) -> Result<()> {
     let pair = || UnixStream::pair().expect("sockets are to be had");
     let (main, main_there) = pair();
     let (channels, channels_there) = (0..2).map(|_| pair()).unzip();
     let ((devices_here, before), (devices_there, after)) = (devices(1)?, devices(100)?);
     thread::scope(|scope| {
-        let source = scope.spawn(|| source(devices_here, &main, channels));
-        let moved = destination(devices_there, &main_there, channels_there);
+        let source = scope.spawn(|| source(devices_here, &main, channels, terms));
+        let moved = destination(devices_there, &main_there, channels_there, terms);
         moved.and(source.join().expect("no side panics"))
     })?;
     for (before, after) in before.iter().zip(&after) {
         assert_eq!(before.digest(), after.digest());
         assert_eq!(before.config_digest(), after.config_digest());
     }
+    Ok(())
+}
+
+/// Moves a VM, in both ways.
+pub fn main() -> Result<()> {
+    migrate(&terms(false))?;
+    migrate(&terms(true))?;
     println!("moved");
     Ok(())
 }
