@@ -173,6 +173,7 @@ pub struct Device {
     fd: Option<Fd>,
     health: Health,
     events: bool,
+    config_after_iterables: Option<bool>,
 }
 
 impl Device {
@@ -199,6 +200,7 @@ impl Device {
             fd: None,
             health: Health::Good,
             events: true,
+            config_after_iterables: None,
         };
         match device.ask() {
             Ok(()) => Ok(device),
@@ -218,6 +220,21 @@ impl Device {
     /// Whether [`MigrationDevice::event`] is called. It is, unless set.
     pub const fn set_events(&mut self, events: bool) {
         self.events = events;
+    }
+
+    /// Load: whether this device's config waits for its notice on the main channel. Unless set, what
+    /// the session says of all ([`Settings::config_after_iterables`](crate::Settings)). Looked at once,
+    /// when a session takes the device. Both ends must agree.
+    ///
+    /// [`migration`](crate::migration) sets it from
+    /// [`DeviceSettings`](crate::migration::DeviceSettings).
+    pub const fn set_config_after_iterables(&mut self, waits: Option<bool>) {
+        self.config_after_iterables = waits;
+    }
+
+    /// See [`Device::set_config_after_iterables`].
+    pub(crate) const fn config_after_iterables(&self) -> Option<bool> {
+        self.config_after_iterables
     }
 
     /// The device's name.

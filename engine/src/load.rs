@@ -81,6 +81,8 @@ pub(crate) struct LoadDevice {
     pub(crate) counters: DeviceCounters,
     /// For iterable data: from setup to the switchover's start, or an earlier one of the loader's.
     iterable: Mutex<Option<Fd>>,
+    /// Whether its config waits for a notice.
+    pub(crate) config_waits: bool,
     drained: Mutex<Option<Drained>>,
     /// How many packets are in the device, as far as that is told: before the switchover.
     written: AtomicU32,
@@ -206,8 +208,13 @@ impl Load {
         routes.iter().filter_map(device).collect()
     }
 
-    /// Adds a device under its name.
-    pub(crate) fn add(&self, id: &DeviceId, ordinal: u32) -> Result<Arc<LoadDevice>> {
+    /// Adds a device under its name. `config_waits`: what is set of this one alone, if anything is.
+    pub(crate) fn add(
+        &self,
+        id: &DeviceId,
+        ordinal: u32,
+        config_waits: Option<bool>,
+    ) -> Result<Arc<LoadDevice>> {
         let device = Arc::new(LoadDevice {
             id: id.clone(),
             ordinal,
@@ -215,6 +222,7 @@ impl Load {
             control: Control::new(),
             counters: DeviceCounters::default(),
             iterable: Mutex::new(None),
+            config_waits: config_waits.unwrap_or(self.settings.config_after_iterables),
             drained: Mutex::new(None),
             written: AtomicU32::new(0),
             progress: Waiters::new(),

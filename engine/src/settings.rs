@@ -74,8 +74,9 @@ pub struct Settings {
     /// The most devices over the session's life, those that were removed included. Unless set:
     /// those given to the builder; for a relay, which is given none, 64.
     pub max_devices: Option<u32>,
-    /// Load: whether each device's config waits for its notice on the main channel. Both ends must
-    /// agree. Off.
+    /// Load: whether each device's config waits for its notice on the main channel, unless the device
+    /// says otherwise ([`Device::set_config_after_iterables`](crate::Device)). Both ends must agree.
+    /// Off.
     pub config_after_iterables: bool,
     /// Load: whether a device is set to STOP once it is loaded, so that a state which its driver
     /// refuses fails the load. On.

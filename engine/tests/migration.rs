@@ -13,6 +13,7 @@ use std::{
         Arc,
         atomic::{AtomicU32, Ordering::SeqCst},
     },
+    thread,
     time::Duration,
 };
 
@@ -102,6 +103,88 @@ fn configs_wait_for_their_notice() {
         ..Setup::default()
     });
     ended.check();
+}
+
+#[test]
+fn whether_a_config_waits_is_set_for_each_device() {
+    let _watchdog = Watchdog::new();
+    for (of_all, of_first) in [
+        (OnOffAuto::Off, OnOffAuto::On),
+        (OnOffAuto::On, OnOffAuto::Off),
+    ] {
+        let setup = Setup {
+            devices: 2,
+            config_after_iterables: of_all,
+            config_of_odd: Some(of_first),
+            flags: MigrationFlags::STOP_COPY | MigrationFlags::P2P,
+            ..Setup::default()
+        };
+        migrate(&setup).check();
+
+        // Both devices' packets, and no notice: the one that waits for none is loaded.
+        let (waiting, other) = if of_first == OnOffAuto::On {
+            (1, 2)
+        } else {
+            (2, 1)
+        };
+        let terms = setup.terms();
+        let (near, far) = UnixStream::pair().unwrap();
+        let (sources, _): (Vec<_>, Vec<_>) = (1..=2)
+            .map(|at| setup.realize(at, setup.config(at.into())))
+            .unzip();
+        let (devices, loaded_to): (Vec<_>, Vec<_>) =
+            (1..=2).map(|at| setup.realize(at, setup.config(9))).unzip();
+        let approve = Box::new(|| Ok(()));
+        let load = LoadSession::builder().settings(quick()).channel(far);
+        let incoming = Incoming::setup(devices, &terms, load, approve).unwrap();
+        let acks = Acks::new(setup.ack);
+        let mut sources: Vec<_> = sources
+            .into_iter()
+            .map(|it| Source::setup(it, &terms, &acks, io::sink()).unwrap())
+            .collect();
+        state::stop(&mut sources, state::Reason::FinishMigration).unwrap();
+        let save = SaveSession::builder().settings(quick()).channel(near);
+        let mut switchover = Switchover::begin(sources, save).unwrap();
+        incoming.switchover_start().unwrap();
+        let mut notice = Vec::new();
+        for (number, body) in [(waiting, &mut notice), (other, &mut Vec::new())] {
+            switchover.complete(&id(number), io::sink()).unwrap();
+            switchover.config(&id(number), &mut *body).unwrap();
+            let tag = if number == waiting {
+                Tag::ConfigLoadReady
+            } else {
+                Tag::EndOfState
+            };
+            assert_eq!(body[..], tag.encode(), "device {number}");
+        }
+        let saved = switchover.finish().unwrap();
+        let has_loaded = |number: usize| loaded_to[number - 1].state() == DeviceState::Stop;
+        // Under the watchdog: it ends when the device is loaded.
+        while !has_loaded(other as usize) {
+            thread::sleep(Duration::from_millis(1));
+        }
+        thread::sleep(Duration::from_millis(20));
+        assert!(!has_loaded(waiting as usize), "without its notice");
+        let body = |number| incoming.device(&id(number)).unwrap();
+        body(waiting).load_state(&mut &notice[..]).unwrap();
+        let loaded = incoming.finish().unwrap();
+        assert!(has_loaded(waiting as usize));
+        drop((loaded, saved));
+    }
+}
+
+#[test]
+fn a_notice_for_a_device_that_waits_for_none_is_refused() {
+    let _watchdog = Watchdog::new();
+    let setup = Setup {
+        config_after_iterables: OnOffAuto::On,
+        config_of_odd: Some(OnOffAuto::Off),
+        ..Setup::default()
+    };
+    let (incoming, _, _) = incoming(&setup);
+    let tag = Tag::ConfigLoadReady;
+    refused(load(&incoming, &[tag], b""), tag);
+    assert!(incoming.finish().is_err());
 }
 
 #[test]
@@ -705,7 +788,7 @@ fn whatever_fails_at_the_switchover_the_devices_run_again() {
                 .map(|it| Source::setup(it, &setup.terms(), &acks, io::sink()).unwrap())
                 .collect();
             let (near, far) = UnixStream::pair().unwrap();
-            let reader = std::thread::spawn(move || io::copy(&mut &far, &mut io::sink()));
+            let reader = thread::spawn(move || io::copy(&mut &far, &mut io::sink()));
             let session = SaveSession::builder().settings(quick()).channel(near);
             let failed = match Switchover::begin(sources, session) {
                 Err(failed) => failed,

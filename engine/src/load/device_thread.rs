@@ -50,7 +50,7 @@ fn finish_load(load: &Load, shared: &LoadDevice, device: &mut Device) -> Result<
     let cancelled = |_stop| Error::cancelled(Phase::Config).on_device(&shared.id);
     let config = wait_for_driver(load, shared)?;
     let body = wire::config_body(&config).map_err(|error| error.on_device(&shared.id))?;
-    if load.settings.config_after_iterables {
+    if shared.config_waits {
         // A time beyond the clock's end is none.
         let until = Instant::now().checked_add(load.settings.config_ready_timeout);
         match shared.control.wait_config_ready(until) {

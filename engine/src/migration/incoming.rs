@@ -68,6 +68,8 @@ struct Member {
     precopy: bool,
     /// Whether its PRE_COPY data comes over the channels too.
     over_channels: bool,
+    /// Whether its config waits for its notice, where it comes over the channels.
+    config_waits: bool,
     way: Way,
     counters: DeviceCounters,
 }
@@ -91,7 +93,6 @@ pub struct Incoming {
     members: Vec<Member>,
     session: Option<LoadSession>,
     ack: Ack,
-    config_waits: bool,
     stop_after_load: bool,
     approve: Approve,
     owed: Mutex<Owed>,
@@ -146,9 +147,13 @@ impl Incoming {
         for (realized, (multifd, took)) in devices.into_iter().zip(multifd.into_iter().zip(resumed))
         {
             let Realized {
-                device, settings, ..
+                mut device,
+                settings,
+                ..
             } = realized;
             let id = device.id().clone();
+            let config_waits = terms.config_of(&settings);
+            device.set_config_after_iterables(Some(config_waits));
             let precopy = device.flags().contains(MigrationFlags::PRE_COPY);
             let counters = DeviceCounters::default();
             let way = if multifd {
@@ -167,6 +172,7 @@ impl Incoming {
                 settings,
                 precopy,
                 over_channels: multifd && terms.precopy_over_channels,
+                config_waits,
                 way,
                 counters,
             });
@@ -182,7 +188,6 @@ impl Incoming {
             members,
             session: None,
             ack: terms.switchover_ack,
-            config_waits: terms.config_waits(),
             stop_after_load,
             approve,
             owed: Mutex::new(owed),
@@ -217,7 +222,9 @@ impl Incoming {
                     Way::Channels => take(&member.id),
                     Way::Main(direct) => lock(direct).device.take(),
                 };
-                Some(Realized::new(device?, member.settings.clone()))
+                let mut device = device?;
+                device.set_config_after_iterables(None);
+                Some(Realized::new(device, member.settings.clone()))
             })
             .collect()
     }
@@ -680,7 +687,7 @@ impl SectionSink for Sink<'_> {
 
     fn config_load_ready(&mut self) -> Result<bool> {
         match &self.incoming.session {
-            Some(session) if self.direct.is_none() && self.incoming.config_waits => {
+            Some(session) if self.direct.is_none() && self.member.config_waits => {
                 session.config_load_ready(&self.member.id).map(|()| true)
             }
             _ => Ok(false),

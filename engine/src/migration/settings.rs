@@ -35,6 +35,10 @@ pub struct DeviceSettings {
     /// Source: the most bytes that are read at once, and so a packet's data. Unless set, the
     /// device's estimate of its state, but not above 1 MiB nor below 64 KiB.
     pub buffer_len: Option<usize>,
+    /// Whether its config, where that comes over the channels, waits for its notice on the main
+    /// channel. Unless set, what was agreed on for the VM ([`Terms::config_after_iterables`]). Both ends
+    /// must set the same.
+    pub config_after_iterables: Option<OnOffAuto>,
 }
 
 impl Default for DeviceSettings {
@@ -45,6 +49,7 @@ impl Default for DeviceSettings {
             dirty_tracking: true,
             events: false,
             buffer_len: None,
+            config_after_iterables: None,
         }
     }
 }
@@ -84,9 +89,9 @@ pub struct Terms {
     pub switchover_start: bool,
     /// Whether the switchover waits for the destination.
     pub switchover_ack: Ack,
-    /// Whether a config that came over the channels waits for its notice on the main channel. Auto:
-    /// where the architecture wants it, which is 64-bit Arm: its interrupt controller must be
-    /// restored first.
+    /// Whether a config that came over the channels waits for its notice on the main channel, of
+    /// devices for which nothing else is set ([`DeviceSettings::config_after_iterables`]). Auto: where
+    /// the architecture wants it, which is 64-bit Arm: its interrupt controller must be restored first.
     pub config_after_iterables: OnOffAuto,
     /// What a device gives in PRE_COPY goes over the multifd channels too, of devices whose state
     /// does. No, by default: no other source or destination can, and one that does not agree is
@@ -124,14 +129,19 @@ impl Terms {
         self.multifd && !self.compression && !self.to_file && self.switchover_start
     }
 
-    /// Whether configs wait for their notice.
+    /// Whether configs wait for their notice, of devices for which nothing else is set.
     #[must_use]
     pub const fn config_waits(&self) -> bool {
-        match self.config_after_iterables {
-            OnOffAuto::On => true,
-            OnOffAuto::Off => false,
-            OnOffAuto::Auto => cfg!(target_arch = "aarch64"),
-        }
+        waits(self.config_after_iterables)
+    }
+
+    /// Whether this device's does.
+    pub(super) fn config_of(&self, settings: &DeviceSettings) -> bool {
+        waits(
+            settings
+                .config_after_iterables
+                .unwrap_or(self.config_after_iterables),
+        )
     }
 
     /// Refuses what no device's migration can do.
@@ -160,6 +170,15 @@ impl Terms {
                 Err(Error::new(ErrorKind::Config(what), Phase::Setup))
             }
         }
+    }
+}
+
+/// Whether a config waits where this is set.
+const fn waits(setting: OnOffAuto) -> bool {
+    match setting {
+        OnOffAuto::On => true,
+        OnOffAuto::Off => false,
+        OnOffAuto::Auto => cfg!(target_arch = "aarch64"),
     }
 }
 
@@ -199,6 +218,24 @@ mod tests {
         assert!(with(OnOffAuto::On));
         assert!(!with(OnOffAuto::Off));
         assert_eq!(with(OnOffAuto::Auto), cfg!(target_arch = "aarch64"));
+
+        let device = |setting, of_all| {
+            let settings = DeviceSettings {
+                config_after_iterables: setting,
+                ..DeviceSettings::default()
+            };
+            let terms = Terms {
+                config_after_iterables: of_all,
+                ..Terms::default()
+            };
+            terms.config_of(&settings)
+        };
+        for of_all in [OnOffAuto::On, OnOffAuto::Off, OnOffAuto::Auto] {
+            assert_eq!(device(None, of_all), with(of_all));
+            for setting in [OnOffAuto::On, OnOffAuto::Off, OnOffAuto::Auto] {
+                assert_eq!(device(Some(setting), of_all), with(setting));
+            }
+        }
     }
 
     #[test]

@@ -125,11 +125,11 @@ impl Source {
         trace::migration_state_notifier(device.id(), "setup");
         let mut source = Self {
             device: UnderWay(Some(device)),
+            config_waits: terms.config_of(&settings),
             settings,
             multifd: false,
             over_channels: false,
             carried: 0,
-            config_waits: terms.config_waits(),
             buffer: Vec::new(),
             counters: Box::default(),
             acks: acks.clone(),

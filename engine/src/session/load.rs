@@ -284,7 +284,7 @@ impl LoadSession {
     ) -> Result<()> {
         let id = device.id().clone();
         let ordinal = lock(&self.ids).take(&id)?;
-        let shared = match self.load.add(&id, ordinal) {
+        let shared = match self.load.add(&id, ordinal, device.config_after_iterables()) {
             Ok(shared) => shared,
             Err(error) => {
                 self.common.give_back(ordinal, device, Err(error.clone()));
@@ -520,7 +520,7 @@ impl LoadSession {
     /// [`Violation::SectionTag`] where that is not in use, or comes a second time.
     pub fn config_load_ready(&self, id: &DeviceId) -> Result<()> {
         let device = self.device(id)?;
-        if self.load.settings.config_after_iterables && device.control.config_ready() {
+        if device.config_waits && device.control.config_ready() {
             return Ok(());
         }
         let tag = wire::Tag::ConfigLoadReady.value();

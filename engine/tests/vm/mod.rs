@@ -38,6 +38,8 @@ pub struct Setup {
     pub mixed: bool,
     pub ack: Ack,
     pub config_after_iterables: OnOffAuto,
+    /// What is set of every second device, beginning with the first.
+    pub config_of_odd: Option<OnOffAuto>,
     pub delays: Vec<(DeviceState, Duration)>,
     /// PRE_COPY data goes over the channels too.
     pub over_channels: bool,
@@ -56,6 +58,7 @@ impl Default for Setup {
             mixed: false,
             ack: Ack::Off,
             config_after_iterables: OnOffAuto::Off,
+            config_of_odd: None,
             delays: Vec::new(),
             over_channels: false,
         }
@@ -93,6 +96,9 @@ impl Setup {
         settings.transfer = self.transfer;
         if self.mixed && number % 2 == 1 {
             settings.transfer = OnOffAuto::Off;
+        }
+        if number % 2 == 1 {
+            settings.config_after_iterables = self.config_of_odd;
         }
         let device = Device::new(id(number), Box::new(device)).unwrap();
         (Realized::new(device, settings), handle)
