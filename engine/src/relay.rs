@@ -194,6 +194,11 @@ impl Shared {
             // Another channel was faster.
             return Ok(device.clone());
         }
+        // Under the lock, under which the mover looks for devices for the last time, once the relay
+        // has failed: it closes this one's slots, or this sees that it has.
+        if let Some(error) = self.stopped() {
+            return Err(error);
+        }
         let ordinal = u32::try_from(devices.len()).unwrap_or(u32::MAX);
         if ordinal >= self.max_devices {
             let kind = ErrorKind::Config("more devices than max_devices");

@@ -4,9 +4,9 @@
 mod common;
 
 use std::{
-    io::{Read, Write},
+    io::{self, Read, Write},
     os::unix::net::UnixStream,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError, mpsc},
     thread,
     time::{Duration, Instant},
 };
@@ -138,6 +138,82 @@ fn a_cancellation_ends_every_wait_and_leaves_nothing() {
     }
 }
 
+/// A connection that stands still within its last packet, says so, and brings the rest when it has been
+/// hung up on: that was on its way.
+struct Late {
+    first: io::Cursor<Vec<u8>>,
+    rest: io::Cursor<Vec<u8>>,
+    stands: mpsc::Sender<()>,
+    hung_up: mpsc::Receiver<()>,
+}
+
+impl Read for Late {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        let count = self.first.read(bytes)?;
+        if count > 0 {
+            return Ok(count);
+        }
+        if self.rest.position() == 0 {
+            self.stands.send(()).unwrap();
+            self.hung_up.recv().unwrap();
+            // The other threads have ended by now, or find the packet where they look.
+            thread::sleep(Duration::from_millis(20));
+        }
+        self.rest.read(bytes)
+    }
+}
+
+impl Write for Late {
+    fn write(&mut self, _bytes: &[u8]) -> io::Result<usize> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_new_devices_packet_that_comes_too_late_is_refused() {
+    let _alone = Alone::new();
+    for _ in 0..40 {
+        let relay = Relay::start(&Settings::default()).unwrap();
+        // One device keeps the mover from looking for others.
+        let mut many = [hello(0), sync()].concat();
+        for index in 0..20_000 {
+            many.extend(packet(1, index, b"state"));
+        }
+        let (far, first_out) = UnixStream::pair().unwrap();
+        // And of the other the first packet is under way when the relay ends.
+        let late = packet(2, 0, b"state");
+        let (header, rest) = late.split_at(late.len() - 5);
+        let (hang_up, hung_up) = mpsc::channel();
+        let (stands, is_standing) = mpsc::channel();
+        let late = Late {
+            first: io::Cursor::new([&hello(1), &sync(), header].concat()),
+            rest: io::Cursor::new(rest.to_vec()),
+            stands,
+            hung_up,
+        };
+        let hang_up = move || {
+            // Nobody waits any more, the second time.
+            let _again = hang_up.send(());
+        };
+        let (second_far, second_out) = UnixStream::pair().unwrap();
+        let source = Channel::from_reader(io::Cursor::new(many));
+        relay.add_channel(source, far).unwrap();
+        wait_for(|| relay.stats().channels[0].packets > 0);
+        let source = Channel::from_stream(late, hang_up);
+        relay.add_channel(source, second_far).unwrap();
+        is_standing.recv().unwrap();
+        relay.cancel();
+        let report = relay.join();
+        assert!(report.result.unwrap_err().is_cancelled());
+        assert_eq!(report.stats.held, 0);
+        drop((first_out, second_out));
+    }
+}
+
 /// Pseudo-random numbers, splitmix64.
 fn random(state: &mut u64) -> usize {
     *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -193,7 +269,7 @@ fn whatever_a_source_sends_it_comes_to_an_end() {
         let mut reading = Vec::new();
         for bytes in &channels {
             let (far, mut destination) = UnixStream::pair().unwrap();
-            let source = Channel::from_reader(std::io::Cursor::new(bytes.clone()));
+            let source = Channel::from_reader(io::Cursor::new(bytes.clone()));
             relay.add_channel(source, far).unwrap();
             reading.push(thread::spawn(move || {
                 let mut received = Vec::new();
@@ -261,7 +337,7 @@ fn a_targets_page_size_is_its_own() {
     let page_size = vfio_migration::wire::PageSize::new(65536).unwrap();
     let sent = [hello(0), vfio_migration::wire::encode_sync(page_size, 0)].concat();
     let (far, mut destination) = UnixStream::pair().unwrap();
-    let source = Channel::from_reader(std::io::Cursor::new(sent.clone()));
+    let source = Channel::from_reader(io::Cursor::new(sent.clone()));
     relay
         .add_channel(source.with_page_size(65536).unwrap(), far)
         .unwrap();

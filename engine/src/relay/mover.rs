@@ -24,7 +24,9 @@ pub(super) fn run(shared: &Shared) {
     if let Err(error) = mover.run() {
         shared.fail(error);
     }
-    // Later packets are refused, and those that nobody took are recycled.
+    // Later packets are refused, and those that nobody took are recycled; of all devices: those that
+    // are made after this last look are refused themselves.
+    mover.meet();
     for Moved { device, .. } in &mover.moved {
         let abandon = |packet: Packet| packet.recycle(&shared.pool);
         device.inbox.close(&mover.epoch.pin(), abandon);
