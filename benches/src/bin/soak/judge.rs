@@ -3,15 +3,19 @@
 use std::{
     any::Any,
     fs,
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
     time::{Duration, Instant},
 };
 
-use vfio_migration::{DeviceState, Error, ErrorKind, Report};
+use vfio_migration::{DeviceState, Error, ErrorKind, Report, Stats};
 
 use crate::{
     migrate::{Looked, PUT_BACK},
     plan::{Plan, Side},
 };
+
+/// How many bytes have been spilled, in all migrations of this process.
+pub static SPILLED: AtomicU64 = AtomicU64::new(0);
 
 type Ended = Option<Result<Report, Error>>;
 
@@ -29,11 +33,17 @@ pub fn both(
     for (source, destination) in saved.iter().zip(loaded) {
         whole_or_not(source.before, destination)?;
     }
+    let why = |ended: &Ended| match ended {
+        Some(Ok(report)) => format!("{:?}", report.result),
+        Some(Err(error)) => format!("{error:?}"),
+        None => "dropped".to_owned(),
+    };
+    let (here, there) = (why(&save), why(&load));
     let mut success = side(Side::Save, saved, save)?;
     success &= side(Side::Load, loaded, load)?;
     check(
         success || !plan.scene.must_succeed(),
-        "nothing went wrong, and it failed",
+        &format!("nothing went wrong, and it failed: save {here}, load {there}"),
     )?;
     if success {
         for (source, destination) in saved.iter().zip(loaded) {
@@ -75,6 +85,8 @@ pub fn side(side: Side, looked: &[Looked], ended: Ended) -> Result<bool, String>
         clear(error)?;
     }
     check(report.stats.held == 0, "memory is held")?;
+    check(report.stats.spill.held == 0, "a spill file is not empty")?;
+    spilled(&report.stats);
     check(report.abandoned_threads == 0, "a thread was left behind")?;
     let mut success = report.result.is_ok();
     for (device, look) in report.devices.iter().zip(looked) {
@@ -110,7 +122,14 @@ pub fn side(side: Side, looked: &[Looked], ended: Ended) -> Result<bool, String>
     Ok(success)
 }
 
-fn clear(error: &Error) -> Result<(), String> {
+/// Counts what a load has spilled.
+pub fn spilled(stats: &Stats) {
+    // Relaxed: for a human.
+    SPILLED.fetch_add(stats.spill.written, Relaxed);
+}
+
+/// An error says what was wrong, and where; and it is not ours.
+pub fn clear(error: &Error) -> Result<(), String> {
     let place = error.device().is_some() || error.channel().is_some();
     match error.kind() {
         ErrorKind::Internal(what) => Err(format!("internal: {what}")),
@@ -121,7 +140,7 @@ fn clear(error: &Error) -> Result<(), String> {
     }
 }
 
-fn check(right: bool, what: &str) -> Result<(), String> {
+pub fn check(right: bool, what: &str) -> Result<(), String> {
     if right { Ok(()) } else { Err(what.to_owned()) }
 }
 

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   seed ─▶ plan (what, over what, what goes wrong) ─▶ migrate ─▶ judge ─▶ next seed
-//!                                                         └ or with a peer process, to be killed
+//!             │                                           └ or with a peer process, to be killed
+//!             └ in which way: sessions alone, shared with RAM, pushed, relayed, the life cycle
 //! ```
 //!
 //! One migration after the other, and everything random comes from its seed, but for the kernel's
@@ -13,13 +14,18 @@
 //! The main thread runs the migrations; a watchdog ends the process where one does not end. It counts
 //! its own wake-ups rather than the clock's time, so that a machine that stands still ends nothing.
 
+mod between;
 mod judge;
 mod migrate;
+mod packets;
 mod peer;
 mod plan;
+mod pushed;
+mod whole;
 
 use std::{
     collections::BTreeMap,
+    fmt,
     panic::{AssertUnwindSafe, catch_unwind},
     process::ExitCode,
     sync::{
@@ -66,6 +72,7 @@ fn main() -> ExitCode {
     let now = Arc::new(AtomicU64::new(args.seed));
     watch(now.clone());
     let mut done: BTreeMap<Scene, Count> = BTreeMap::new();
+    let mut ways: BTreeMap<&str, Count> = BTreeMap::new();
     let mut failed = 0_u64;
     let mut said = Instant::now();
     let mut total = 0;
@@ -85,15 +92,19 @@ fn main() -> ExitCode {
         let result = catch_unwind(AssertUnwindSafe(|| migrate::run(&plan)))
             .unwrap_or_else(|panic| Err(format!("panicked: {}", judge::message(&*panic))))
             .and_then(|success| judge::settled(before).map(|()| success));
-        let count = done.entry(plan.scene).or_default();
+        let scene = done.entry(plan.scene).or_default();
+        let way = ways.entry(plan.way.name()).or_default();
         match result {
-            Ok(true) => count.succeeded += 1,
-            Ok(false) => count.refused += 1,
+            Ok(succeeded) => {
+                scene.add(succeeded);
+                way.add(succeeded);
+            }
             Err(why) => {
                 failed += 1;
                 println!(
-                    "FAILED: {:?}: {why}; repeat: soak --seed {seed} --count 1 --verbose",
-                    plan.scene
+                    "FAILED: {:?}, {}: {why}; repeat: soak --seed {seed} --count 1 --verbose",
+                    plan.scene,
+                    plan.way.name()
                 );
             }
         }
@@ -106,11 +117,15 @@ fn main() -> ExitCode {
         }
     }
     for (scene, count) in &done {
-        println!(
-            "{scene:?}: {} succeeded, {} ended in one clear error",
-            count.succeeded, count.refused
-        );
+        println!("{scene:?}: {count}");
     }
+    for (way, count) in &ways {
+        println!("{way}: {count}");
+    }
+    println!(
+        "spilled, in this process: {} MiB",
+        judge::SPILLED.load(Relaxed) >> 20
+    );
     println!(
         "soak: {total} migrations from seed {}, {failed} failed, {}, {:.1} min",
         args.seed,
@@ -128,6 +143,26 @@ fn main() -> ExitCode {
 struct Count {
     succeeded: u64,
     refused: u64,
+}
+
+impl Count {
+    const fn add(&mut self, succeeded: bool) {
+        if succeeded {
+            self.succeeded += 1;
+        } else {
+            self.refused += 1;
+        }
+    }
+}
+
+impl fmt::Display for Count {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} succeeded, {} ended in one clear error",
+            self.succeeded, self.refused
+        )
+    }
 }
 
 fn rate(total: u64, began: Instant) -> String {

@@ -1,21 +1,18 @@
 //! One migration, in this process or with a peer.
 
-use std::{
-    io,
-    net::{TcpListener, TcpStream},
-    os::unix::net::UnixStream,
-    thread,
-};
+use std::{io, thread};
 
 use vfio_migration::{
     Channel, Device, DeviceState, Error, LoadBuilder, LoadSession, Phase, Report, SaveBuilder,
-    SaveSession,
+    SaveSession, Settings,
     sim::{SimConfig, SimDevice, SimHandle},
 };
 
 use crate::{
+    between::{self, Between},
     judge, peer,
-    plan::{Plan, RingKind, Scene, Side, id},
+    plan::{Plan, RingKind, Scene, Side, Way, id},
+    pushed, whole,
 };
 
 /// A device's handle, and the digest of what it began with.
@@ -29,7 +26,24 @@ pub fn run(plan: &Plan) -> Result<bool, String> {
     if plan.scene.has_peer() {
         return peer::run(plan);
     }
-    let (near, far) = channels(plan).map_err(|error| error.to_string())?;
+    match &plan.way {
+        Way::Direct => {
+            let (near, far) = channels(plan).map_err(|error| error.to_string())?;
+            sessions(plan, near, far)
+        }
+        Way::Shared { .. } | Way::Relayed => {
+            let (between, near, far) = Between::new(plan)?;
+            let success = sessions(plan, near, far)?;
+            between.end(plan, success)?;
+            Ok(success)
+        }
+        Way::Pushed => pushed::run(plan),
+        Way::Whole(cycle) => whole::run(plan, cycle),
+    }
+}
+
+/// A save and a load, with these connections.
+fn sessions(plan: &Plan, near: Vec<Channel>, far: Vec<Channel>) -> Result<bool, String> {
     let (save, saved) = saving(plan, near)?;
     let (load, loaded) = loading(plan, far)?;
     let (save, load) = match (plan.scene, plan.victim) {
@@ -77,7 +91,13 @@ pub fn run(plan: &Plan) -> Result<bool, String> {
 
 /// The notices of the main channel.
 pub fn go(plan: &Plan, load: &Result<LoadSession, Error>) {
-    let Ok(load) = load else { return };
+    if let Ok(load) = load {
+        notices(plan, load);
+    }
+}
+
+/// As [`go`], where there is a load.
+pub fn notices(plan: &Plan, load: &LoadSession) {
     load.switchover_start();
     if plan.load.config_after_iterables {
         for at in 0..plan.devices.len() {
@@ -87,24 +107,14 @@ pub fn go(plan: &Plan, load: &Result<LoadSession, Error>) {
     }
 }
 
-fn channels(plan: &Plan) -> io::Result<(Vec<Channel>, Vec<Channel>)> {
-    let mut near = Vec::new();
-    let mut far = Vec::new();
-    let listener = TcpListener::bind(("127.0.0.1", 0))?;
-    for _ in 0..plan.channels {
-        if plan.tcp {
-            near.push(TcpStream::connect(listener.local_addr()?)?.into());
-            far.push(listener.accept()?.0.into());
-        } else {
-            let (ours, theirs) = UnixStream::pair()?;
-            near.push(ours.into());
-            far.push(theirs.into());
-        }
-    }
-    Ok((near, far))
+/// Connections: the source's ends, and the destination's.
+pub fn channels(plan: &Plan) -> io::Result<(Vec<Channel>, Vec<Channel>)> {
+    let (near, far) = between::connections(plan)?;
+    let channels = |ends: Vec<_>| ends.into_iter().map(Channel::from).collect();
+    Ok((channels(near), channels(far)))
 }
 
-fn device(at: usize, config: &SimConfig) -> Result<(Option<Device>, Looked), String> {
+pub fn device(at: usize, config: &SimConfig) -> Result<(Option<Device>, Looked), String> {
     let sim = SimDevice::new(config.clone()).map_err(|error| error.to_string())?;
     let handle = sim.handle();
     let before = handle.digest();
@@ -144,7 +154,8 @@ pub fn loading(plan: &Plan, channels: Vec<Channel>) -> Result<(LoadBuilder, Vec<
     Ok((builder, looked))
 }
 
-fn with_backend(settings: &vfio_migration::Settings, ring: &RingKind) -> vfio_migration::Settings {
+/// Settings with the backend of the plan's ring.
+pub fn with_backend(settings: &Settings, ring: &RingKind) -> Settings {
     let mut settings = settings.clone();
     if let RingKind::Real(backend) = ring {
         settings.backend = *backend;

@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use vfio_migration::{
-    Backend, DeviceId, DeviceState, Settings,
+    Backend, DeviceId, DeviceState, Settings, Spill,
+    migration::{Ack, OnOffAuto, Terms},
     sim::{
         CallFault, Callback, Fault as CallEnd, On, SimConfig, Stall, Stream, TransitionFault, Which,
     },
@@ -33,6 +34,55 @@ pub enum Scene {
     TwoProcesses,
 }
 
+/// What is between the two sessions, and around them.
+#[derive(Clone, Debug)]
+pub enum Way {
+    /// Connections alone.
+    Direct,
+    /// RAM packets, and so many SYNC barriers on each channel, beside the device state.
+    Shared { barriers: u32 },
+    /// Somebody else receives the packets, and pushes them.
+    Pushed,
+    /// A relay.
+    Relayed,
+    /// The life cycle: PRE_COPY, a main channel, the switchover.
+    Whole(Cycle),
+}
+
+impl Way {
+    /// For a human.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Direct => "sessions alone",
+            Self::Shared { .. } => "RAM and barriers on the channels",
+            Self::Pushed => "packets pushed",
+            Self::Relayed => "a relay between",
+            Self::Whole(cycle) if cycle.over_channels => "life cycle, PRE_COPY over the channels",
+            Self::Whole(_) => "life cycle",
+        }
+    }
+}
+
+/// What both ends of a life cycle have agreed on.
+#[derive(Clone, Debug)]
+pub struct Cycle {
+    pub over_channels: bool,
+    pub ack: Ack,
+    pub config: OnOffAuto,
+    /// Of each device: whether its data goes over the main channel, and what is set of its config.
+    pub devices: Vec<(bool, Option<OnOffAuto>)>,
+}
+
+impl Cycle {
+    pub fn terms(&self) -> Terms {
+        let mut terms = Terms::default();
+        terms.switchover_ack = self.ack;
+        terms.config_after_iterables = self.config;
+        terms.precopy_over_channels = self.over_channels;
+        terms
+    }
+}
+
 /// Where a session's bytes move.
 #[derive(Clone, Debug)]
 pub enum RingKind {
@@ -52,6 +102,7 @@ pub enum Side {
 pub struct Plan {
     pub seed: u64,
     pub scene: Scene,
+    pub way: Way,
     pub devices: Vec<(SimConfig, SimConfig)>,
     pub channels: usize,
     pub tcp: bool,
@@ -115,10 +166,27 @@ impl Plan {
             };
             spoil(&mut random, config);
         }
-        let (save, load) = settings(&mut random, scene, devices.len());
+        let (save, mut load) = settings(&mut random, scene, devices.len());
+        // Of its own: the rest of a seed's plan is what it was before there were ways.
+        let mut more = Random(seed ^ 0x3a75);
+        let way = way(&mut more, scene, devices.len());
+        spilling(&mut more, &way, &mut load, devices.len());
+        if let Way::Whole(_) = way {
+            for (source, destination) in &mut devices {
+                source.precopy_initial = more.below(source.len + 1);
+                for config in [source, destination] {
+                    // This thread reads and writes where the main channel carries the data, and
+                    // nothing could end that.
+                    if let Some(stall) = &mut config.faults.stall {
+                        stall.time.get_or_insert(Duration::from_millis(20));
+                    }
+                }
+            }
+        }
         Self {
             seed,
             scene,
+            way,
             channels: random.of(&[1, 1, 2, 3, 4, 8]),
             tcp: random.percent(40),
             save,
@@ -130,6 +198,47 @@ impl Plan {
             devices,
         }
     }
+}
+
+fn way(random: &mut Random, scene: Scene, devices: usize) -> Way {
+    if scene.has_peer() {
+        return Way::Direct;
+    }
+    match random.below(10) {
+        0..3 => Way::Direct,
+        // A session is lent to those who push, and a life cycle is one thread's: nobody drops these.
+        3 if scene != Scene::Drop => Way::Pushed,
+        4..7 if scene != Scene::Drop => Way::Whole(Cycle {
+            over_channels: random.percent(60),
+            ack: random.of(&[Ack::Off, Ack::Once, Ack::Reusable]),
+            config: random.of(&[OnOffAuto::Off, OnOffAuto::On]),
+            devices: (0..devices)
+                .map(|_| {
+                    let config = [None, None, Some(OnOffAuto::On), Some(OnOffAuto::Off)];
+                    (random.percent(20), random.of(&config))
+                })
+                .collect(),
+        }),
+        3..6 | 7 => Way::Relayed,
+        _ => Way::Shared {
+            barriers: u32::try_from(random.below(20)).expect("a few"),
+        },
+    }
+}
+
+/// Where packets go beyond the budget; and where barriers are, a budget that makes them.
+fn spilling(random: &mut Random, way: &Way, load: &mut Settings, devices: usize) {
+    let directory = Spill::Directory(std::env::temp_dir());
+    if let Way::Shared { .. } = way {
+        let some = 4096 + random.size(60_000);
+        load.budget = Some(devices * some);
+        // What is beyond the window waits, spilled or not, and so could all.
+        load.window = 1 << 16;
+        load.spill = random.of(&[Spill::Auto, Spill::Auto, Spill::Memfd, directory]);
+        return;
+    }
+    load.spill = random.of(&[Spill::Auto, Spill::Off, Spill::Memfd, directory]);
+    load.spill_limit = random.of(&[64 << 10, 1 << 20, 1 << 30]);
 }
 
 /// A device's name.
@@ -269,10 +378,11 @@ fn settings(random: &mut Random, scene: Scene, devices: usize) -> (Settings, Set
 }
 
 /// SplitMix64.
-struct Random(u64);
+#[derive(Debug)]
+pub struct Random(pub u64);
 
 impl Random {
-    fn next(&mut self) -> u64 {
+    pub fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut word = self.0;
         word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -280,7 +390,7 @@ impl Random {
         word ^ (word >> 31)
     }
 
-    fn below(&mut self, end: u64) -> u64 {
+    pub fn below(&mut self, end: u64) -> u64 {
         self.next() % end.max(1)
     }
 
@@ -288,7 +398,7 @@ impl Random {
         usize::try_from(self.below(end)).expect("small")
     }
 
-    fn percent(&mut self, chances: u64) -> bool {
+    pub fn percent(&mut self, chances: u64) -> bool {
         self.below(100) < chances
     }
 
