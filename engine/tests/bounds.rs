@@ -534,6 +534,59 @@ fn a_notice_that_never_comes_ends_its_device() {
     assert_eq!(device.state(), DeviceState::Running, "it was put back");
 }
 
+/// A source that is gone while one of its channels waits for room: that one is not read from, and its
+/// end cannot be seen. Runs with what the other channel brings before it ends.
+fn gone_while_a_channel_waits(no_progress: Duration, other: &[u8]) -> Report {
+    let mut settings = settings();
+    settings.no_progress = no_progress;
+    settings.hello_timeout = Duration::from_secs(40);
+    settings.packet_timeout = Duration::from_secs(40);
+    // A reserve for the next packet, and nothing else.
+    settings.budget = Some(4096);
+    let (reader, writer) = io::pipe().unwrap();
+    drop(collect(reader));
+    let (mut waits, waits_far) = UnixStream::pair().unwrap();
+    let (mut ends, ends_far) = UnixStream::pair().unwrap();
+    let session = LoadSession::builder()
+        .settings(settings)
+        .device(Mock::new(writer).device(1))
+        .channel(waits_far)
+        .channel(ends_far)
+        .start()
+        .unwrap();
+    session.switchover_start();
+    let far_ahead = [hello(0), packet(1, 2, &[7; 3000])].concat();
+    waits.write_all(&far_ahead).unwrap();
+    drop(waits);
+    ends.write_all(&[hello(1), packet(1, 0, b"x")].concat())
+        .unwrap();
+    // Under the watchdog. The one is in the device, the other has been met.
+    while session.stats().devices[0].bytes < 13 || session.stats().channels[0].packets < 1 {
+        thread::sleep(Duration::from_millis(1));
+    }
+    ends.write_all(other).unwrap();
+    drop(ends);
+    session.join()
+}
+
+#[test]
+fn a_source_that_is_gone_is_found_at_once_by_what_it_cut_off() {
+    let _watchdog = Watchdog::new();
+    let cut = &packet(1, 1, b"x")[..200];
+    let report = gone_while_a_channel_waits(Duration::from_secs(3600), cut);
+    let error = report.result.unwrap_err();
+    assert_eq!(*error.kind(), ErrorKind::Protocol(Violation::Truncated));
+    assert_eq!(error.channel(), Some(1));
+}
+
+#[test]
+fn a_source_that_is_gone_between_two_packets_is_found_by_the_time() {
+    let _watchdog = Watchdog::new();
+    let report = gone_while_a_channel_waits(Duration::from_millis(500), b"");
+    let error = stalled(&report);
+    assert_eq!((error.device(), error.index()), (Some(&id(1)), Some(1)));
+}
+
 #[test]
 fn a_channel_that_never_comes_is_told_of() {
     let _watchdog = Watchdog::new();
