@@ -14,7 +14,7 @@ use std::{
         atomic::{AtomicU32, Ordering::SeqCst},
     },
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use common::Watchdog;
@@ -144,11 +144,14 @@ fn push(publisher: &mut Publisher, image: &Image, index: u32) {
 }
 
 fn until(what: &str, mut found: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(40);
-    while !found() {
-        assert!(Instant::now() < deadline, "{what}");
+    // Counted in looks, not by the clock: a machine that stands still fails nothing.
+    for _ in 0..20_000 {
+        if found() {
+            return;
+        }
         thread::sleep(Duration::from_millis(2));
     }
+    panic!("{what}");
 }
 
 fn written(incoming: &Incoming) -> u64 {
