@@ -27,6 +27,7 @@ enum Contender {
     Threads,
     Raw,
     RawTcp,
+    ThroughTcp,
     RawSave,
     CopySave,
 }
@@ -97,6 +98,9 @@ fn main() -> io::Result<()> {
             Contender::Threads => threads::load_memory(&plan, &sinks, &source),
             Contender::Raw => raw::load_memory(&plan, &sinks[0], &source),
             Contender::RawTcp => raw::load_sockets(&plan, &sinks[0], &source, Wire::Tcp),
+            Contender::ThroughTcp => {
+                raw::load_sockets_through(&plan, &sinks[0], &source, Wire::Tcp)
+            }
             Contender::RawSave => raw::save(&plan, &sinks[0], 1),
             Contender::CopySave => copy_save::save(&plan, &sinks),
         };

@@ -55,6 +55,7 @@ const FIGURES: &[(&str, Goal)] = &[
     ("load-tcp-4k-vs-mutex", AtLeast(2.0)),
     ("load-tcp-4k-vs-mutex-limit", Open),
     ("load-tcp-1m-vs-raw", AtLeast(0.95)),
+    ("load-tcp-1m-vs-raw-limit", Open),
     ("publish-p50-vs-mutex", AtMost(1.0 / 2000.0)),
     ("publish-p99-vs-mutex", Open),
     ("publish-p999-vs-mutex", Open),
@@ -189,6 +190,7 @@ const SUITES: &[Suite] = &[
             "load-tcp-1m-vs-mutex",
             "load-tcp-1m-vs-mutex-limit",
             "load-tcp-1m-vs-raw",
+            "load-tcp-1m-vs-raw-limit",
         ],
         |run| load_tcp(run, "load-tcp-1m-vs-mutex", MIB),
     ),
@@ -572,11 +574,12 @@ fn load_tcp(run: &Run, name: &str, packet: usize) -> io::Result<Found> {
     let sinks = Sink::several(Kind::Memfd, 1, plan.device_bytes())?;
     let rounds = run.samples(
         name,
-        &["engine", "mutex", "raw"],
+        &["engine", "mutex", "raw", "through"],
         &mut [
             &mut || tcp(&plan, &sinks, &source),
             &mut || mutex::load_sockets(&plan, &sinks, &source, Wire::Tcp),
             &mut || raw::load_sockets(&plan, &sinks[0], &source, Wire::Tcp),
+            &mut || raw::load_sockets_through(&plan, &sinks[0], &source, Wire::Tcp),
         ],
     );
     let mut found = vec![
@@ -585,6 +588,7 @@ fn load_tcp(run: &Run, name: &str, packet: usize) -> io::Result<Found> {
     ];
     if packet == MIB {
         found.push(("load-tcp-1m-vs-raw".to_owned(), ratio(&rounds, 0, 2)));
+        found.push(("load-tcp-1m-vs-raw-limit".to_owned(), ratio(&rounds, 3, 2)));
     }
     Ok(found)
 }

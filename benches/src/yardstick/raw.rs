@@ -3,6 +3,7 @@
 //! ```text
 //!   from memory   one thread writes preloaded buffers to the data fd │ another copies as much
 //!   from TCP      one thread writes one fixed buffer                 │ others recv into one each
+//!   through       each thread recvs a packet and writes that, anywhere: no order, no hand-over
 //!   save          one thread reads into one fixed buffer, or several in turn
 //! ```
 //!
@@ -12,7 +13,11 @@ use std::{
     fs::File,
     hint::black_box,
     io::{Read, Write},
-    sync::Barrier,
+    os::unix::fs::FileExt,
+    sync::{
+        Barrier,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     thread,
 };
 
@@ -105,6 +110,53 @@ pub fn load_sockets(plan: &Plan, sink: &Sink, source: &Source, wire: Wire) -> Sa
             .map(|receiver| receiver.join().expect("it receives"));
         let end = ends.reduce(Mark::later).expect("a channel at least");
         (begun, end.later(writer.join().expect("it writes")))
+    });
+    Sample::between(begun, end, plan.bytes())
+}
+
+/// From TCP, where what is written is what was received: each channel's thread receives a packet's
+/// worth of bytes and writes them at the next place. That is what must be done at the least.
+///
+/// # Panics
+///
+/// Where the sink or a socket fails.
+#[must_use]
+pub fn load_sockets_through(plan: &Plan, sink: &Sink, source: &Source, wire: Wire) -> Sample {
+    let file = sink.file().expect("an fd can be duplicated");
+    let (near, far) = source::connect(wire, plan.channels).expect("sockets");
+    let start = Barrier::new(near.len() + 1);
+    // Headers come with the data; what they make too much goes to the front again.
+    let all = plan.device_bytes() as u64;
+    let at = AtomicU64::new(0);
+    let (begun, end) = thread::scope(|scope| {
+        let mut receivers = Vec::new();
+        for mut stream in far {
+            let (file, at) = (&file, &at);
+            receivers.push(scope.spawn(move || {
+                let mut buffer = vec![1; plan.packet.max(64 << 10)];
+                loop {
+                    let mut filled = 0;
+                    while filled < buffer.len() {
+                        match stream.read(&mut buffer[filled..]).expect("a socket") {
+                            0 => break,
+                            count => filled += count,
+                        }
+                    }
+                    // Relaxed: a number for each, and nothing more.
+                    let place = at.fetch_add(filled as u64, Relaxed) % all;
+                    file.write_all_at(&buffer[..filled], place)
+                        .expect("a sink takes all");
+                    if filled < buffer.len() {
+                        return Mark::now();
+                    }
+                }
+            }));
+        }
+        let begun = feed_all(plan, near, source, &start);
+        let ends = receivers
+            .into_iter()
+            .map(|receiver| receiver.join().expect("it receives"));
+        (begun, ends.reduce(Mark::later).expect("a channel at least"))
     });
     Sample::between(begun, end, plan.bytes())
 }
