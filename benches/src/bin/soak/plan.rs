@@ -183,6 +183,17 @@ impl Plan {
                 }
             }
         }
+        if let Way::Shared { .. } = way {
+            for (_, destination) in &mut devices {
+                // Longer than a packet waits before it is spilled.
+                if more.percent(50) {
+                    let at = more.below(destination.len.max(1));
+                    let time = Some(Duration::from_millis(60));
+                    let stall = &mut destination.faults.stall;
+                    stall.get_or_insert(Stall { at, time });
+                }
+            }
+        }
         Self {
             seed,
             scene,
