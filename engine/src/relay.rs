@@ -104,9 +104,9 @@ use crate::{
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU32, Ordering},
-        lock,
+        lock, lock_across_waits,
     },
-    task::{Crew, TaskKind},
+    task::{Crew, Spawner, Task, TaskKind},
     trace,
     verdict::Verdict,
     wire,
@@ -349,6 +349,36 @@ impl Relay {
     /// [`ErrorKind::Config`] for settings that cannot be; [`ErrorKind::Host`] for what the host does
     /// not have.
     pub fn start(settings: &Settings) -> Result<Self> {
+        Self::start_on(settings, None)
+    }
+
+    /// As [`Relay::start`], where `spawn` puts each [`Task`] on a thread of the embedder's. It is
+    /// called on this thread for the mover, and in [`Relay::add_channel`] for a channel's two.
+    ///
+    /// # Errors
+    ///
+    /// As [`Relay::start`], and [`ErrorKind::Host`] where `spawn` fails.
+    ///
+    /// ```
+    /// use std::thread;
+    /// use vfio_migration::{Relay, Settings};
+    ///
+    /// let relay = Relay::start_with(&Settings::default(), |task| {
+    ///     let thread = thread::Builder::new().name(task.thread_name().to_owned());
+    ///     thread.spawn(move || task.run()).map(|_its_end_is_told| ())
+    /// })?;
+    /// // … a channel for each connection of the source's …
+    /// relay.join().result?;
+    /// # Ok::<(), vfio_migration::Error>(())
+    /// ```
+    pub fn start_with(
+        settings: &Settings,
+        spawn: impl Fn(Task) -> io::Result<()> + Send + Sync + 'static,
+    ) -> Result<Self> {
+        Self::start_on(settings, Some(Box::new(spawn)))
+    }
+
+    fn start_on(settings: &Settings, spawner: Option<Spawner>) -> Result<Self> {
         let (Memory { budget, pool, .. }, max_devices) = settings.relay_memory()?;
         let collector = Collector::new();
         let shared = Arc::new(Shared {
@@ -373,7 +403,7 @@ impl Relay {
         });
         let relay = Self {
             shared: shared.clone(),
-            crew: Arc::new(Crew::new(None)?),
+            crew: Arc::new(Crew::new(spawner)?),
             terms: Terms {
                 uuid: settings.uuid,
                 channels: settings.channels,

@@ -14,7 +14,7 @@ pub(crate) use std::sync::{Arc, Mutex, MutexGuard, atomic};
 pub(crate) mod stepped;
 
 #[cfg(all(feature = "internals", not(loom)))]
-pub(crate) use self::stepped::{Condvar, wait_bounded};
+pub(crate) use self::stepped::{Condvar, lock_across_waits, wait_bounded};
 #[cfg(any(loom, not(feature = "internals")))]
 pub(crate) use self::wait::wait_bounded;
 
@@ -26,6 +26,12 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex
         .lock()
         .unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// As [`lock`], for a lock that its holder may keep over a wait of its own: a send's, say.
+#[cfg(any(loom, not(feature = "internals")))]
+pub(crate) fn lock_across_waits<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    lock(mutex)
 }
 
 #[cfg(not(any(loom, feature = "internals")))]

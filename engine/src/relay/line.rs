@@ -46,7 +46,7 @@ impl Line {
     pub(super) fn with_sender<R>(&self, send: impl FnOnce(&mut Sender) -> R) -> R {
         // Relaxed: a count, for whoever has waited for long.
         self.sending.fetch_add(1, Ordering::Relaxed);
-        let sent = send(&mut lock(&self.sender));
+        let sent = send(&mut lock_across_waits(&self.sender));
         // Relaxed: as above.
         self.sending.fetch_sub(1, Ordering::Relaxed);
         sent
@@ -55,7 +55,7 @@ impl Line {
     /// Says that nothing more will be sent. A destination that has closed first is no failure: all
     /// was sent, and whether it has been read is for the main channel to say.
     pub(super) fn finish(&self) -> Result<()> {
-        match lock(&self.sender).finish() {
+        match lock_across_waits(&self.sender).finish() {
             Err(error) if error.raw_os_error() == Some(nix::errno::Errno::ENOTCONN as i32) => {
                 Ok(())
             }

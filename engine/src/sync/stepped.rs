@@ -7,6 +7,8 @@
 //!                                                      sleep, by a notice or as if the bound had
 //! ```
 //!
+//! A lock that is held across a wait ([`lock_across_waits`]) is such a sleep too.
+//!
 //! Only with the feature `internals`, and only in a thread that has called [`take_over`]: there the
 //! test runs each task as a coroutine, and this is where they change places. What ends such a sleep
 //! is up to the test, which knows when nothing can go on any more; it ends it as the bound would,
@@ -106,4 +108,24 @@ pub(crate) fn wait_bounded<'a, T>(
         Err(TryLockError::WouldBlock) => panic!("a task gave up its turn with a lock in its hand"),
     };
     (guard, timed_out)
+}
+
+/// Takes a lock that its holder may keep over a wait of its own. In a thread whose sleeps were taken
+/// over that wait is another task's, which gets its turn for as long as the lock is held.
+pub(crate) fn lock_across_waits<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    let sleep = SLEEP.with(|place| place.borrow().clone());
+    let Some(sleep) = sleep else {
+        return lock(mutex);
+    };
+    // Ends: with the holder's turn in which it lets go.
+    loop {
+        match mutex.try_lock() {
+            Ok(guard) => return guard,
+            Err(TryLockError::Poisoned(poisoned)) => return poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => {
+                let free = || !matches!(mutex.try_lock(), Err(TryLockError::WouldBlock));
+                sleep(&free, Duration::MAX);
+            }
+        }
+    }
 }
