@@ -450,9 +450,10 @@ impl Relay {
     ) -> Result<()> {
         let (source, destination) = (source.into(), destination.into());
         let host = |error| Error::new(ErrorKind::Host, Phase::Setup).caused_by(error);
-        let verdict = &self.shared.verdict;
-        verdict.add(source.hangup().map_err(host)?);
-        verdict.add(destination.hangup().map_err(host)?);
+        let hangups = [
+            source.hangup().map_err(host)?,
+            destination.hangup().map_err(host)?,
+        ];
         let counters = Arc::new(ChannelCounters::default());
         let number = {
             let mut channels = lock(&self.shared.channels);
@@ -466,6 +467,10 @@ impl Relay {
             self.shared.inputs.fetch_add(1, Ordering::Relaxed);
             u32::try_from(channels.len() - 1).unwrap_or(u32::MAX)
         };
+        // Not before: they keep the connections of a channel that is refused.
+        hangups
+            .into_iter()
+            .for_each(|hangup| self.shared.verdict.add(hangup));
         let sender = Sender::new(destination, number);
         let line = Arc::new(Line::new(number, sender, self.shared.sending.clone()));
         lock(&self.shared.lines).push(line.clone());

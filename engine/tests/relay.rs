@@ -307,9 +307,14 @@ fn nothing_is_added_after_the_last() {
     let _alone = Alone::new();
     let relay = Relay::start(&Settings::default()).unwrap();
     relay.no_more_channels();
-    let (near, far) = UnixStream::pair().unwrap();
+    let (mut source, near) = UnixStream::pair().unwrap();
+    let (far, mut destination) = UnixStream::pair().unwrap();
     let error = relay.add_channel(near, far).unwrap_err();
     assert!(matches!(error.kind(), ErrorKind::Config(_)), "{error}");
+    for refused in [&mut source, &mut destination] {
+        refused.set_nonblocking(true).unwrap();
+        assert_eq!(refused.read(&mut [0]).unwrap(), 0, "it was let go");
+    }
     let report = relay.join();
     report.result.unwrap();
     assert!(report.stats.channels.is_empty());
