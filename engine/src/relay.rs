@@ -214,6 +214,9 @@ impl Shared {
         let added = self.router.insert(idstr, instance, device.clone(), guard);
         assert!(added, "names are added under the lock alone");
         devices.push(device.clone());
+        // The mover looks at the devices while it holds the lock of its wait.
+        drop(devices);
+        self.arrivals.notify_all();
         Ok(device)
     }
 

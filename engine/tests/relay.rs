@@ -215,6 +215,25 @@ fn a_new_devices_packet_that_comes_too_late_is_refused() {
     }
 }
 
+#[test]
+fn a_device_is_known_from_its_first_packet_though_that_waits() {
+    let _alone = Alone::new();
+    let mut settings = Settings::default();
+    settings.window = 1;
+    settings.no_progress = Duration::from_millis(100);
+    let relay = Relay::start(&settings).unwrap();
+    let (mut source, out) = channel(&relay);
+    let early = [hello(0), sync(), packet(1, 5, b"early")].concat();
+    source.write_all(&early).unwrap();
+    // Its time began with the packet, not with a re-check.
+    let report = relay.join();
+    let error = report.result.unwrap_err();
+    assert_eq!(*error.kind(), ErrorKind::Stalled, "{error}");
+    assert_eq!(error.index(), Some(0), "{error}");
+    assert_eq!(report.stats.late_wakeups, 0);
+    drop((source, out));
+}
+
 /// Pseudo-random numbers, splitmix64.
 fn random(state: &mut u64) -> usize {
     *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
