@@ -234,6 +234,47 @@ fn a_device_is_known_from_its_first_packet_though_that_waits() {
     drop((source, out));
 }
 
+#[test]
+fn what_a_channel_leaves_of_a_buffer_is_anothers_at_once() {
+    let _alone = Alone::new();
+    let mut settings = Settings::default();
+    // One buffer, and the one that is kept back.
+    settings.max_packet = 12 + (1 << 20);
+    settings.budget = Some(2 * ((1 << 20) + 4096));
+    let relay = Relay::start(&settings).unwrap();
+    // A stream of the embedder's always has more to come, as far as the relay knows.
+    let (mut first, near) = UnixStream::pair().unwrap();
+    let (far, out) = UnixStream::pair().unwrap();
+    let (hanging, going) = (near.try_clone().unwrap(), far.try_clone().unwrap());
+    let near = Channel::from_stream(near, move || {
+        let _closed = hanging.shutdown(std::net::Shutdown::Both);
+    });
+    relay.add_channel(near, far).unwrap();
+    let (mut second, other) = channel(&relay);
+    let packets = |relay: &Relay, at: usize| relay.stats().channels[at].packets;
+    let begin = [hello(0), sync(), packet(1, 0, b"a")].concat();
+    second.write_all(&[hello(1), sync()].concat()).unwrap();
+    first.write_all(&begin).unwrap();
+    wait_for(|| {
+        relay
+            .stats()
+            .devices
+            .iter()
+            .any(|device| device.packets == 1)
+    });
+    second.write_all(&packet(2, 1, b"early")).unwrap();
+    wait_for(|| packets(&relay, 1) == 1);
+    thread::sleep(Duration::from_millis(20));
+    let before = relay.stats().channels[1].bytes;
+    drop(first);
+    wait_for(|| relay.stats().channels[1].bytes > before);
+    assert_eq!(relay.stats().late_wakeups, 0, "it was told");
+    relay.cancel();
+    let report = relay.join();
+    assert_eq!(report.stats.held, 0);
+    drop((going, out, other, second));
+}
+
 /// Pseudo-random numbers, splitmix64.
 fn random(state: &mut u64) -> usize {
     *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);

@@ -167,7 +167,7 @@ impl RelayInlet {
             return Ok(lease);
         }
         // A buffer that is not full would be held for as long as the wait lasts.
-        self.packer.release();
+        self.rest();
         let since = Instant::now();
         let shared = self.shared.clone();
         let found = shared.room.wait(None, || {
@@ -278,6 +278,8 @@ impl Inlet for RelayInlet {
 
     fn rest(&mut self) {
         self.packer.release();
+        // What was left of a buffer may have been the last of it.
+        self.shared.room.notify_all();
     }
 
     fn stand(&mut self) {
@@ -287,5 +289,11 @@ impl Inlet for RelayInlet {
 
     fn counters(&self) -> &ChannelCounters {
         &self.counters
+    }
+}
+
+impl Drop for RelayInlet {
+    fn drop(&mut self) {
+        self.rest();
     }
 }
