@@ -183,7 +183,7 @@ impl Load {
         let collector = Collector::new();
         let pool = Arc::new(Pool::new(pool));
         Self {
-            router: Router::new(collector.clone()),
+            router: Router::new(Collector::new()),
             collector,
             room: Room::new(pool.clone()),
             spill: Mutex::new(None),
@@ -199,7 +199,7 @@ impl Load {
 
     /// All devices, in the order of their names.
     pub(crate) fn devices(&self) -> Vec<Arc<LoadDevice>> {
-        let handle = self.collector.register();
+        let handle = self.router.register();
         let routes = self.router.all(&handle.pin());
         let device = |route: &Arc<Route>| match &**route {
             Route::Device(device) => Some(device.clone()),
@@ -240,7 +240,7 @@ impl Load {
 
     /// Adds a name.
     pub(crate) fn add_route(&self, id: &DeviceId, route: Route) -> Result<()> {
-        let handle = self.collector.register();
+        let handle = self.router.register();
         let idstr = id.idstr().as_bytes();
         let guard = handle.pin();
         if self
@@ -256,7 +256,7 @@ impl Load {
 
     /// Takes a device out: its packets are refused from now on, and its load ends.
     pub(crate) fn remove(&self, device: &LoadDevice) {
-        let handle = self.collector.register();
+        let handle = self.router.register();
         let idstr = device.id.idstr().as_bytes();
         let _gone = self
             .router

@@ -385,7 +385,7 @@ impl Relay {
         let (Memory { budget, pool, .. }, max_devices) = settings.relay_memory()?;
         let collector = Collector::new();
         let shared = Arc::new(Shared {
-            router: Router::new(collector.clone()),
+            router: Router::new(Collector::new()),
             devices: Mutex::new(Vec::new()),
             max_devices,
             window: settings.window,

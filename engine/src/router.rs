@@ -7,6 +7,10 @@
 //!                 channel can be looking at it
 //! ```
 //!
+//! Snapshots are freed by epochs of a collector that nothing else uses. A device's slots have theirs:
+//! a snapshot that waits to be freed holds devices, and so would keep their collector, which keeps
+//! what waits to be freed, for good.
+//!
 //! Channels call [`Router::get`] from any thread; the embedder's control threads call the rest, one
 //! at a time behind a lock that no channel touches.
 //!
@@ -19,7 +23,7 @@
 
 use std::fmt;
 
-use crossbeam_epoch::{Atomic, Collector, Guard, Owned};
+use crossbeam_epoch::{Atomic, Collector, Guard, LocalHandle, Owned};
 
 use crate::sync::{
     Arc, Mutex,
@@ -57,7 +61,7 @@ pub struct Router<T> {
 }
 
 impl<T> Router<T> {
-    /// Returns an empty map, whose readers' guards are `collector`'s.
+    /// Returns an empty map, whose readers' guards are `collector`'s. No value may hold that.
     #[must_use]
     pub fn new(collector: Collector) -> Self {
         Self {
@@ -65,6 +69,11 @@ impl<T> Router<T> {
             map: Atomic::new(Vec::new()),
             changes: Mutex::new(()),
         }
+    }
+
+    /// What a thread pins for its guards.
+    pub fn register(&self) -> LocalHandle {
+        self.collector.register()
     }
 
     fn snapshot<'g>(&self, guard: &'g Guard) -> &'g [Entry<T>] {

@@ -29,7 +29,10 @@ pub(crate) struct Incoming {
 /// What a thread that brings packets has of its own: `!Sync`, one for each.
 pub(crate) struct LoadInlet {
     load: Arc<Load>,
+    /// For the devices' slots.
     epoch: LocalHandle,
+    /// For the router.
+    routes: LocalHandle,
     packer: Packer<Arc<Pool>>,
     /// The device of the packet before: most packets are for the same.
     recent: Option<Arc<LoadDevice>>,
@@ -53,10 +56,12 @@ impl LoadInlet {
         spill: Option<Arc<SpillFile>>,
     ) -> Self {
         let epoch = load.collector.register();
+        let routes = load.router.register();
         let packer = Packer::new(load.pool.clone());
         Self {
             load,
             epoch,
+            routes,
             packer,
             recent: None,
             counters,
@@ -76,7 +81,7 @@ impl LoadInlet {
         {
             return Ok(recent.clone());
         }
-        let route = self.load.router.get(idstr, instance, &self.epoch.pin());
+        let route = self.load.router.get(idstr, instance, &self.routes.pin());
         match route.as_deref() {
             Some(Route::Device(device)) => {
                 self.recent = Some(device.clone());

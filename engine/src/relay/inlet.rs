@@ -104,7 +104,10 @@ pub(super) struct Arriving {
 /// What an inlet's thread has of its own.
 pub(super) struct RelayInlet {
     shared: Arc<Shared>,
+    /// For the devices' slots.
     epoch: LocalHandle,
+    /// For the router.
+    routes: LocalHandle,
     packer: Packer<Arc<Pool>>,
     /// The device of the packet before: most packets are for the same.
     recent: Option<Arc<RelayDevice>>,
@@ -115,6 +118,7 @@ impl RelayInlet {
     fn new(shared: Arc<Shared>, counters: Arc<ChannelCounters>) -> Self {
         Self {
             epoch: shared.collector.register(),
+            routes: shared.router.register(),
             packer: Packer::new(shared.pool.clone()),
             shared,
             recent: None,
@@ -129,7 +133,7 @@ impl RelayInlet {
         {
             return Ok(recent.clone());
         }
-        let device = self.shared.device(idstr, instance, &self.epoch.pin())?;
+        let device = self.shared.device(idstr, instance, &self.routes.pin())?;
         self.recent = Some(device.clone());
         Ok(device)
     }
