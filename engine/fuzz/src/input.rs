@@ -41,6 +41,13 @@ impl<'a> Input<'a> {
         choices[self.below(choices.len())]
     }
 
+    /// The next `len` bytes, which are there.
+    pub fn take(&mut self, len: usize) -> &'a [u8] {
+        let (taken, rest) = self.0.split_at(len);
+        self.0 = rest;
+        taken
+    }
+
     /// What has not been used.
     #[must_use]
     pub const fn rest(&self) -> &'a [u8] {

@@ -5,6 +5,8 @@
 
 pub mod device;
 pub mod input;
+pub mod outgoing;
+pub mod relay;
 pub mod session;
 pub mod steps;
 pub mod stream;
