@@ -8,6 +8,7 @@ use clap::ValueEnum;
 use vfio_migration::{
     Backend, Settings, Spill,
     migration::{OnOffAuto, Terms},
+    wire::PageSize,
 };
 
 /// What moves the bytes in and out of the devices.
@@ -101,6 +102,12 @@ fn spill(text: &str) -> Result<Spill, String> {
         directory if Path::new(directory).is_dir() => Ok(Spill::Directory(directory.into())),
         _ => Err("neither auto, off nor memfd, and no directory of that name".into()),
     }
+}
+
+/// Reads the target's page size.
+pub(crate) fn page_size(text: &str) -> Result<PageSize, String> {
+    let bytes = u32::try_from(size(text)?).unwrap_or(u32::MAX);
+    PageSize::new(bytes).map_err(|error| error.kind().to_string())
 }
 
 /// Reads a size: `4096`, `64KiB`, `1.5GiB`, `16M`. All prefixes are powers of 1024.

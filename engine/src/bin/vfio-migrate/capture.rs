@@ -13,7 +13,7 @@
 use std::{
     fmt,
     fs::File,
-    io::{BufReader, Read},
+    io::{BufReader, Read, Seek},
     path::{Path, PathBuf},
 };
 
@@ -22,12 +22,6 @@ use vfio_migration::{
     Violation,
     wire::{DeviceKey, Frame, Framer, Hello, PageSize, Step},
 };
-
-/// Reads the target's page size.
-pub(crate) fn page_size(text: &str) -> Result<PageSize, String> {
-    let bytes = u32::try_from(crate::args::size(text)?).unwrap_or(u32::MAX);
-    PageSize::new(bytes).map_err(|error| error.kind().to_string())
-}
 
 /// What a packet is.
 #[derive(Clone, Debug)]
@@ -85,14 +79,14 @@ pub(crate) fn show_key(key: &DeviceKey) -> String {
 
 /// Walks a captured channel, packet by packet.
 #[derive(Debug)]
-pub(crate) struct Walker {
-    input: BufReader<File>,
+pub(crate) struct Walker<R> {
+    input: BufReader<R>,
     len: u64,
     offset: u64,
     framer: Framer,
 }
 
-impl Walker {
+impl Walker<File> {
     /// Opens a captured channel.
     pub(crate) fn open(path: &Path, page_size: PageSize) -> anyhow::Result<Self> {
         let open = || -> anyhow::Result<(File, u64)> {
@@ -102,13 +96,20 @@ impl Walker {
             Ok((file, meta.len()))
         };
         let (file, len) = open().with_context(|| path.display().to_string())?;
-        Ok(Self {
-            input: BufReader::new(file),
+        Ok(Self::new(file, len, page_size))
+    }
+}
+
+impl<R: Read + Seek> Walker<R> {
+    /// Begins at a captured channel's first byte, of `len`.
+    pub(crate) fn new(input: R, len: u64, page_size: PageSize) -> Self {
+        Self {
+            input: BufReader::new(input),
             len,
             offset: 0,
             // The file's length is the bound here.
             framer: Framer::new(Some(page_size), u32::MAX),
-        })
+        }
     }
 
     /// How far it has come: where the next packet, or the bad one, begins.
@@ -276,7 +277,11 @@ pub(crate) struct Scan {
 impl Scan {
     /// Looks through a whole file.
     pub(crate) fn new(path: &Path, page_size: PageSize) -> anyhow::Result<Self> {
-        let mut walker = Walker::open(path, page_size)?;
+        Ok(Self::of(path, Walker::open(path, page_size)?))
+    }
+
+    /// Looks through what `walker` walks over, which is called `path`.
+    pub(crate) fn of<R: Read + Seek>(path: &Path, mut walker: Walker<R>) -> Self {
         let mut scan = Self {
             path: path.to_owned(),
             hello: None,
@@ -300,7 +305,7 @@ impl Scan {
             }
         }
         scan.end = walker.offset();
-        Ok(scan)
+        scan
     }
 
     fn add(&mut self, packet: Packet) {

@@ -16,7 +16,8 @@ use anyhow::bail;
 use vfio_migration::wire::{FLAG_DEVICE_STATE, FLAG_SYNC, PACKET_FLAG_CONFIG, PageSize};
 
 use crate::{
-    capture::{self, Packet, Walker, What},
+    args,
+    capture::{Packet, Walker, What},
     output::{Stdout, hex},
 };
 
@@ -38,7 +39,7 @@ pub(crate) struct Options {
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
     /// The page size of the VM's architecture, on which the size of RAM and SYNC packets depends
-    #[arg(long, value_name = "SIZE", default_value = "4KiB", value_parser = capture::page_size)]
+    #[arg(long, value_name = "SIZE", default_value = "4KiB", value_parser = args::page_size)]
     page_size: PageSize,
 }
 

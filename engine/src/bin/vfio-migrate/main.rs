@@ -16,7 +16,7 @@
 //! | `network`, `door` | addresses, connections, listeners; which connection is what |
 //! | `device`, `file`, `observed` | the devices of a `SPEC`, and what is known of them afterwards |
 //! | `kernel` | the kernel's own devices: opened, or refused with a reason |
-//! | `capture` | a captured channel's packets and where they stand |
+//! | `capture`, `contents` | a captured channel's packets and where they stand; what all together hold |
 //! | `output`, `progress`, `args`, `interrupt` | tables and JSON, bars, sizes and times, Ctrl-C |
 //!
 //! # Threads
@@ -33,6 +33,7 @@
 
 mod args;
 mod capture;
+mod contents;
 mod demo;
 mod device;
 mod door;

@@ -36,7 +36,7 @@ use serde::Serialize;
 use vfio_migration::{Channel, Relay, Settings, Stats, wire::PageSize};
 
 use crate::{
-    Interrupted, args, capture,
+    Interrupted, args,
     door::{self, Caller, Door},
     interrupt,
     main_channel::main_failed,
@@ -77,7 +77,7 @@ pub(crate) struct Options {
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=1024))]
     max_devices: u32,
     /// The page size of the VM's architecture, on which the size of RAM and SYNC packets depends
-    #[arg(long, value_name = "SIZE", default_value = "4KiB", value_parser = capture::page_size)]
+    #[arg(long, value_name = "SIZE", default_value = "4KiB", value_parser = args::page_size)]
     page_size: PageSize,
     /// How long nothing may move within a packet, a write, or an incomplete device, in seconds
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = args::seconds)]

@@ -18,7 +18,7 @@
 //! of the pipe, and ends when the engine closes the pipe. The main thread waits for the session.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashSet},
+    collections::{BTreeMap, HashSet},
     fs::{self, File},
     io::{self, BufReader, PipeReader, Read, Write},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
@@ -32,15 +32,16 @@ use nix::{errno::Errno, fcntl};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 use vfio_migration::{
-    Channel, Device, DeviceId, DeviceState, Error, ErrorKind, LoadSession, MigrationDevice,
-    MigrationFlags, PrecopyInfo, RamSink, Report, Settings,
+    Channel, Device, DeviceId, DeviceState, LoadSession, MigrationDevice, MigrationFlags,
+    PrecopyInfo, RamSink, Report,
     wire::{self, DeviceKey, PageSize},
 };
 
 use crate::{
     Interrupted, Usage,
-    args::{BackendArg, SpillArgs},
-    capture::{self, Scan, show_key},
+    args::{self, BackendArg, SpillArgs},
+    capture::{Scan, show_key},
+    contents::{self, DeviceKeyOrder, by_device, check, explain},
     interrupt, network,
     output::{self, Moved, hex},
     progress::Progress,
@@ -69,133 +70,13 @@ pub(crate) struct Options {
     #[arg(long)]
     json: bool,
     /// The page size of the VM's architecture, on which the size of RAM and SYNC packets depends
-    #[arg(long, value_name = "SIZE", default_value = "4KiB", value_parser = capture::page_size)]
+    #[arg(long, value_name = "SIZE", default_value = "4KiB", value_parser = args::page_size)]
     page_size: PageSize,
     /// What moves the bytes into the devices
     #[arg(long, value_enum, default_value_t)]
     backend: BackendArg,
     #[command(flatten)]
     spill: SpillArgs,
-}
-
-// ------------------------------------------------------------------------------ what is there
-
-/// The packets of one device in all files.
-#[derive(Debug, Default)]
-struct Packets {
-    indices: BTreeSet<u32>,
-    config: Option<u32>,
-}
-
-impl Packets {
-    /// The first idx that is missing, if one is.
-    fn first_missing(&self) -> Option<u32> {
-        let expected = (0..).zip(&self.indices);
-        let gap = { expected }.find(|(expected, index)| expected != *index);
-        let next = gap.map_or_else(
-            || u32::try_from(self.indices.len()).unwrap_or(u32::MAX),
-            |(expected, _)| expected,
-        );
-        (self.config.is_none() || gap.is_some()).then_some(next)
-    }
-}
-
-fn by_device(scans: &[Scan]) -> BTreeMap<DeviceKeyOrder, Packets> {
-    let mut devices = BTreeMap::<DeviceKeyOrder, Packets>::new();
-    for scan in scans {
-        for place in &scan.places {
-            let key = DeviceKeyOrder(scan.keys[place.device]);
-            let packets = devices.entry(key).or_default();
-            packets.indices.insert(place.index);
-            if place.config {
-                packets.config.get_or_insert(place.index);
-            }
-        }
-    }
-    devices
-}
-
-/// A key, in the order of the names.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-struct DeviceKeyOrder(DeviceKey);
-
-impl Ord for DeviceKeyOrder {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        self.0.as_bytes().cmp(other.0.as_bytes())
-    }
-}
-
-impl PartialOrd for DeviceKeyOrder {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-/// What is said of each device that the files do not hold all of.
-fn lacking(scans: &[Scan]) -> String {
-    let mut text = String::new();
-    for (DeviceKeyOrder(key), packets) in by_device(scans) {
-        if let Some(index) = packets.first_missing() {
-            let config = if packets.config.is_none() {
-                " and its config"
-            } else {
-                ""
-            };
-            text.push_str(&format!(
-                "; device {} lacks idx {index}{config}",
-                show_key(&key)
-            ));
-        }
-    }
-    text
-}
-
-/// Where all files end.
-fn ends(scans: &[Scan]) -> String {
-    let ends = scans
-        .iter()
-        .map(|scan| format!("{} ends at byte {}", scan.name(), scan.end));
-    ends.collect::<Vec<_>>().join(", ")
-}
-
-/// What the engine said, with the places in the files that it is about.
-fn explain(error: Error, scans: &[Scan]) -> anyhow::Error {
-    let mut text = String::new();
-    if let Some(channel) = error.channel()
-        && let Some(scan) = usize::try_from(channel).ok().and_then(|at| scans.get(at))
-    {
-        text.push_str(&format!("{}: ", scan.name()));
-    }
-    let key = error.device().map(DeviceKey::new);
-    let places = scans.iter().flat_map(|scan| {
-        let places = scan.places.iter();
-        let here = places.filter(|place| Some(scan.keys[place.device]) == key);
-        here.filter(|place| Some(place.index) == error.index())
-            .map(move |place| format!("{} byte {}", scan.name(), place.offset))
-    });
-    let places: Vec<String> = places.collect();
-    if *error.kind() == ErrorKind::Missing {
-        text.push_str(&ends(scans));
-        text.push_str(&lacking(scans));
-    } else if !places.is_empty() {
-        text.push_str("at ");
-        text.push_str(&places.join(" and "));
-    }
-    if text.is_empty() {
-        anyhow!(error)
-    } else {
-        anyhow!(error).context(text.trim_end_matches(": ").to_owned())
-    }
-}
-
-fn check(scans: &[Scan]) -> anyhow::Result<()> {
-    let damaged = scans
-        .iter()
-        .find_map(|scan| scan.damage.as_ref().map(|damage| (scan, damage)));
-    if let Some((scan, damage)) = damaged {
-        bail!("{}: {damage}{}", scan.name(), lacking(scans));
-    }
-    Ok(())
 }
 
 // ----------------------------------------------------------------------------------- the device
@@ -471,17 +352,9 @@ fn targets(scans: &[Scan], out: Option<&Path>) -> anyhow::Result<Vec<Target>> {
 }
 
 fn load(options: &Options, scans: &[Scan], targets: &[Target]) -> anyhow::Result<Report> {
-    let hellos = scans.iter().filter_map(|scan| scan.hello);
-    let highest = hellos.clone().map(|hello| hello.id).max().unwrap_or(0);
-    let files = u32::try_from(scans.len()).unwrap_or(u32::MAX);
-    let largest = scans.iter().map(|scan| scan.largest).max().unwrap_or(0);
-    let mut settings = Settings::default();
+    let mut settings = contents::settings(scans);
     settings.backend = options.backend.into();
     options.spill.set(&mut settings);
-    settings.channels = files.max(u32::from(highest) + 1);
-    settings.uuid = { hellos }.next().map_or([0; 16], |hello| hello.uuid);
-    let largest = largest.saturating_add(12); // the header inside
-    settings.max_packet = settings.max_packet.max(largest);
     let mut builder = LoadSession::builder().settings(settings);
     for target in targets {
         builder = builder.device(target.device()?);
