@@ -291,6 +291,30 @@ fn a_damaged_file_says_where() {
 }
 
 #[test]
+fn a_damaged_config_says_where() {
+    let Capture { files, .. } = capture("01");
+    let found = files.iter().enumerate().find_map(|(which, path)| {
+        let bytes = fs::read(path).unwrap();
+        let mut places = Vec::new();
+        for located in walk(&bytes).map(Result::unwrap) {
+            let end = located.offset + located.header.len() + located.payload.len();
+            if matches!(located.frame, Frame::DeviceState(packet) if packet.packet.config) {
+                places.push((which, located.offset, end));
+            }
+        }
+        places.pop()
+    });
+    let (which, begin, end) = found.unwrap();
+    let directory = Directory::new();
+    // Its END_OF_STATE, which is only looked at when it is loaded.
+    let files = with_changed(&files, which, &directory, |bytes| bytes[end - 1] ^= 1);
+    let ended = run(arguments(&["replay"], &files));
+    let why = ended.why();
+    assert!(why.contains("END_OF_STATE"), "{why}");
+    assert!(why.contains(&format!("changed.bin byte {begin}")), "{why}");
+}
+
+#[test]
 fn what_is_no_channel_is_refused() {
     let Capture { files, .. } = capture("01");
     let main = files[0].with_file_name("00-c2s.bin");
