@@ -57,8 +57,14 @@ impl DeviceId {
 }
 
 impl fmt::Display for DeviceId {
+    /// A name may be a peer's: what would steer a terminal is escaped.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.idstr)?;
+        let parts = self.idstr.split_inclusive(char::is_control);
+        for part in parts {
+            let text = part.trim_end_matches(char::is_control);
+            f.write_str(text)?;
+            write!(f, "{}", part[text.len()..].escape_default())?;
+        }
         if self.instance != 0 {
             write!(f, "#{}", self.instance)?;
         }

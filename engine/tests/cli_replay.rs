@@ -408,3 +408,23 @@ fn a_hostile_name_is_harmless() {
     let ended = run(["inspect", &path]);
     assert_eq!(ended.stdout.lines().count(), 3);
 }
+
+#[test]
+fn a_name_that_steers_a_terminal_is_shown_and_not_obeyed() {
+    let id = vfio_migration::DeviceId::new("\u{1b}]0;e\u{7}vil", 0).unwrap();
+    let key = vfio_migration::wire::DeviceKey::new(&id);
+    let hello = vfio_migration::wire::Hello {
+        uuid: [7; 16],
+        id: 0,
+    };
+    let packet = encode_packet(&key, 0, false, 5);
+    let bytes = [&hello.encode()[..], &packet, b"state"].concat();
+    let directory = Directory::new();
+    let path = directory.file("channel");
+    fs::write(&path, bytes).unwrap();
+    let ended = run(["replay", &path]);
+    let why = ended.why();
+    assert!(!why.contains(char::is_control), "{why:?}");
+    // The engine's own words are of it too.
+    assert!(why.contains(r"device \u{1b}]0;e\u{7}vil"), "{why}");
+}

@@ -47,7 +47,7 @@ pub(crate) fn print(text: &str) -> anyhow::Result<()> {
 /// Says something on stderr: one line, whatever a peer's bytes or a path may hold, and in one piece,
 /// for two processes often share a terminal.
 pub(crate) fn say(text: &str) {
-    let line = format!("vfio-migrate: {}\n", text.replace(['\n', '\r'], " "));
+    let line = format!("vfio-migrate: {}\n", text.replace(char::is_control, " "));
     // Who does not listen misses it.
     let _lost = io::stderr().write_all(line.as_bytes());
 }
