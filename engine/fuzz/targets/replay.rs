@@ -187,9 +187,10 @@ fuzz_target!(|bytes: &[u8]| {
         let scan = Scan::of(Path::new(&name), open(bytes, bytes.len()));
         check_scan(&scan, bytes, page_size, &mut devices);
         check_names(open(bytes, bytes.len()));
-        // A file that has become shorter since its length was asked for.
+        // A file that has become shorter since its length was asked for: what is passed over is not
+        // read, so only the load may find that it has gone.
         let longer = Scan::of(Path::new(&name), open(bytes, bytes.len() + 1000));
-        assert!(longer.damage.is_some() && longer.end >= scan.end);
+        assert!(longer.end >= scan.end);
         scans.push(scan);
     }
     let damaged = scans.iter().find(|scan| scan.damage.is_some());
