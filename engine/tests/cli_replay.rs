@@ -428,3 +428,32 @@ fn a_name_that_steers_a_terminal_is_shown_and_not_obeyed() {
     // The engine's own words are of it too.
     assert!(why.contains(r"device \u{1b}]0;e\u{7}vil"), "{why}");
 }
+
+#[test]
+fn any_number_of_names_and_of_packets_is_told_in_a_few_words() {
+    const MANY: u32 = 50_000;
+    let hello = vfio_migration::wire::Hello {
+        uuid: [7; 16],
+        id: 0,
+    };
+    let packet = |instance, index| {
+        let id = vfio_migration::DeviceId::new("many", instance).unwrap();
+        encode_packet(&vfio_migration::wire::DeviceKey::new(&id), index, false, 0)
+    };
+    let directory = Directory::new();
+    let path = directory.file("channel");
+    let replay = |packets: Vec<[u8; DEVICE_PACKET_LEN]>, rest: &[u8]| {
+        let bytes = [&hello.encode()[..], &packets.concat(), rest].concat();
+        fs::write(&path, bytes).unwrap();
+        let why = run(["replay", &path]).why().to_owned();
+        assert!(why.len() < 2000, "{} bytes", why.len());
+        why
+    };
+    // Each of many devices lacks something, and the file is cut.
+    let why = replay((0..MANY).map(|device| packet(device, 0)).collect(), b"cut");
+    assert!(why.contains("lacks idx 1 and its config"), "{why}");
+    assert!(why.contains(&format!("{} more", MANY - 8)), "{why}");
+    // One packet comes again and again.
+    let why = replay(vec![packet(0, 0); MANY as usize], b"");
+    assert!(why.contains(&format!("{} more", MANY - 8)), "{why}");
+}

@@ -11,6 +11,7 @@
 //! the disk.
 
 use std::{
+    collections::HashMap,
     fmt,
     fs::File,
     io::{BufReader, Read, Seek},
@@ -261,6 +262,8 @@ pub(crate) struct Scan {
     pub(crate) hello: Option<Hello>,
     /// The devices, in the order of their first packets.
     pub(crate) keys: Vec<DeviceKey>,
+    /// Where each of them is there: a file may name as many as it has packets.
+    known: HashMap<DeviceKey, usize>,
     /// Their packets, in their order.
     pub(crate) places: Vec<Place>,
     /// The bytes of the devices' packets, headers included.
@@ -286,6 +289,7 @@ impl Scan {
             path: path.to_owned(),
             hello: None,
             keys: Vec::new(),
+            known: HashMap::new(),
             places: Vec::new(),
             device_bytes: 0,
             largest: 0,
@@ -316,8 +320,7 @@ impl Scan {
             What::Device { key, index, config } => {
                 self.device_bytes += packet.len;
                 self.largest = self.largest.max(packet.payload);
-                let known = self.keys.iter().position(|known| *known == *key);
-                let device = known.unwrap_or_else(|| {
+                let device = *self.known.entry(*key).or_insert_with(|| {
                     self.keys.push(*key);
                     self.keys.len() - 1
                 });

@@ -63,9 +63,21 @@ impl PartialOrd for DeviceKeyOrder {
     }
 }
 
-/// What is said of each device that the files do not hold all of.
+/// How many of the devices or places that a message is about it names: files may hold any number.
+const NAMED: usize = 8;
+
+/// The first [`NAMED`] of `parts`, and how many more there are.
+fn join(parts: &[String], separator: &str) -> String {
+    let mut text = parts[..parts.len().min(NAMED)].join(separator);
+    if parts.len() > NAMED {
+        text.push_str(&format!("{separator}{} more", parts.len() - NAMED));
+    }
+    text
+}
+
+/// What is said of the devices that the files do not hold all of.
 fn lacking(scans: &[Scan]) -> String {
-    let mut text = String::new();
+    let mut parts = Vec::new();
     for (DeviceKeyOrder(key), packets) in by_device(scans) {
         if let Some(index) = packets.first_missing() {
             let config = if packets.config.is_none() {
@@ -73,13 +85,17 @@ fn lacking(scans: &[Scan]) -> String {
             } else {
                 ""
             };
-            text.push_str(&format!(
-                "; device {} lacks idx {index}{config}",
+            parts.push(format!(
+                "device {} lacks idx {index}{config}",
                 show_key(&key)
             ));
         }
     }
-    text
+    if parts.is_empty() {
+        String::new()
+    } else {
+        format!("; {}", join(&parts, "; "))
+    }
 }
 
 /// Where all files end.
@@ -116,7 +132,7 @@ pub(crate) fn explain(error: Error, scans: &[Scan]) -> anyhow::Error {
         text.push_str(&lacking(scans));
     } else if !places.is_empty() {
         text.push_str("at ");
-        text.push_str(&places.join(" and "));
+        text.push_str(&join(&places, " and "));
     }
     if text.is_empty() {
         anyhow!(error)
