@@ -53,4 +53,17 @@ impl<'a> Input<'a> {
     pub const fn rest(&self) -> &'a [u8] {
         self.0
     }
+
+    /// An idx: `next`, one of those around it, or one far away.
+    pub fn index(&mut self, next: u32) -> u32 {
+        match self.byte() {
+            choice @ 0..=199 => next.saturating_add(match choice {
+                0..=99 => 0,
+                _ => u32::from(choice) % 8,
+            }),
+            choice @ 200..=239 => next.saturating_sub(u32::from(choice) % 4),
+            240..=247 => self.word() % 70_000,
+            _ => u32::MAX - 1 - u32::from(self.byte() % 2),
+        }
+    }
 }

@@ -248,24 +248,10 @@ impl Run {
         })
     }
 
-    /// An idx: the next, one of those around it, or far away.
-    fn index(&self, device: usize, input: &mut Input<'_>) -> u32 {
-        let next = self.devices[device].next;
-        match input.byte() {
-            choice @ 0..=199 => next.saturating_add(match choice {
-                0..=99 => 0,
-                _ => u32::from(choice) % 8,
-            }),
-            choice @ 200..=239 => next.saturating_sub(u32::from(choice) % 4),
-            240..=247 => input.word() % 70_000,
-            _ => u32::MAX - 1 - u32::from(input.byte() % 2),
-        }
-    }
-
     /// A device's packet.
     fn packet(&mut self, at: usize, input: &mut Input<'_>) -> Vec<u8> {
         let device = input.below(self.devices.len());
-        let index = self.index(device, input);
+        let index = input.index(self.devices[device].next);
         let how = input.byte();
         let config = how & 7 == 7;
         let size = SIZES[usize::from(how >> 4) % SIZES.len()];

@@ -342,20 +342,6 @@ impl Run {
         }
     }
 
-    /// An idx: the next, one of those around it, or far away.
-    fn index(&self, device: usize, input: &mut Input<'_>) -> u32 {
-        let next = self.devices[device].next;
-        match input.byte() {
-            choice @ 0..=199 => next.saturating_add(match choice {
-                0..=99 => 0,
-                _ => u32::from(choice) % 8,
-            }),
-            choice @ 200..=239 => next.saturating_sub(u32::from(choice) % 4),
-            240..=247 => input.word() % 70_000,
-            _ => u32::MAX - 1 - u32::from(input.byte() % 2),
-        }
-    }
-
     fn send(&mut self, input: &mut Input<'_>) {
         let at = input.below(self.channels.len());
         let device = input.below(self.devices.len());
@@ -366,7 +352,7 @@ impl Run {
         self.channels[at].send_rest();
         let packet = Sent {
             device,
-            index: self.index(device, input),
+            index: input.index(self.devices[device].next),
             config: how & 7 == 7,
         };
         let frame = self.devices[device].frame(packet);
@@ -460,7 +446,7 @@ impl Run {
         let how = input.byte();
         let packet = Sent {
             device,
-            index: self.index(device, input),
+            index: input.index(self.devices[device].next),
             config: how & 7 == 7,
         };
         if packet.index == u32::MAX {
