@@ -1,27 +1,53 @@
-//! The bytes of a pool: one allocation, touched once, backed by huge pages where the kernel has them.
+//! The bytes of a pool: one piece of memory, backed by huge pages where the kernel has them.
 //!
-//! Whoever makes a session pays for its memory before the first byte moves: no transfer meets a page
-//! fault. Huge pages make that cheaper too (16 faults for 32 MiB, not 8192).
+//! A load's is touched when it is made: whoever makes a session pays for its memory before the first byte
+//! moves, and no transfer meets a page fault. A save's is made within the downtime, so its pages come as
+//! they are used: the pool gives out what was given back last, and most are never needed. Huge pages make
+//! both cheaper (16 faults for 32 MiB, not 8192).
 //!
 //! An arena hands out addresses. Who may use which range is its pool's to say: see `reorder/pool.rs`.
-#![expect(unsafe_code, reason = "one raw allocation, and its madvise")]
+#![expect(unsafe_code, reason = "raw memory, from the heap or a mapping")]
 
 use std::{
     alloc::{self, Layout},
+    num::NonZero,
     ops::Range,
     ptr::NonNull,
 };
+
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
 
 use crate::sync::Shadow;
 
 /// What loom watches as one: a cache line.
 pub(crate) const GRANULE: usize = 64;
 
-/// One allocation, freed with its owner.
+/// A huge page.
+const HUGE: usize = 2 << 20;
+
+/// When the memory is made real.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Touch {
+    /// Now.
+    AtOnce,
+    /// With its first use.
+    Lazily,
+}
+
+/// One piece of memory, freed with its owner. All of it is initialised.
 pub(crate) struct Arena {
     start: NonNull<u8>,
-    layout: Layout,
+    len: usize,
+    memory: Memory,
     shadow: Shadow,
+}
+
+/// Where it comes from.
+enum Memory {
+    /// What is smaller than a huge page.
+    Heap(Layout),
+    /// A mapping from here, this long.
+    Mapped(NonNull<u8>, usize),
 }
 
 // SAFETY: the arena is plain memory, and makes no access after `new`. Its owner gives each range to
@@ -31,37 +57,23 @@ unsafe impl Send for Arena {}
 unsafe impl Sync for Arena {}
 
 impl Arena {
-    /// A huge page.
-    const ALIGN: usize = 2 << 20;
-
-    pub(crate) fn new(len: usize) -> Self {
-        let align = if len >= Self::ALIGN {
-            Self::ALIGN
+    pub(crate) fn new(len: usize, touch: Touch) -> Self {
+        let (start, memory) = if len < HUGE {
+            heap(len)
         } else {
-            4096
+            mapped(len, touch)
         };
-        let layout = Layout::from_size_align(len.max(GRANULE), align)
-            .expect("a budget is far below isize::MAX");
-        // SAFETY: the layout's size is not 0.
-        let start = unsafe { alloc::alloc(layout) };
-        let Some(start) = NonNull::new(start) else {
-            alloc::handle_alloc_error(layout)
-        };
-        prefer_huge_pages(start, len / Self::ALIGN * Self::ALIGN);
-        // Every page is touched here, so that no transfer pays for a fault. The value is not 0, or
-        // the compiler would ask for zeroed pages instead, which are not touched.
-        // SAFETY: the block is ours, and `layout.size()` bytes long.
-        unsafe { start.as_ptr().write_bytes(0xa5, layout.size()) };
         Self {
             start,
-            layout,
+            len,
+            memory,
             shadow: Shadow::new(if cfg!(loom) { len / GRANULE } else { 0 }),
         }
     }
 
     /// The address of a byte.
     pub(crate) fn at(&self, offset: usize) -> *mut u8 {
-        debug_assert!(offset <= self.layout.size());
+        debug_assert!(offset <= self.len);
         // SAFETY: `offset` is within the block, by the pool's arithmetic.
         unsafe { self.start.as_ptr().add(offset) }
     }
@@ -79,21 +91,74 @@ impl Arena {
 
 impl Drop for Arena {
     fn drop(&mut self) {
-        // SAFETY: allocated by `new` with this layout, and every lease holds the pool.
-        unsafe { alloc::dealloc(self.start.as_ptr(), self.layout) };
+        match self.memory {
+            // SAFETY: allocated by `heap` with this layout, and every lease holds the pool.
+            Memory::Heap(layout) => unsafe { alloc::dealloc(self.start.as_ptr(), layout) },
+            Memory::Mapped(start, len) => {
+                // SAFETY: mapped by `mapped`, all of it, and every lease holds the pool.
+                let unmapped = unsafe { munmap(start.cast(), len) };
+                debug_assert_eq!(unmapped, Ok(()), "a mapping of ours");
+            }
+        }
     }
 }
 
-#[cfg(not(loom))]
-fn prefer_huge_pages(start: NonNull<u8>, len: usize) {
-    use nix::sys::mman::{MmapAdvise, madvise};
-
-    if len > 0 {
-        // SAFETY: the range is ours and aligned to pages, and the advice does not change what is in
-        // it. A kernel without huge pages says so, and nothing is lost.
-        let _advised = unsafe { madvise(start.cast(), len, MmapAdvise::MADV_HUGEPAGE) };
-    }
+/// Zeroed memory of the heap, on pages of its own.
+fn heap(len: usize) -> (NonNull<u8>, Memory) {
+    let layout = Layout::from_size_align(len.max(GRANULE), 4096).expect("less than a huge page");
+    // SAFETY: the layout's size is not 0.
+    let start = unsafe { alloc::alloc_zeroed(layout) };
+    let Some(start) = NonNull::new(start) else {
+        alloc::handle_alloc_error(layout)
+    };
+    (start, Memory::Heap(layout))
 }
 
-#[cfg(loom)]
-fn prefer_huge_pages(_start: NonNull<u8>, _len: usize) {}
+/// A mapping that begins with a huge page.
+fn mapped(len: usize, touch: Touch) -> (NonNull<u8>, Memory) {
+    // One more, to begin where a huge page does.
+    let all = len + HUGE;
+    let (access, flags) = (
+        ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
+        MapFlags::MAP_PRIVATE,
+    );
+    let size = NonZero::new(all).expect("more than a huge page");
+    // SAFETY: a new mapping, wherever the kernel likes.
+    let Ok(mapping) = (unsafe { mmap_anonymous(None, size, access, flags) }) else {
+        let layout = Layout::from_size_align(len, HUGE).expect("a budget is far below isize::MAX");
+        alloc::handle_alloc_error(layout)
+    };
+    let mapping = mapping.cast::<u8>();
+    // SAFETY: less than the huge page that was mapped beyond `len`.
+    let start = unsafe { mapping.add(mapping.align_offset(HUGE)) };
+    // SAFETY: the range is ours and aligned to pages, and the advice does not change what is in it. A
+    // kernel without huge pages says so, and nothing is lost.
+    let _advised = unsafe { madvise(start.cast(), len / HUGE * HUGE, MmapAdvise::MADV_HUGEPAGE) };
+    if touch == Touch::AtOnce {
+        // SAFETY: the range is ours, and `len` bytes long.
+        unsafe { start.as_ptr().write_bytes(0, len) };
+    }
+    (start, Memory::Mapped(mapping, all))
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_of_it_is_zeroed_and_ours_and_large_ones_begin_with_a_huge_page() {
+        for touch in [Touch::AtOnce, Touch::Lazily] {
+            for len in [64, 4096, HUGE - 64, HUGE, 2 * HUGE + 4096] {
+                let arena = Arena::new(len, touch);
+                let start = arena.at(0);
+                let align = if len < HUGE { 4096 } else { HUGE };
+                assert!(start.addr().is_multiple_of(align));
+                // SAFETY: nobody else has it.
+                let bytes = unsafe { std::slice::from_raw_parts_mut(start, len) };
+                assert!(bytes.iter().all(|byte| *byte == 0));
+                bytes.fill(7);
+                assert_eq!(arena.at(len).addr() - start.addr(), len);
+            }
+        }
+    }
+}

@@ -160,7 +160,7 @@ impl Save {
         };
         Self {
             devices: (0..count).zip(devices).map(device).collect(),
-            pool: Arc::new(Pool::new(pool)),
+            pool: Arc::new(Pool::untouched(pool)),
             queue: Queue::new(collector.clone()),
             collector,
             driver,

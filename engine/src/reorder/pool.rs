@@ -20,7 +20,7 @@
 //! Each device has one *reserve* besides, smaller than a buffer, for the packet that it needs
 //! next: with it a device gets on however full the pool is.
 //!
-//! All memory is allocated and touched once, when the pool is made. The pool is the budget.
+//! All memory is allocated once, when the pool is made. The pool is the budget.
 //!
 //! # Edges
 //!
@@ -45,7 +45,7 @@ use crossbeam_utils::CachePadded;
 use vfio_migration_uring::Buffer as RingBuffer;
 
 use crate::{
-    arena::{Arena, GRANULE},
+    arena::{Arena, GRANULE, Touch},
     sync::atomic::{
         AtomicU32, AtomicU64,
         Ordering::{AcqRel, Acquire, Relaxed, Release},
@@ -188,6 +188,20 @@ impl Pool {
     /// a size is not a multiple of [`ALIGN`].
     #[must_use]
     pub fn new(layout: PoolLayout) -> Self {
+        Self::with(layout, Touch::AtOnce)
+    }
+
+    /// As [`Pool::new`], but each page is touched by its first user.
+    ///
+    /// # Panics
+    ///
+    /// As [`Pool::new`].
+    #[must_use]
+    pub fn untouched(layout: PoolLayout) -> Self {
+        Self::with(layout, Touch::Lazily)
+    }
+
+    fn with(layout: PoolLayout, touch: Touch) -> Self {
         assert!(layout.buffers + layout.reserves <= PoolLayout::MAX_BUFFERS);
         for len in [layout.buffer_len, layout.reserve_len] {
             assert!(len <= PoolLayout::MAX_BUFFER_LEN && len.is_multiple_of(ALIGN));
@@ -211,7 +225,7 @@ impl Pool {
             in_use_high: AtomicU32::new(0),
             buffers,
             layout,
-            arena: Arena::new(layout.size()),
+            arena: Arena::new(layout.size(), touch),
             #[cfg(feature = "faults")]
             refusals: std::sync::OnceLock::new(),
         }
