@@ -13,6 +13,7 @@
 //! | `a_cancellation_races_the_config_notice` | a flag is lost |
 //! | `a_cancellation_races_the_result` | the wait for the result does not look for a stop, or loses it |
 //! | `the_end_is_announced_once_and_waited_for` | `wait_end` returns before the end |
+//! | `all_who_wait_for_the_end_are_told` | `set` notifies one |
 //! | `two_cancellations_and_an_exit` | a stop is lost |
 //! | `a_cancellation_before_the_start` | a stop is taken back by the start |
 #![cfg(loom)]
@@ -274,6 +275,22 @@ fn the_end_is_announced_once_and_waited_for() {
         device.look();
         assert!(device.control.is_ended());
         assert_eq!(thread.join().unwrap(), Err(Stop::Exit));
+    });
+}
+
+/// Two wait for the end, which each of them finds. 3 threads, 2 preemptions.
+#[test]
+fn all_who_wait_for_the_end_are_told() {
+    model(|| {
+        let device = device();
+        let waiters = [(); 2].map(|()| {
+            let device = Arc::clone(&device);
+            thread::spawn(move || assert!(device.control.wait_end(None)))
+        });
+        assert!(device.control.end());
+        for waiter in waiters {
+            waiter.join().unwrap();
+        }
     });
 }
 
