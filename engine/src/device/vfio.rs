@@ -54,17 +54,19 @@ pub trait Config: Send {
 /// [`Device::new`](crate::Device::new).
 ///
 /// ```no_run
+/// # use std::os::fd::OwnedFd;
 /// use vfio_migration::{Device, DeviceId, vfio};
 ///
+/// # fn devices(device_fd: OwnedFd) -> Result<(), Box<dyn std::error::Error>> {
 /// // From sysfs, where nobody else has the device:
 /// let inner = vfio::open("/sys/bus/pci/devices/0000:3b:00.2".as_ref())?;
 /// let device = Device::new(DeviceId::new("0000:00:03.0/vfio", 0)?, Box::new(inner))?;
 ///
-/// // From an fd that the VMM has open, by whatever way it came by it:
-/// # fn device_fd() -> std::os::fd::OwnedFd { unimplemented!() }
-/// let inner = vfio::VfioDevice::new(device_fd());
+/// // From an fd that the VMM has open, an `OwnedFd`, by whatever way it came by it:
+/// let inner = vfio::VfioDevice::new(device_fd);
 /// let device = Device::new(DeviceId::new("0000:00:04.0/vfio", 0)?, Box::new(inner))?;
-/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// # Ok(())
+/// # }
 /// ```
 pub struct VfioDevice<F> {
     fd: F,
