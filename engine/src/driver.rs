@@ -24,14 +24,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crossbeam_epoch::{Collector, Guard};
+use crossbeam_epoch::{Collector, Guard, LocalHandle};
 use nix::errno::Errno;
 use vfio_migration_uring::{Completion, Ring, Waker};
 
 use crate::{
     error::{Error, ErrorKind, Phase},
     lane::{Buffer, Filled, Lane, Progress},
-    reorder::{doorbell::Doorbell, waiters::RECHECK},
+    reorder::{
+        doorbell::Doorbell,
+        waiters::{NOTICE_LOOK, NOTICE_LOOKS, RECHECK},
+    },
     stats::Counter,
     sync::{
         Arc, Mutex,
@@ -294,16 +297,14 @@ impl<F: Flow> Driver<F> {
             progressed();
             self.handle.ring_calls.add(1);
             let waited = self.ring.wait(Some(self.bound()));
+            let first = self.ring.reap();
+            if first.is_none() && matches!(waited, Ok(false)) && self.is_unannounced(&epoch) {
+                self.handle.late.add(1);
+            }
             self.handle.doorbell.get_up();
+            self.reap(first, &epoch.pin());
             match waited {
-                Ok(woken) => {
-                    self.failing = None;
-                    let guard = epoch.pin();
-                    let reaped = self.reap(&guard);
-                    if !woken && !reaped && self.must_stay_up(&guard) {
-                        self.handle.late.add(1);
-                    }
-                }
+                Ok(_) => self.failing = None,
                 // Short of memory, which passes; or else the grace time does.
                 Err(error) if passes(&error) && !self.is_out_of_patience() => {
                     thread::sleep(RETRY);
@@ -501,6 +502,24 @@ impl<F: Flow> Driver<F> {
         })
     }
 
+    /// After a sleep that only its bound has ended, and still lying: whether there is something that
+    /// no ringer announces. One may have made it so in this very moment, and not have come to the
+    /// doorbell yet: it is given as long again.
+    fn is_unannounced(&mut self, epoch: &LocalHandle) -> bool {
+        for _ in 0..NOTICE_LOOKS {
+            let guard = epoch.pin();
+            let first = self.ring.reap();
+            if self.reap(first, &guard) || !self.must_stay_up(&guard) {
+                return false;
+            }
+            drop(guard);
+            if !matches!(self.ring.wait(Some(NOTICE_LOOK)), Ok(false)) {
+                return false;
+            }
+        }
+        true
+    }
+
     /// How long to sleep at most.
     fn bound(&self) -> Duration {
         let now = Instant::now();
@@ -514,12 +533,13 @@ impl<F: Flow> Driver<F> {
         deadlines.fold(RECHECK, Duration::min)
     }
 
-    /// Hands every completion to its flow. Returns whether there was one.
-    fn reap(&mut self, guard: &Guard) -> bool {
-        let mut any = false;
-        while let Some(completion) = self.ring.reap() {
-            any = true;
+    /// Hands this completion to its flow, and all that follow. Returns whether there was one.
+    fn reap(&mut self, first: Option<Completion<Buffer>>, guard: &Guard) -> bool {
+        let any = first.is_some();
+        let mut next = first;
+        while let Some(completion) = next {
             self.completed(completion, guard);
+            next = self.ring.reap();
         }
         if any {
             self.last_progress = Instant::now();

@@ -20,8 +20,10 @@
 //! to one; whoever is told and cannot use it tells the next, as often as there were waiters: so what one
 //! sleeper has no use for is not lost on another.
 //!
-//! Sleeps are bounded ([`RECHECK`]), as a net: what the look after the bound finds is counted in
-//! [`Waiters::late`], and must stay 0. (Not under loom, where a bound would keep every model green.)
+//! Sleeps are bounded ([`RECHECK`]), as a net: what the look after the bound finds, and no notice
+//! announces, is counted in [`Waiters::late`], and must stay 0. (Not under loom, where a bound would keep
+//! every model green.) A notifier may have made it so in this very moment, and not have come to the
+//! notice yet: so the waiter, who is still counted, gives the notice as long again before it judges.
 //!
 //! # Edges
 //!
@@ -33,7 +35,7 @@ use std::{
 };
 
 use crate::sync::{
-    Condvar, Mutex,
+    Condvar, Mutex, MutexGuard,
     atomic::{
         AtomicU32, AtomicU64,
         Ordering::{Relaxed, SeqCst},
@@ -45,13 +47,27 @@ use crate::sync::{
 /// How long a sleep lasts at most before its thread looks again by itself.
 pub const RECHECK: Duration = Duration::from_secs(1);
 
+/// How often a notice that should come is looked for, before it is taken for lost.
+pub(crate) const NOTICE_LOOKS: u32 = 100;
+
+/// How long each time: [`RECHECK`] in all.
+pub(crate) const NOTICE_LOOK: Duration = Duration::from_millis(10);
+
 /// A place to wait at.
 pub struct Waiters {
     waiting: AtomicU32,
     late: AtomicU64,
-    /// How many more are to be told of what those who were told could not use.
-    lock: Mutex<u32>,
+    lock: Mutex<Notices>,
     condvar: Condvar,
+}
+
+/// What those who wait have been told.
+#[derive(Default)]
+struct Notices {
+    /// How many there were.
+    given: u64,
+    /// How many more are to be told of what those who were told could not use.
+    passes: u32,
 }
 
 impl Waiters {
@@ -61,7 +77,7 @@ impl Waiters {
         Self {
             waiting: AtomicU32::new(0),
             late: AtomicU64::new(0),
-            lock: Mutex::new(0),
+            lock: Mutex::new(Notices::default()),
             condvar: Condvar::new(),
         }
     }
@@ -78,26 +94,25 @@ impl Waiters {
         if let Some(found) = look() {
             return Some(found);
         }
-        let mut passes = lock(&self.lock);
+        let mut notices = lock(&self.lock);
         // Relaxed: ordered by the fence.
         self.waiting.fetch_add(1, Relaxed);
         // Partner: the fence of `notify`.
         fence(SeqCst);
         let mut woken = false;
-        let mut bound_passed = false;
+        let mut unannounced = false;
         let mut expired = false;
         let found = loop {
+            let before = notices.given;
             if let Some(found) = look() {
-                if bound_passed {
-                    // Relaxed: a counter.
-                    self.late.fetch_add(1, Relaxed);
+                if unannounced {
+                    notices = self.await_notice(notices, before);
                 }
                 break Some(found);
             }
             // Also where the deadline is what has woken it: it may have been told at the same time.
-            if woken && *passes > 0 {
-                *passes -= 1;
-                self.condvar.notify_one();
+            if woken {
+                self.pass_on(&mut notices);
             }
             let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
             if expired || left.is_some_and(|left| left.is_zero()) {
@@ -105,16 +120,44 @@ impl Waiters {
             }
             let bound = left.map_or(RECHECK, |left| left.min(RECHECK));
             let slept;
-            (passes, slept) = wait_bounded(&self.condvar, &self.lock, passes, bound);
+            (notices, slept) = wait_bounded(&self.condvar, &self.lock, notices, bound);
             woken = true;
-            // A deadline is no net: only the re-check's own bound counts.
-            bound_passed = slept && bound == RECHECK;
+            // A deadline is no net: only the re-check's own bound counts. And a sleep may be told just
+            // when its time is over.
+            unannounced = slept && bound == RECHECK && notices.given == before;
             expired = slept && left == Some(bound);
         };
         // Relaxed: a notifier that still sees us takes the lock for nothing.
         self.waiting.fetch_sub(1, Relaxed);
-        drop(passes);
+        drop(notices);
         found
+    }
+
+    /// Waits for the notice of what was found without one, and counts it as late if none comes.
+    fn await_notice<'a>(
+        &'a self,
+        mut notices: MutexGuard<'a, Notices>,
+        before: u64,
+    ) -> MutexGuard<'a, Notices> {
+        for _ in 0..NOTICE_LOOKS {
+            (notices, _) = wait_bounded(&self.condvar, &self.lock, notices, NOTICE_LOOK);
+            if notices.given != before {
+                // It may be another's, and this thread has what it wants.
+                self.pass_on(&mut notices);
+                return notices;
+            }
+        }
+        // Relaxed: a counter.
+        self.late.fetch_add(1, Relaxed);
+        notices
+    }
+
+    /// Tells the next of what one who was told has no use for.
+    fn pass_on(&self, notices: &mut Notices) {
+        if notices.passes > 0 {
+            notices.passes -= 1;
+            self.condvar.notify_one();
+        }
     }
 
     /// How many a notifier would find. Behind a fence, so that what was made so before is seen by
@@ -129,7 +172,7 @@ impl Waiters {
     /// Wakes everybody who waits, after something was made so. No system call where nobody does.
     pub fn notify_all(&self) {
         if self.count() > 0 {
-            drop(lock(&self.lock));
+            lock(&self.lock).given += 1;
             self.condvar.notify_all();
         }
     }
@@ -139,12 +182,15 @@ impl Waiters {
     pub fn notify_one(&self) {
         let count = self.count();
         if count > 0 {
-            *lock(&self.lock) = count;
+            let mut notices = lock(&self.lock);
+            notices.given += 1;
+            notices.passes = count;
+            drop(notices);
             self.condvar.notify_one();
         }
     }
 
-    /// How often the bounded re-check found something that no notification had announced.
+    /// How often the bounded re-check found something that no notification announced.
     #[must_use]
     pub fn late(&self) -> u64 {
         // Relaxed: a counter.
@@ -201,5 +247,44 @@ mod tests {
             assert_eq!(waiting.join().unwrap(), Some(()));
         });
         assert_eq!(waiters.late(), 0);
+    }
+
+    /// A flag that is there from the waiter's second look after a sleep on.
+    fn found_by_the_bound(waiters: &Waiters, then: impl Fn() + Send + Sync) {
+        let looks = AtomicU32::new(0);
+        let look = || {
+            let count = looks.fetch_add(1, Relaxed);
+            // Before the lock, under it, and after the first sleep.
+            (count == 2).then(&then)
+        };
+        assert_eq!(waiters.wait(None, look), Some(()));
+    }
+
+    #[test]
+    fn what_nobody_announces_is_counted() {
+        let waiters = Waiters::new();
+        found_by_the_bound(&waiters, || ());
+        assert_eq!(waiters.late(), 1);
+    }
+
+    #[test]
+    fn a_notice_that_is_on_its_way_is_waited_for() {
+        for one in [false, true] {
+            let waiters = Waiters::new();
+            thread::scope(|scope| {
+                found_by_the_bound(&waiters, || {
+                    scope.spawn(|| {
+                        // Whoever makes something so may be held up before it says so.
+                        thread::sleep(NOTICE_LOOK * 3);
+                        if one {
+                            waiters.notify_one();
+                        } else {
+                            waiters.notify_all();
+                        }
+                    });
+                });
+            });
+            assert_eq!(waiters.late(), 0);
+        }
     }
 }
