@@ -376,30 +376,32 @@ pub(super) const HAND_WRITTEN: &[HandWritten] = &[
     mutant(
         "waiters",
         "no look under the lock",
-        "let found = loop {
+        "let before = notices.given;
             if let Some(found) = look() {",
-        "let mut first = true;
-        let found = loop {
-            if !std::mem::take(&mut first) && let Some(found) = look() {",
+        "let before = notices.given;
+            if woken && let Some(found) = look() {",
     ),
     mutant(
         "waiters",
         "notify_all does not go through the lock",
-        "drop(lock(&self.lock));
+        "lock(&self.lock).given += 1;
             self.condvar.notify_all();",
         "self.condvar.notify_all();",
     ),
     mutant(
         "waiters",
         "notify_one does not go through the lock",
-        "*lock(&self.lock) = count;
+        "let mut notices = lock(&self.lock);
+            notices.given += 1;
+            notices.passes = count;
+            drop(notices);
             self.condvar.notify_one();",
         "self.condvar.notify_one();",
     ),
     mutant(
         "waiters",
         "whoever cannot use what it was told keeps it to itself",
-        "if woken && *passes > 0 {",
+        "if woken {",
         "if false {",
     ),
     mutant(
