@@ -4,7 +4,10 @@ use std::{
     fs::File,
     io::{self, Read, Write},
     os::fd::OwnedFd,
-    sync::atomic::{AtomicU32, Ordering::Relaxed},
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering::Relaxed},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -14,6 +17,7 @@ use vfio_migration::{
     Device, DeviceId, LoadSession, Publisher, Settings, Stats,
     wire::{self, PacketHeader},
 };
+use vfio_migration_uring::{self as uring, Fd, Link, Op, Token, Waker};
 
 use crate::{
     engine::{self, nanos},
@@ -156,6 +160,64 @@ pub fn wake_bare(count: u32) -> io::Result<Vec<u64>> {
             let since = Instant::now();
             published.fetch_add(1, Relaxed);
             sleeper.thread().unpark();
+            arrived(&mut reader)?;
+            times.push(nanos(since));
+        }
+        io::Result::Ok(times)
+    })?;
+    times.sort_unstable();
+    Ok(times)
+}
+
+/// As [`wake_bare`], but the thread sleeps in our ring, and writes through it: what sleeping where the
+/// kernel's completions come costs.
+///
+/// # Errors
+///
+/// The kernel's.
+///
+/// # Panics
+///
+/// Where the pipe fails.
+pub fn wake_ring(count: u32) -> io::Result<Vec<u64>> {
+    let (sink, mut reader) = pipe()?;
+    let fd: Fd = Arc::new(sink.file()?.into());
+    let waker = Waker::new()?;
+    let published = AtomicU32::new(0);
+    let mut times = thread::scope(|scope| {
+        let ours = waker.clone();
+        let published = &published;
+        scope.spawn(move || {
+            let (mut ring, _) = uring::open::<Vec<u8>>(uring::Backend::Uring, 1, ours, REST)?;
+            let mut buffer = vec![7; SMALL];
+            for index in 0..count {
+                // Relaxed: the number is all there is.
+                while published.load(Relaxed) <= index {
+                    ring.wait(None)?;
+                }
+                let fd = fd.clone();
+                let pushed = ring.push(Token(0), Op::Write { fd, buffer }, Link::End);
+                pushed.expect("the token is free");
+                let written = loop {
+                    ring.wait(None)?;
+                    if let Some(completion) = ring.reap() {
+                        break completion;
+                    }
+                };
+                written.result?;
+                let Op::Write { buffer: back, .. } = written.op else {
+                    unreachable!("what came back is what was pushed");
+                };
+                buffer = back;
+            }
+            io::Result::Ok(())
+        });
+        let mut times = Vec::new();
+        for _ in 0..count {
+            thread::sleep(REST);
+            let since = Instant::now();
+            published.fetch_add(1, Relaxed);
+            waker.wake();
             arrived(&mut reader)?;
             times.push(nanos(since));
         }

@@ -8,7 +8,7 @@
 //!
 //! A row that ends in `-limit` says how far the figure could go on this machine: what the bare
 //! copies, calls and wake-ups reach where nobody hands anything over, over the same yardstick in the
-//! same round.
+//! same round. One that ends in `-ring` is the same for a thread that sleeps in a ring.
 
 use std::{io, process::ExitCode, thread};
 
@@ -78,6 +78,7 @@ const FIGURES: &[(&str, Goal)] = &[
     ("whole-state-by-device-memory", Open),
     ("wake-p50-vs-condvar", AtMost(0.5)),
     ("wake-p50-vs-condvar-limit", Open),
+    ("wake-p50-vs-condvar-ring", Open),
     ("wake-p50-us", Open),
     ("load-null-1m-vs-mutex", AtLeast(8.0)),
     ("load-null-1m-vs-mutex-limit", Open),
@@ -239,6 +240,7 @@ const SUITES: &[Suite] = &[
         &[
             "wake-p50-vs-condvar",
             "wake-p50-vs-condvar-limit",
+            "wake-p50-vs-condvar-ring",
             "wake-p50-us",
         ],
         wake,
@@ -685,6 +687,7 @@ fn wake(run: &Run) -> io::Result<Found> {
         &mut || latency::wake_engine(count),
         &mut || latency::wake_mutex(count),
         &mut || latency::wake_bare(count),
+        &mut || latency::wake_ring(count),
     ]);
     let mut medians = Vec::new();
     for round in rounds {
@@ -695,7 +698,7 @@ fn wake(run: &Run) -> io::Result<Found> {
         medians.push(row);
     }
     if run.verbose {
-        eprintln!("  wake: engine, condvar, bare: {medians:.1?} us");
+        eprintln!("  wake: engine, condvar, bare, bare in a ring: {medians:.1?} us");
     }
     Ok(found([
         (
@@ -705,6 +708,10 @@ fn wake(run: &Run) -> io::Result<Found> {
         (
             "wake-p50-vs-condvar-limit",
             values(&medians, |round| round[2] / round[1]),
+        ),
+        (
+            "wake-p50-vs-condvar-ring",
+            values(&medians, |round| round[3] / round[1]),
         ),
         ("wake-p50-us", values(&medians, |round| round[0])),
     ]))
