@@ -409,8 +409,8 @@ fn a_save_whose_peer_does_not_read() {
 
 #[test]
 fn one_devices_failure_ends_the_others() {
-    let _watchdog = Watchdog::new();
     let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let _watchdog = Watchdog::new();
     // A save: one device refuses STOP_COPY, or its config; the other waits in a read.
     for refuses_state in [true, false] {
         let (first, _first) = io::pipe().unwrap();
