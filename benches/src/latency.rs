@@ -64,6 +64,20 @@ fn publish(publisher: &mut Publisher, id: &DeviceId, index: u32, data: &[u8]) {
     lease.publish().expect("a good packet");
 }
 
+/// Wakes a sleeper, again and again: from `wake` until its bytes are in the pipe, in nanoseconds.
+fn timed(count: u32, pipe: &mut File, mut wake: impl FnMut(u32)) -> io::Result<Vec<u64>> {
+    let mut times = Vec::new();
+    for index in 0..count {
+        thread::sleep(REST);
+        let since = Instant::now();
+        wake(index);
+        arrived(pipe)?;
+        times.push(nanos(since));
+    }
+    times.sort_unstable();
+    Ok(times)
+}
+
 /// From publishing to a sleeping driver until the bytes are in its pipe, in nanoseconds.
 ///
 /// # Errors
@@ -114,21 +128,14 @@ pub fn wake_mutex(count: u32) -> io::Result<Vec<u64>> {
     let (sink, mut reader) = pipe()?;
     let file = sink.file()?;
     let loader = Loader::default();
-    let mut times = thread::scope(|scope| {
+    thread::scope(|scope| {
         scope.spawn(|| loader.run(file).expect("a pipe takes all"));
-        let mut times = Vec::new();
-        for index in 0..count {
-            thread::sleep(REST);
-            let since = Instant::now();
+        let times = timed(count, &mut reader, |index| {
             loader.publish(index, &[7; SMALL]);
-            arrived(&mut reader)?;
-            times.push(nanos(since));
-        }
+        });
         loader.end(count);
-        io::Result::Ok(times)
-    })?;
-    times.sort_unstable();
-    Ok(times)
+        times
+    })
 }
 
 /// The same without anything to hand over: a thread that sleeps on a futex is woken, and writes.
@@ -144,7 +151,7 @@ pub fn wake_bare(count: u32) -> io::Result<Vec<u64>> {
     let (sink, mut reader) = pipe()?;
     let mut file = sink.file()?;
     let published = AtomicU32::new(0);
-    let mut times = thread::scope(|scope| {
+    thread::scope(|scope| {
         let sleeper = scope.spawn(|| {
             for index in 0..count {
                 // Relaxed: the number is all there is.
@@ -154,19 +161,11 @@ pub fn wake_bare(count: u32) -> io::Result<Vec<u64>> {
                 file.write_all(&[7; SMALL]).expect("a pipe takes all");
             }
         });
-        let mut times = Vec::new();
-        for _ in 0..count {
-            thread::sleep(REST);
-            let since = Instant::now();
+        timed(count, &mut reader, |_| {
             published.fetch_add(1, Relaxed);
             sleeper.thread().unpark();
-            arrived(&mut reader)?;
-            times.push(nanos(since));
-        }
-        io::Result::Ok(times)
-    })?;
-    times.sort_unstable();
-    Ok(times)
+        })
+    })
 }
 
 /// As [`wake_bare`], but the thread sleeps in our ring, and writes through it: what sleeping where the
@@ -174,29 +173,32 @@ pub fn wake_bare(count: u32) -> io::Result<Vec<u64>> {
 ///
 /// # Errors
 ///
-/// The kernel's.
+/// The kernel's, which may have no io_uring.
 ///
 /// # Panics
 ///
-/// Where the pipe fails.
+/// Never: the token is free where it is used.
 pub fn wake_ring(count: u32) -> io::Result<Vec<u64>> {
     let (sink, mut reader) = pipe()?;
     let fd: Fd = Arc::new(sink.file()?.into());
+    // The sleeper's is the last: where it fails, the pipe ends, and so does this thread's look.
+    drop(sink);
     let waker = Waker::new()?;
     let published = AtomicU32::new(0);
-    let mut times = thread::scope(|scope| {
-        let ours = waker.clone();
-        let published = &published;
-        scope.spawn(move || {
+    thread::scope(|scope| {
+        let (ours, published) = (waker.clone(), &published);
+        let sleeper = scope.spawn(move || {
             let (mut ring, _) = uring::open::<Vec<u8>>(uring::Backend::Uring, 1, ours, REST)?;
-            let mut buffer = vec![7; SMALL];
             for index in 0..count {
                 // Relaxed: the number is all there is.
                 while published.load(Relaxed) <= index {
                     ring.wait(None)?;
                 }
-                let fd = fd.clone();
-                let pushed = ring.push(Token(0), Op::Write { fd, buffer }, Link::End);
+                let write = Op::Write {
+                    fd: fd.clone(),
+                    buffer: vec![7; SMALL],
+                };
+                let pushed = ring.push(Token(0), write, Link::End);
                 pushed.expect("the token is free");
                 let written = loop {
                     ring.wait(None)?;
@@ -205,26 +207,16 @@ pub fn wake_ring(count: u32) -> io::Result<Vec<u64>> {
                     }
                 };
                 written.result?;
-                let Op::Write { buffer: back, .. } = written.op else {
-                    unreachable!("what came back is what was pushed");
-                };
-                buffer = back;
             }
             io::Result::Ok(())
         });
-        let mut times = Vec::new();
-        for _ in 0..count {
-            thread::sleep(REST);
-            let since = Instant::now();
+        let times = timed(count, &mut reader, |_| {
             published.fetch_add(1, Relaxed);
             waker.wake();
-            arrived(&mut reader)?;
-            times.push(nanos(since));
-        }
-        io::Result::Ok(times)
-    })?;
-    times.sort_unstable();
-    Ok(times)
+        });
+        sleeper.join().expect("it does not panic")?;
+        times
+    })
 }
 
 /// Where a load is cancelled.

@@ -53,6 +53,8 @@ pub(crate) const NOTICE_LOOKS: u32 = 100;
 /// How long each time: [`RECHECK`] in all.
 pub(crate) const NOTICE_LOOK: Duration = Duration::from_millis(10);
 
+const _: () = assert!(NOTICE_LOOK.as_millis() * NOTICE_LOOKS as u128 == RECHECK.as_millis());
+
 /// A place to wait at.
 pub struct Waiters {
     waiting: AtomicU32,
@@ -249,7 +251,7 @@ mod tests {
         assert_eq!(waiters.late(), 0);
     }
 
-    /// A flag that is there from the waiter's second look after a sleep on.
+    /// A wait that the look after its first sleep ends; `then` is called with that look.
     fn found_by_the_bound(waiters: &Waiters, then: impl Fn() + Send + Sync) {
         let looks = AtomicU32::new(0);
         let look = || {
