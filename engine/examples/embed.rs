@@ -22,7 +22,7 @@ use vfio_migration::{
         vm::{self, Reason},
     },
     sim::{SimConfig, SimDevice, SimHandle},
-    stream::{Command, Event, Reader, Reply, Section, SectionKind, Writer},
+    stream::{Command, Event, MainChannelOrder, Reader, Reply, Section, SectionKind, Writer},
 };
 
 /// What both ends have agreed on.
@@ -124,19 +124,21 @@ fn destination(
         .fold(LoadSession::builder(), |it, channel| it.channel(channel));
     let path = main.try_clone().expect("a descriptor is to be had");
     let approve = move || Reply::SwitchoverAck.write(&mut &path);
+    let mut order = MainChannelOrder::new(devices.iter().map(|it| it.id().clone()));
     let incoming = Incoming::setup(devices, terms, session, Box::new(approve))?;
     let mut reader = Reader::open(main)?;
-    loop {
-        match reader.next_event()? {
-            Some(Event::Section(section)) => {
-                incoming
-                    .device(&section.owner)?
-                    .load_state(reader.body()?)?;
+    while let Some(event) = reader.next_event()? {
+        order.event(&event)?;
+        match event {
+            Event::Section(section) => {
+                let device = incoming.device(&section.owner)?;
+                let piece = device.load_state(reader.body()?)?;
+                order.body(&section, &piece)?;
                 reader.footer()?;
             }
-            Some(Event::Command(Command::SwitchoverStart)) => incoming.switchover_start()?,
-            Some(Event::Eof) | None => break,
-            Some(_) => {}
+            Event::Command(Command::SwitchoverStart) => incoming.switchover_start()?,
+            Event::Eof => break,
+            _ => {}
         }
     }
     let mut loaded = incoming.finish()?;

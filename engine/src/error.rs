@@ -124,7 +124,7 @@ pub enum Phase {
     Cleanup,
 }
 
-/// A rule of the wire protocol that a peer's bytes broke (spec, sections 2, 3 and 5.2).
+/// A rule of the wire protocol that a peer's bytes broke.
 #[derive(Clone, Debug, Eq, PartialEq)]
 #[non_exhaustive]
 pub enum Violation {
@@ -213,8 +213,20 @@ pub enum Violation {
         /// At this one; otherwise at the source.
         here: bool,
     },
-    /// A section's structure is broken.
+    /// Config-after-iterables is on at one end alone, for this device.
+    ConfigAfterIterables {
+        /// At this one; otherwise at the source.
+        here: bool,
+    },
+    /// A section's structure is broken, or the main channel's.
     Section(&'static str),
+    /// A section stands where it may not, or lacks what must stand there.
+    SectionOrder {
+        /// Its section id.
+        section: u32,
+        /// What is wrong.
+        what: &'static str,
+    },
     /// The main channel has something of an unknown type, or one that cannot stand here.
     SectionType(u8),
     /// The main channel, or the return path, ended inside something.
@@ -492,7 +504,16 @@ impl fmt::Display for Violation {
             Self::PrecopyOverChannels { here: false } => {
                 f.write_str("the source sends PRE_COPY data over the channels; that is off here")
             }
-            Self::Section(what) => write!(f, "section: {what}"),
+            Self::ConfigAfterIterables { here: true } => f.write_str(
+                "config-after-iterables is on here; the source does not say when the config may \
+                 be loaded",
+            ),
+            Self::ConfigAfterIterables { here: false } => f.write_str(
+                "the source says when the config may be loaded, and config-after-iterables is off \
+                 here",
+            ),
+            Self::Section(what) => f.write_str(what),
+            Self::SectionOrder { section, what } => write!(f, "{what}, section id {section}"),
             Self::SectionType(kind) => write!(f, "unexpected section type {kind:#04x}"),
             Self::SectionTruncated { offset } => {
                 write!(f, "the stream ended after {offset} bytes, inside something")

@@ -16,7 +16,9 @@
 //! A VMM has all this already and knows its other devices' sections, which nobody else can walk.
 //! `replay`, tests and small VMMs use it: one thread reads event by event, and after each
 //! [`Event::Section`] takes the body itself, from [`Reader::body`], and then asks for the footer.
-//! All integers are big-endian.
+//! All integers are big-endian. What may stand where is [`MainChannelOrder`]'s, in `order`.
+
+mod order;
 
 use std::{
     collections::{HashMap, hash_map::Entry},
@@ -28,6 +30,8 @@ use crate::{
     id::DeviceId,
     section::{Counted, broken, failed},
 };
+
+pub use order::MainChannelOrder;
 
 /// The main channel's first four bytes, `QEVM`; a multifd channel's are
 /// [`MULTIFD_MAGIC`](crate::wire::MULTIFD_MAGIC).
@@ -221,6 +225,7 @@ impl<R: Read> Reader<R> {
     /// # Errors
     ///
     /// [`Violation::SectionType`] for an unknown event; [`Violation::Section`] for a broken one;
+    /// [`Violation::SectionOrder`] for a section id that is unknown, or another owner's;
     /// [`Violation::SectionTruncated`] with the offset where the channel ended;
     /// [`ErrorKind::Channel`]; [`ErrorKind::Config`] where a section's body and footer have not been
     /// read.
@@ -309,7 +314,8 @@ impl<R: Read> Reader<R> {
             self.name(id)?
         } else {
             let known = self.sections.get(&id).cloned();
-            known.ok_or_else(|| refuse("a part of a section that has not been started"))?
+            let what = "a part of a section that has not been started";
+            known.ok_or_else(|| broken(Violation::SectionOrder { section: id, what }))?
         };
         self.place = Place::Body(id);
         Ok(Event::Section(Section {
@@ -332,7 +338,9 @@ impl<R: Read> Reader<R> {
         let full = self.sections.len() >= MAX_SECTIONS;
         match self.sections.entry(id) {
             Entry::Occupied(known) if known.get().0 != owner => {
-                return Err(refuse("two owners' sections have one id").on_device(&owner));
+                let what = "another owner has this section id";
+                let violation = Violation::SectionOrder { section: id, what };
+                return Err(broken(violation).on_device(&owner));
             }
             Entry::Vacant(_) if full => return Err(refuse("too many sections")),
             entry => entry.insert_entry((owner.clone(), version)),
@@ -356,18 +364,24 @@ impl<R: Read> Reader<R> {
     ///
     /// # Errors
     ///
-    /// [`Violation::Section`] where it does not: most often the body's loader has taken too little
+    /// [`Violation::SectionOrder`] where it does not: most often the body's loader has taken too little
     /// or too much. [`Violation::SectionTruncated`], [`ErrorKind::Channel`]; [`ErrorKind::Config`]
     /// where the last event was no section.
     pub fn footer(&mut self) -> Result<()> {
         let Place::Body(id) = self.place else {
             return Err(misuse("there is no section to end"));
         };
-        if self.input.array()? != [FOOTER] {
-            return Err(refuse("no footer behind the body"));
-        }
-        if self.be32()? != id {
-            return Err(refuse("another section's footer"));
+        let what = match self.input.array()? {
+            [FOOTER] if self.be32()? == id => None,
+            [FOOTER] => Some("another section's footer behind the body"),
+            _ => Some("no footer behind the body"),
+        };
+        if let Some(what) = what {
+            let error = broken(Violation::SectionOrder { section: id, what });
+            return Err(match self.sections.get(&id) {
+                Some((owner, _)) => error.on_device(owner),
+                None => error,
+            });
         }
         self.place = Place::Between;
         Ok(())

@@ -15,7 +15,7 @@ use serde_json::Value;
 use vfio_migration::{
     DeviceId, Result,
     section::{self, SectionSink, Tag, load_state},
-    stream::{Command, Event, Reader, Reply, Section, Writer},
+    stream::{Command, Event, MainChannelOrder, Reader, Reply, Section, Writer},
     wire::{
         DEFAULT_MAX_PACKET, DeviceKey, Frame, Framer, PageSize, Walk, config_body, encode_packet,
         encode_sync, wrap_config,
@@ -177,7 +177,9 @@ fn read_sections(capture: &Capture, main: &[u8], devices: &mut HashMap<DeviceId,
     let mut writer = Writer::open(Vec::new()).expect("a Vec takes everything");
     let mut expected = list(&capture.expected["sections"]).iter();
     let mut others = Vec::new();
+    let mut order = MainChannelOrder::new(list(&capture.expected["devices"]).iter().map(id));
     while let Some(event) = reader.next_event().expect("a good event") {
+        order.event(&event).expect("in its place");
         writer.write(&event).expect("within every bound");
         let Event::Section(section) = event else {
             others.push(event);
@@ -188,7 +190,8 @@ fn read_sections(capture: &Capture, main: &[u8], devices: &mut HashMap<DeviceId,
         let device = devices.entry(section.owner.clone()).or_default();
         device.tags.clear();
         let at = device.main.len();
-        load_state(reader.body().expect("a section"), device).expect("a good body");
+        let piece = load_state(reader.body().expect("a section"), device).expect("a good body");
+        order.body(&section, &piece).expect("a body that fits");
         reader.footer().expect("the footer");
         check_tags(&device.tags, expected);
         write_body(writer.body(), &device.tags, &device.main[at..]);

@@ -430,23 +430,30 @@ struct False {
 
 const FALSE_ID: &str = "0000:00:03.0/vfio";
 
+/// A section of the device, as it is where its data goes over the channels.
+fn section(main: &mut Writer<TcpStream>, kind: SectionKind) {
+    let owner = DeviceId::new(FALSE_ID, 0).unwrap();
+    main.write(&Event::Section(Section {
+        kind,
+        id: 1,
+        owner,
+        version: 1,
+    }))
+    .unwrap();
+    let mut body = section::Writer::new(main.body());
+    if kind == SectionKind::Start {
+        body.setup().unwrap();
+    }
+    body.end().unwrap();
+    main.footer(1).unwrap();
+}
+
 impl False {
     /// Connects a main channel and two channels, and starts the switchover.
     fn new(to: &str) -> Self {
         let id = DeviceId::new(FALSE_ID, 0).unwrap();
         let mut main = Writer::open(TcpStream::connect(to).unwrap()).unwrap();
-        let section = |kind| Section {
-            kind,
-            id: 1,
-            owner: id.clone(),
-            version: 1,
-        };
-        main.write(&Event::Section(section(SectionKind::Start)))
-            .unwrap();
-        let mut body = section::Writer::new(main.body());
-        body.setup().unwrap();
-        body.end().unwrap();
-        main.footer(1).unwrap();
+        section(&mut main, SectionKind::Start);
         let channel = |number| {
             let mut channel = TcpStream::connect(to).unwrap();
             let hello = Hello {
@@ -488,7 +495,11 @@ impl False {
 
     /// Says that all has been sent.
     fn eof(&mut self) {
+        section(&mut self.main, SectionKind::End);
+        section(&mut self.main, SectionKind::Full);
         self.main.write(&Event::Eof).unwrap();
+        let description = Event::Description(b"{}".to_vec());
+        self.main.write(&description).unwrap();
     }
 }
 

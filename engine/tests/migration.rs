@@ -182,8 +182,8 @@ fn a_notice_for_a_device_that_waits_for_none_is_refused() {
         ..Setup::default()
     };
     let (incoming, _, _) = incoming(&setup);
-    let tag = Tag::ConfigLoadReady;
-    refused(load(&incoming, &[tag], b""), tag);
+    let violation = Violation::ConfigAfterIterables { here: false };
+    refused(load(&incoming, &[Tag::ConfigLoadReady], b""), violation);
     assert!(incoming.finish().is_err());
 }
 
@@ -290,9 +290,12 @@ fn load(incoming: &Incoming, tags: &[Tag], data: &[u8]) -> vfio_migration::Resul
     Ok(piece.end)
 }
 
-fn refused(result: vfio_migration::Result<Tag>, tag: Tag) {
+const fn tag_of(tag: Tag) -> Violation {
+    Violation::SectionTag(tag.value())
+}
+
+fn refused(result: vfio_migration::Result<Tag>, violation: Violation) {
     let error = result.unwrap_err();
-    let violation = Violation::SectionTag(tag.value());
     assert_eq!(*error.kind(), ErrorKind::Protocol(violation), "{error:?}");
     assert_eq!(error.device(), Some(&id(1)));
 }
@@ -590,7 +593,7 @@ fn the_switchover_is_approved_once_when_every_device_that_asks_has_its_initial_d
     }
     refused(
         load(&incoming, &[Tag::InitDataSent], b""),
-        Tag::InitDataSent,
+        tag_of(Tag::InitDataSent),
     );
     assert_eq!(approvals.load(SeqCst), 1);
     assert_eq!(incoming.abort().len(), 2);
@@ -610,7 +613,7 @@ fn each_request_is_approved_by_itself_where_acks_are_reusable() {
     incoming.switchover_start().unwrap();
     refused(
         load(&incoming, &[Tag::InitDataSent], b""),
-        Tag::InitDataSent,
+        tag_of(Tag::InitDataSent),
     );
     assert_eq!(incoming.abort().len(), 1);
 }
@@ -654,7 +657,11 @@ fn a_tag_that_was_not_asked_for_fails_the_load_and_resets_the_device() {
         for tag in before {
             load(&incoming, &[*tag], b"").unwrap();
         }
-        refused(load(&incoming, &[tag, Tag::EndOfState], b"data"), tag);
+        let violation = match setup.config_after_iterables {
+            OnOffAuto::Off if tag == once => Violation::ConfigAfterIterables { here: false },
+            _ => tag_of(tag),
+        };
+        refused(load(&incoming, &[tag, Tag::EndOfState], b"data"), violation);
         // It stays failed.
         assert!(load(&incoming, &[Tag::EndOfState], b"").is_err());
         assert!(incoming.failure().is_some());

@@ -30,7 +30,7 @@ use vfio_migration::{
     migration::{
         Ack, Acks, DeviceSettings, Incoming, OnOffAuto, Realized, Source, Switchover, Terms, vm,
     },
-    stream::{Command, Event, Reader, Section, SectionKind, Writer},
+    stream::{Command, Event, MainChannelOrder, Reader, Section, SectionKind, Writer},
     wire::{DEFAULT_MAX_PACKET, Frame, Framer, PageSize, Walk, wrap_config},
 };
 
@@ -250,12 +250,16 @@ impl Case {
         let main = self.capture.file(text(&self.capture.expected["main"]));
         let main = vfio_only(&self.capture, &main);
         let mut reader = Reader::open(&main[..]).unwrap();
+        let ids = list(&self.capture.expected["devices"]).iter();
+        let mut order = MainChannelOrder::new(ids.map(id));
         while let Some(event) = reader.next_event().unwrap() {
+            order.event(&event).unwrap();
             match event {
                 Event::Section(section) => {
                     let device = incoming.device(&section.owner).unwrap();
                     assert_eq!(device.uses_multifd(), self.transfer == OnOffAuto::On);
-                    device.load_state(reader.body().unwrap()).unwrap();
+                    let piece = device.load_state(reader.body().unwrap()).unwrap();
+                    order.body(&section, &piece).unwrap();
                     reader.footer().unwrap();
                 }
                 Event::Command(Command::SwitchoverStart) => incoming.switchover_start().unwrap(),

@@ -543,7 +543,7 @@ impl Flow for LoadFlow {
         // Relaxed: for the message.
         let missing = match self.load.awaited.load(Ordering::Relaxed) {
             _ if !self.lane.is_idle() => "the device has not taken what it was given".into(),
-            0 => "this packet has not come, nor any before it".into(),
+            0 => "this packet has not come".into(),
             count => format!("this packet has not come, nor have {count} of the channels"),
         };
         Error::stalled(Phase::Load, missing)

@@ -229,7 +229,8 @@ impl Incoming {
             .collect()
     }
 
-    /// One of its devices, to whom a section of the main channel belongs.
+    /// One of its devices, to whom a section of the main channel belongs. Whether the section may
+    /// stand there is for [`MainChannelOrder`](crate::stream::MainChannelOrder) to say.
     ///
     /// # Errors
     ///
@@ -520,13 +521,17 @@ impl Destination<'_> {
     ///
     /// # Errors
     ///
-    /// As for [`load_state`]; the device's. The migration has failed then.
+    /// As for [`load_state`]; the device's. The migration has failed then. Where it had failed
+    /// before, that reason, whichever device's it is.
     pub fn load_state<R: Read + ?Sized>(&self, body: &mut R) -> Result<Piece> {
         let loaded = self.load(body);
         loaded.map_err(|error| {
-            let error = error.on_device(&self.member.id);
-            self.incoming.fail(error.clone());
-            error
+            // The migration's first reason may be another device's, or no device's at all.
+            self.incoming.failure().unwrap_or_else(|| {
+                let error = error.on_device(&self.member.id);
+                self.incoming.fail(error.clone());
+                error
+            })
         })
     }
 
@@ -687,7 +692,11 @@ impl SectionSink for Sink<'_> {
 
     fn config_load_ready(&mut self) -> Result<bool> {
         match &self.incoming.session {
-            Some(session) if self.direct.is_none() && self.member.config_waits => {
+            Some(session) if self.direct.is_none() => {
+                if !self.member.config_waits {
+                    let violation = Violation::ConfigAfterIterables { here: false };
+                    return Err(Error::protocol(violation).in_phase(Phase::Section));
+                }
                 session.config_load_ready(&self.member.id).map(|()| true)
             }
             _ => Ok(false),

@@ -257,9 +257,12 @@ impl Switchover {
             }
         };
         result.map_err(|error| {
-            let error = error.on_device(id);
-            self.fail(error.clone());
-            error
+            // The migration's first reason may be another device's, or no device's at all.
+            self.failure().unwrap_or_else(|| {
+                let error = error.on_device(id);
+                self.fail(error.clone());
+                error
+            })
         })
     }
 

@@ -49,7 +49,8 @@ fn written(events: &[Event]) -> Vec<u8> {
     writer.into_inner()
 }
 
-fn read(bytes: &[u8]) -> Result<Vec<Event>> {
+/// Reads events up to the last that the channel can have, and says how many bytes that took.
+fn read_events(bytes: &[u8]) -> Result<(Vec<Event>, u64)> {
     let mut reader = Reader::open(bytes)?;
     let mut events = Vec::new();
     while let Some(event) = reader.next_event()? {
@@ -63,7 +64,12 @@ fn read(bytes: &[u8]) -> Result<Vec<Event>> {
         }
         events.push(event);
     }
-    assert_eq!(reader.offset(), bytes.len() as u64);
+    Ok((events, reader.offset()))
+}
+
+fn read(bytes: &[u8]) -> Result<Vec<Event>> {
+    let (events, offset) = read_events(bytes)?;
+    assert_eq!(offset, bytes.len() as u64);
     Ok(events)
 }
 
@@ -123,6 +129,10 @@ fn after_header(rest: &[u8]) -> Result<Vec<Event>> {
 #[test]
 fn broken_framing_is_refused() {
     let section = |result| assert!(matches!(violation(result), Violation::Section(_)));
+    let named = |result, id| match violation(result) {
+        Violation::SectionOrder { section, .. } => assert_eq!(section, id),
+        other => panic!("without its section id: {other:?}"),
+    };
     section(read(b"QEVN\0\0\0\x03"));
     section(read(b"QEVM\0\0\0\x02"));
     // Lengths far beyond what follows.
@@ -136,17 +146,17 @@ fn broken_framing_is_refused() {
     section(after_header(b"\x08\0\x02\0\0"));
     section(after_header(b"\x08\0\x0b\0\x01\0"));
     // A part of nothing, an owner without a name or with a bad one.
-    section(after_header(b"\x02\0\0\0\x25body\x7e\0\0\0\x25"));
+    named(after_header(b"\x02\0\0\0\x25body\x7e\0\0\0\x25"), 0x25);
     section(after_header(b"\x01\0\0\0\x25\0\0\0\0\0\0\0\0\x01"));
     section(after_header(b"\x01\0\0\0\x25\x01\xff\0\0\0\0\0\0\0\x01"));
     section(after_header(b"\x01\0\0\0\x25\x01\0\0\0\0\0\0\0\0\x01"));
     // Footers: none, and another's.
-    section(after_header(
-        b"\x01\0\0\0\x25\x01a\0\0\0\0\0\0\0\x01body\x7d\0\0\0\x25",
-    ));
-    section(after_header(
-        b"\x01\0\0\0\x25\x01a\0\0\0\0\0\0\0\x01body\x7e\0\0\0\x26",
-    ));
+    for footer in [b"\x7d\0\0\0\x25", b"\x7e\0\0\0\x26"] {
+        let section = b"\x01\0\0\0\x25\x01a\0\0\0\0\0\0\0\x01body";
+        let result = after_header(&[&section[..], footer].concat());
+        assert_eq!(result.as_ref().unwrap_err().device(), Some(&owner("a")));
+        named(result, 0x25);
+    }
 
     for kind in [0x05, 0x06, 0x09, 0x7e, 0xff] {
         let refusal = violation(after_header(&[kind, 0, 0, 0, 0]));
@@ -282,8 +292,8 @@ fn any_event() -> impl Strategy<Value = Event> {
 proptest! {
     #[test]
     fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
-        let _ = read(&bytes);
-        let _ = after_header(&bytes);
+        let _ = read_events(&bytes);
+        let _ = read_events(&[b"QEVM\0\0\0\x03", &bytes[..]].concat());
         let _ = Reply::read(&mut &bytes[..]);
     }
 
@@ -292,7 +302,7 @@ proptest! {
         let mut bytes = written(&events());
         let at = at.index(bytes.len());
         bytes[at] = byte;
-        let _ = read(&bytes);
+        let _ = read_events(&bytes);
     }
 
     #[test]

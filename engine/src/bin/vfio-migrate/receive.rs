@@ -24,10 +24,10 @@ use std::{
 
 use anyhow::{Context, anyhow, bail, ensure};
 use vfio_migration::{
-    Device, DeviceId, Error, ErrorKind, LoadSession, Settings, Stats, Violation,
+    Device, DeviceId, Error, ErrorKind, LoadSession, Phase, Settings, Stats, Violation,
     migration::{DeviceSettings, Incoming, OnOffAuto, Realized, vm},
     section::Tag,
-    stream::{Command, Event, Reader, Reply},
+    stream::{Command, Event, MainChannelOrder, Reader, Reply, SectionKind},
 };
 
 use crate::{
@@ -38,9 +38,9 @@ use crate::{
     interrupt,
     main_channel::{
         self, EXPLANATION, HEARTBEAT, LINGER, REASON, ReturnPath, STILL_HERE, is_the_peers,
-        main_failed, show_reason,
+        main_failed, show_reason, timed_out,
     },
-    network::{self, Address, Connection, Listener, TICK},
+    network::{self, Address, Connection, Listener, Peek, TICK},
     output::{Transfer, rate, say},
     progress::Progress,
 };
@@ -215,32 +215,46 @@ impl MainChannel<'_> {
         })
     }
 
-    /// Reads up to the end of the VM's state.
+    /// Reads up to the description behind the end of the VM's state.
     fn read(&self) -> anyhow::Result<()> {
         let mut named = HashSet::new();
-        let mut ready = HashSet::new();
+        let ids = self.subjects.iter().map(|subject| subject.id.clone());
+        let mut order = MainChannelOrder::new(ids);
         self.wait()?;
         let mut reader = Reader::open(self.connection.try_clone()?)?;
         loop {
             self.wait()?;
-            match reader.next_event()? {
+            let event = reader.next_event()?;
+            if let Some(event) = &event {
+                if *event == Event::Command(Command::SwitchoverStart) {
+                    self.compare(&named)?;
+                }
+                order.event(event)?;
+            }
+            match event {
                 Some(Event::Section(section)) => {
                     let id = self.device(&section.owner)?;
                     named.insert(id.clone());
                     let piece = self.incoming.device(id)?.load_state(reader.body()?)?;
+                    order.body(&section, &piece)?;
                     reader.footer()?;
-                    if piece.end == Tag::ConfigLoadReady {
-                        ready.insert(id);
+                    if self.options.terms.config_after_iterables
+                        && section.kind == SectionKind::Full
+                        && piece.end != Tag::ConfigLoadReady
+                    {
+                        let violation = Violation::ConfigAfterIterables { here: true };
+                        let error = Error::protocol(violation).in_phase(Phase::Section);
+                        bail!(error.on_device(id));
                     }
                 }
                 Some(Event::Command(Command::Ping(value))) => {
                     if value != STILL_HERE && !named.is_empty() {
                         self.compare(&named)?;
                     }
-                    self.path.reply(&Reply::Pong(value))?;
+                    let said = self.path.reply(&Reply::Pong(value));
+                    said.map_err(|error| self.explain(error, "has taken nothing"))?;
                 }
                 Some(Event::Command(Command::SwitchoverStart)) => {
-                    self.compare(&named)?;
                     self.switched.get_or_init(Instant::now);
                     self.incoming.switchover_start()?;
                 }
@@ -249,24 +263,31 @@ impl MainChannel<'_> {
                     payload,
                 })) => bail!("the source has failed: {}", show_reason(&payload)),
                 Some(Event::Configuration { .. } | Event::Command(_)) => {}
-                Some(Event::Eof) => break,
+                Some(Event::Eof) => ensure!(
+                    self.switched.get().is_some(),
+                    "the main channel has ended, and the switchover was never started"
+                ),
+                // A source that is gone now does not hear that all is loaded.
+                Some(Event::Description(_)) | None => return Ok(()),
                 other => bail!("the main channel has {other:?} where it cannot be"),
             }
         }
-        ensure!(
-            self.switched.get().is_some(),
-            "the main channel has ended, and the switchover was never started"
+    }
+
+    /// Why a connection failed: a time-out of its own is the source's silence.
+    fn explain(&self, error: Error, silence: &str) -> anyhow::Error {
+        let timeout = self.options.timeout.as_secs_f64();
+        let ended = matches!(
+            error.kind(),
+            ErrorKind::Protocol(Violation::SectionTruncated { .. }) | ErrorKind::Channel
         );
-        if self.options.terms.config_after_iterables
-            && let Some(subject) = self.subjects.iter().find(|it| !ready.contains(&it.id))
-        {
-            bail!(
-                "the main channel has ended without the word that device {}'s config may be \
-                 loaded",
-                subject.id
-            );
+        if timed_out(&error) {
+            anyhow!("the source {silence} for {timeout} s")
+        } else if ended {
+            anyhow!(error).context("the source has gone away")
+        } else {
+            anyhow!(error)
         }
-        Ok(())
     }
 
     /// Reads, and fails the session where that fails.
@@ -276,16 +297,12 @@ impl MainChannel<'_> {
             let engine = engine.filter(|error| error.device().is_some());
             self.incoming
                 .fail(engine.cloned().unwrap_or_else(main_failed));
-            let truncated = |error: &Error| {
-                matches!(
-                    error.kind(),
-                    ErrorKind::Protocol(Violation::SectionTruncated { .. }) | ErrorKind::Channel
-                )
-            };
-            if error.downcast_ref().is_some_and(truncated) {
-                error.context("the source has gone away")
-            } else {
-                error
+            match error.downcast::<Error>() {
+                Ok(error) if error.phase() == Phase::Section => {
+                    self.explain(error, "has said nothing")
+                }
+                Ok(error) => anyhow!(error),
+                Err(error) => error,
             }
         })
     }
@@ -383,6 +400,14 @@ impl Watch<'_> {
     }
 }
 
+/// Behind the description the source says nothing, until it knows that all is loaded.
+fn nothing_behind_the_end(main: &Connection) -> anyhow::Result<()> {
+    match main.peek()? {
+        Peek::Nothing | Peek::End => Ok(()),
+        Peek::Part | Peek::Whole(_) => bail!("the main channel goes on behind its end"),
+    }
+}
+
 fn load(
     hall: Hall<'_>,
     devices: Vec<Device>,
@@ -453,8 +478,12 @@ fn load(
         let read = reading
             .join()
             .unwrap_or_else(|_| Err(anyhow!("a thread panicked")));
+        let read = read.and_then(|()| nothing_behind_the_end(main));
         (watched, read.err().filter(|_| by_itself))
     });
+    if read.is_some() {
+        incoming.fail(main_failed());
+    }
     drop(progress);
     let loaded = finish(incoming);
     let ended = watched?;
@@ -466,6 +495,9 @@ fn load(
         ErrorKind::Protocol(Violation::ChannelId { .. }) => Some("--channels"),
         ErrorKind::Protocol(Violation::PrecopyOverChannels { .. }) => {
             Some("--precopy-over-channels")
+        }
+        ErrorKind::Protocol(Violation::ConfigAfterIterables { .. }) => {
+            Some("--config-after-iterables")
         }
         _ => None,
     });
