@@ -17,12 +17,30 @@
 //! hide an error in its second segment behind the first one's length, so there is none here: large
 //! packets are linked single writes, small ones are gathered into one contiguous buffer.
 //!
-//! The driver thread alone uses a lane. The lane holds a clone of the device's data fd, and gives it
-//! up when it is dropped, unless the kernel still has an operation: see [`Lane::abandon`].
+//! A VFIO data fd is a stream. An embedder's may be a regular file or a block device, which has positions.
+//! The kernel does not move a file's own position when a full disk or a limit cuts a write short (see
+//! [`Op::WriteAt`]). So the lane keeps the place itself, from the file's position at the first batch on.
+//! The lane sets the file's position behind the last byte when it is dropped; before that the position
+//! stands still.
+//!
+//! | data fd | operations |
+//! |---|---|
+//! | a stream | without a place |
+//! | a file with positions | each at its place: the lane's, and the lengths of those before it in the chain |
+//! | the same, written and open with `O_APPEND` | without a place: the kernel goes to the end for each |
+//!
+//! The device's thread makes a lane, and looks at the file's type for that; from then on the driver thread
+//! alone uses the lane. The lane holds a clone of the device's data fd, and gives it up when it is dropped,
+//! unless the kernel still has an operation: see [`Lane::abandon`].
 
 use std::{io, mem, time::Instant};
 
-use nix::errno::Errno;
+use nix::{
+    errno::Errno,
+    fcntl::{FcntlArg, OFlag, fcntl},
+    sys::stat::{SFlag, fstat},
+    unistd::{Whence, lseek},
+};
 use vfio_migration_uring::{Completion, Fd, Link, Op, Ring, Token};
 
 use crate::{
@@ -47,6 +65,54 @@ pub(crate) enum Direction {
     Write,
     /// Out of the device: save.
     Read,
+}
+
+/// Where a lane's next byte goes, or comes from.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Place {
+    /// Where the file says. It is a stream, or appends.
+    Stream,
+    /// At the file's own position, which has not been looked at yet: until the first batch others may
+    /// still move it.
+    Own,
+    /// Here.
+    At(u64),
+}
+
+impl Place {
+    /// How a file is to be used. No call here waits for a driver.
+    fn of(fd: &Fd, direction: Direction) -> Self {
+        let kind = fstat(fd).map(|stat| SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT);
+        if !matches!(kind, Ok(SFlag::S_IFREG | SFlag::S_IFBLK)) {
+            return Self::Stream;
+        }
+        let flags = fcntl(fd, FcntlArg::F_GETFL).map(OFlag::from_bits_retain);
+        let appends = flags.is_ok_and(|flags| flags.contains(OFlag::O_APPEND));
+        if direction == Direction::Write && appends {
+            Self::Stream
+        } else {
+            Self::Own
+        }
+    }
+
+    /// Looks at the file's own position.
+    fn settle(&mut self, fd: &Fd) {
+        if *self == Self::Own {
+            let at = lseek(fd, 0, Whence::SeekCur).ok();
+            // A file that cannot seek has no positions, whatever its type.
+            *self = at
+                .and_then(|at| u64::try_from(at).ok())
+                .map_or(Self::Stream, Self::At);
+        }
+    }
+
+    /// The place so many bytes further on.
+    const fn further(self, bytes: usize) -> Self {
+        match self {
+            Self::At(at) => Self::At(at.saturating_add(bytes as u64)),
+            other => other,
+        }
+    }
 }
 
 /// One operation of a chain.
@@ -98,6 +164,7 @@ pub(crate) struct Lane {
     /// Where the operation in flight reads instead, and from which place.
     aside: Option<(Fd, u64)>,
     direction: Direction,
+    place: Place,
     first_token: u32,
     steps: Vec<Step>,
     outstanding: usize,
@@ -112,6 +179,7 @@ impl Lane {
     /// Returns an idle lane. Its operations use [`CHAIN`] tokens from `ordinal * CHAIN` on.
     pub(crate) fn new(fd: Fd, direction: Direction, ordinal: u32) -> Self {
         Self {
+            place: Place::of(&fd, direction),
             fd,
             aside: None,
             direction,
@@ -148,6 +216,7 @@ impl Lane {
         counters: &DeviceCounters,
     ) {
         assert!(self.is_idle(), "one chain in flight");
+        self.place.settle(&self.fd);
         self.aside = None;
         self.moved = 0;
         self.idle_retries = 0;
@@ -197,6 +266,7 @@ impl Lane {
         let count = self.steps.len();
         assert!(count > 0 && count <= CHAIN as usize);
         self.submitted = Instant::now();
+        let mut place = self.place;
         for (at, step) in (1..).zip(&mut self.steps) {
             let buffer = step
                 .buffer
@@ -204,15 +274,19 @@ impl Lane {
                 .expect("a step is pushed with its buffer");
             step.result = None;
             let fd = self.fd.clone();
-            let op = match (&self.aside, self.direction) {
-                (Some((file, offset)), _) => Op::ReadAt {
+            let next = place.further(buffer.size());
+            let op = match (&self.aside, self.direction, place) {
+                (Some((file, offset)), ..) => Op::ReadAt {
                     fd: file.clone(),
                     offset: *offset,
                     buffer,
                 },
-                (None, Direction::Write) => Op::Write { fd, buffer },
-                (None, Direction::Read) => Op::Read { fd, buffer },
+                (None, Direction::Write, Place::At(offset)) => Op::WriteAt { fd, offset, buffer },
+                (None, Direction::Read, Place::At(offset)) => Op::ReadAt { fd, offset, buffer },
+                (None, Direction::Write, _) => Op::Write { fd, buffer },
+                (None, Direction::Read, _) => Op::Read { fd, buffer },
             };
+            place = next;
             let link = if at < count { Link::Next } else { Link::End };
             ring.push(step.token, op, link)
                 .expect("the ring has a place for every step of every lane");
@@ -230,13 +304,18 @@ impl Lane {
         ring: &mut dyn Ring<Buffer>,
         counters: &DeviceCounters,
     ) -> Progress {
-        let (Op::Read { buffer, .. } | Op::ReadAt { buffer, .. } | Op::Write { buffer, .. }) =
-            completion.op
+        let (Op::Read { buffer, .. }
+        | Op::ReadAt { buffer, .. }
+        | Op::Write { buffer, .. }
+        | Op::WriteAt { buffer, .. }) = completion.op
         else {
             unreachable!("a lane reads or writes");
         };
         let token = completion.token;
         let reads = self.direction() == Direction::Read;
+        if let (None, Ok(moved)) = (&self.aside, &completion.result) {
+            self.place = self.place.further(*moved);
+        }
         let step = self.steps.iter_mut().find(|step| step.token == token);
         let step = step.expect("a completion is one of the chain's");
         let whole = completion
@@ -365,5 +444,18 @@ impl Lane {
         mem::forget(self.fd.clone());
         mem::forget(self.aside.clone());
         self.outstanding
+    }
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        // Not where the kernel still has an operation: it may be stuck in a call on this file.
+        if let Place::At(at) = self.place
+            && self.is_idle()
+        {
+            let at = i64::try_from(at).unwrap_or(i64::MAX);
+            // Whoever lent the file does not need it to have lent it.
+            let _gone = lseek(&self.fd, at, Whence::SeekSet);
+        }
     }
 }

@@ -11,7 +11,8 @@ mod common;
 use std::{
     collections::{BTreeMap, BTreeSet},
     env,
-    io::{self, PipeReader, Write},
+    fs::File,
+    io::{self, PipeReader, Read, Seek, Write},
     os::unix::{net::UnixStream, process::ExitStatusExt},
     process::Command,
     sync::{Arc, Mutex, mpsc},
@@ -19,6 +20,7 @@ use std::{
 };
 
 use common::{Mock, collect};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
 use vfio_migration::{Backend, LoadSession, SaveSession, Settings, Spill, Task, TaskKind};
 
@@ -34,7 +36,7 @@ fn numbers() -> BTreeMap<&'static str, i64> {
     calls! {
         brk SYS_brk, clock_nanosleep SYS_clock_nanosleep, clone3 SYS_clone3, close SYS_close,
         eventfd2 SYS_eventfd2, exit SYS_exit, fcntl SYS_fcntl, fstat SYS_fstat, newfstatat SYS_newfstatat, futex SYS_futex,
-        gettid SYS_gettid, io_uring_enter SYS_io_uring_enter,
+        gettid SYS_gettid, lseek SYS_lseek, io_uring_enter SYS_io_uring_enter,
         io_uring_register SYS_io_uring_register, io_uring_setup SYS_io_uring_setup,
         madvise SYS_madvise, memfd_create SYS_memfd_create, mmap SYS_mmap, mprotect SYS_mprotect, mremap SYS_mremap,
         munmap SYS_munmap, poll SYS_poll, ppoll SYS_ppoll, preadv2 SYS_preadv2,
@@ -158,6 +160,18 @@ fn migrate(backend: Backend, cancelled: bool, filtered: bool) {
         let (near, far) = UnixStream::pair().unwrap();
         (save, load) = (save.channel(near), load.channel(far));
     }
+    // A data fd that has positions.
+    let file = |bytes: &[u8]| {
+        let memory = memfd_create(c"state", MFdFlags::MFD_CLOEXEC).unwrap();
+        let mut file = File::from(memory);
+        file.write_all(bytes).unwrap();
+        file.rewind().unwrap();
+        file
+    };
+    let mut written = file(b"");
+    let device = Mock::new(written.try_clone().unwrap()).device(2);
+    load = load.device(device);
+    save = save.device(Mock::new(file(&vec![7; 3 << 20])).device(2));
     let save = save.settings(settings.clone()).spawn_with(spawn.clone());
     settings.spill = Spill::Memfd;
     let load = load.settings(settings).spawn_with(spawn);
@@ -190,6 +204,12 @@ fn migrate(backend: Backend, cancelled: bool, filtered: bool) {
     for got in got {
         assert_eq!(got.join().unwrap(), vec![7; 3 << 20]);
     }
+    if !cancelled {
+        let mut bytes = Vec::new();
+        written.rewind().unwrap();
+        written.read_to_end(&mut bytes).unwrap();
+        assert_eq!(bytes, vec![7; 3 << 20]);
+    }
 }
 
 fn run(case: &str) {
@@ -220,11 +240,15 @@ fn the_engine_makes_the_calls_that_the_document_lists_and_no_other() {
         ("uring driver io_uring_enter", true),
         ("uring channel writev", true),
         ("uring channel pwrite64", true),
+        ("uring driver lseek", true),
         ("uring device futex", true),
+        ("uring device newfstatat", true),
         ("uring setup eventfd2", true),
         ("uring setup memfd_create", true),
         ("blocking driver ppoll", true),
         ("blocking driver pwritev2", true),
+        ("blocking driver pwrite64", true),
+        ("blocking driver lseek", true),
         ("blocking setup eventfd2", true),
     ] {
         let output = Command::new(env::current_exe().unwrap())

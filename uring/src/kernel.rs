@@ -196,6 +196,7 @@ impl<B: Buffer> Slot<B> {
                 Op::Read { fd, .. }
                 | Op::ReadAt { fd, .. }
                 | Op::Write { fd, .. }
+                | Op::WriteAt { fd, .. }
                 | Op::ReadVectored { fd, .. }
                 | Op::WriteVectored { fd, .. },
             ) => fd,
@@ -227,12 +228,17 @@ impl<B: Buffer> Slot<B> {
             }
             Op::ReadAt { buffer, offset, .. } => {
                 opcode::Read::new(fd, buffer.as_mut_ptr(), length(buffer.len()))
-                    .offset(*offset)
+                    .offset(place(*offset))
                     .build()
             }
             Op::Write { buffer, .. } => {
                 opcode::Write::new(fd, buffer.as_mut_ptr(), length(buffer.len()))
                     .offset(CURRENT_POSITION)
+                    .build()
+            }
+            Op::WriteAt { buffer, offset, .. } => {
+                opcode::Write::new(fd, buffer.as_mut_ptr(), length(buffer.len()))
+                    .offset(place(*offset))
                     .build()
             }
             Op::ReadVectored { buffers, .. } => {
@@ -275,6 +281,12 @@ impl Vectors {
         }));
         length(self.0.len())
     }
+}
+
+/// An offset as the kernel wants it. One beyond any file's is refused by it, and is never taken for
+/// the file's own position.
+fn place(offset: u64) -> u64 {
+    offset.min(CURRENT_POSITION - 1)
 }
 
 /// A length as the kernel wants it.

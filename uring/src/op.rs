@@ -35,8 +35,13 @@ pub enum Link {
     Next,
 }
 
-/// One operation. Transfers are at the file's own position (offset -1), but for
-/// [`Op::ReadAt`].
+/// One operation. Transfers are at the file's own position (offset -1), but for [`Op::ReadAt`] and
+/// [`Op::WriteAt`].
+///
+/// Those two are for files that have positions: regular files and block devices. There a write that is
+/// cut short by an error (`ENOSPC`, `EFBIG`, a quota) ends with the bytes it has moved, and the kernel's
+/// ring leaves the file's own position where it was: what is written there next would lie on top of
+/// them. The reads of such a file have the like.
 pub enum Op<B> {
     /// Read up to the buffer's length. 0 is the end.
     Read {
@@ -58,6 +63,16 @@ pub enum Op<B> {
     Write {
         /// To where.
         fd: Fd,
+        /// From where.
+        buffer: B,
+    },
+    /// Write up to the buffer's length, at a place of its own. The file's own position stays where it
+    /// is. A file that is open with `O_APPEND` is written at its end all the same.
+    WriteAt {
+        /// To which file: one that can seek.
+        fd: Fd,
+        /// To where in it.
+        offset: u64,
         /// From where.
         buffer: B,
     },
@@ -114,6 +129,7 @@ impl<B> Op<B> {
             Self::Read { fd, .. }
             | Self::ReadAt { fd, .. }
             | Self::Write { fd, .. }
+            | Self::WriteAt { fd, .. }
             | Self::ReadVectored { fd, .. }
             | Self::WriteVectored { fd, .. }
             | Self::Recv { fd, .. }
@@ -129,6 +145,7 @@ impl<B> Op<B> {
             Self::Read { .. } => "read",
             Self::ReadAt { .. } => "pread",
             Self::Write { .. } => "write",
+            Self::WriteAt { .. } => "pwrite",
             Self::ReadVectored { .. } => "readv",
             Self::WriteVectored { .. } => "writev",
             Self::Recv { .. } => "recv",
@@ -146,6 +163,7 @@ impl<B: Buffer> Op<B> {
             Self::Read { buffer, .. }
             | Self::ReadAt { buffer, .. }
             | Self::Write { buffer, .. }
+            | Self::WriteAt { buffer, .. }
             | Self::Recv { buffer, .. }
             | Self::Send { buffer, .. } => buffer.len(),
             Self::ReadVectored { buffers, .. } | Self::WriteVectored { buffers, .. } => buffers

@@ -17,6 +17,11 @@
 //! A wait sleeps only when no operation can be executed, in one `poll(2)`: until a file is ready,
 //! a wake comes or the time has passed. An operation that a [`Fault`] lets hang ends none.
 //!
+//! # Positions
+//!
+//! What is cut short at a regular file's own position leaves that position where it was, as io_uring
+//! does where an error cuts it. So who goes on there, and does not say where, is found out here.
+//!
 //! # Faults
 //!
 //! Operations are numbered from 0 in the order in which they begin to execute; one that is cancelled
@@ -29,6 +34,11 @@ use std::{
     os::fd::AsRawFd,
     sync::{Arc, Mutex, MutexGuard},
     time::{Duration, Instant},
+};
+
+use nix::{
+    sys::stat::SFlag,
+    unistd::{Whence, lseek},
 };
 
 use crate::{
@@ -238,7 +248,15 @@ impl<B: Buffer> Chain<B> {
             }
         }
         match &mut self.first {
-            First::Moving(progress) => progress.step(op, revents),
+            First::Moving(progress) => {
+                let step = progress.step(op, revents);
+                if let Step::Ended(Ok(moved)) = step
+                    && progress.is_cut(op, moved)
+                {
+                    step_back(op, moved);
+                }
+                step
+            }
             First::Waiting | First::Hanging | First::Stuck => Step::NotYet,
         }
     }
@@ -559,6 +577,23 @@ impl<B: Buffer> fmt::Debug for SimRing<B> {
             .field("ready", &self.ready.len())
             .field("closed", &self.closed)
             .finish_non_exhaustive()
+    }
+}
+
+/// Takes a regular file's own position back to where it was before a transfer there moved so many
+/// bytes.
+fn step_back<B>(op: &Op<B>, moved: usize) {
+    let (Op::Read { fd, .. }
+    | Op::Write { fd, .. }
+    | Op::ReadVectored { fd, .. }
+    | Op::WriteVectored { fd, .. }) = op
+    else {
+        return;
+    };
+    if syscall::kind(fd) == Some(SFlag::S_IFREG) {
+        let moved = libc::off_t::try_from(moved).expect("at most `Op::MAX_BYTES`");
+        // Some regular files are streams.
+        let _stream = lseek(fd, -moved, Whence::SeekCur);
     }
 }
 

@@ -66,7 +66,11 @@ impl Progress {
             | Op::WriteVectored { fd, .. } => {
                 matches!(kind(fd), Some(SFlag::S_IFIFO | SFlag::S_IFSOCK))
             }
-            Op::ReadAt { .. } | Op::Recv { .. } | Op::Send { .. } | Op::Poll { .. } => false,
+            Op::ReadAt { .. }
+            | Op::WriteAt { .. }
+            | Op::Recv { .. }
+            | Op::Send { .. }
+            | Op::Poll { .. } => false,
         };
         Self {
             moved: 0,
@@ -89,7 +93,7 @@ impl Progress {
                 self.advance(moved, false)
             }
             // As a write that waits would, this one goes on until all is written.
-            Op::Write { .. } | Op::WriteVectored { .. } => {
+            Op::Write { .. } | Op::WriteAt { .. } | Op::WriteVectored { .. } => {
                 let moved = transfer_at_once(op, start, end)
                     .unwrap_or_else(|Unsupported| transfer(op, start, end.min(start + PIECE)));
                 self.advance(moved, true)
@@ -100,6 +104,13 @@ impl Progress {
     /// The result of an operation that is stopped here: what it has moved, if it has moved any.
     pub(crate) fn cancelled(&self) -> io::Result<usize> {
         self.ended_by(canceled())
+    }
+
+    /// Whether an operation that ends with `moved` bytes was cut short, and not by the end of a file.
+    #[cfg(feature = "sim")]
+    pub(crate) fn is_cut<B: Buffer>(&self, op: &Op<B>, moved: usize) -> bool {
+        let writes = matches!(op, Op::Write { .. } | Op::WriteVectored { .. });
+        moved > 0 && moved < op.requested() && (writes || moved == self.limit)
     }
 
     fn ended_by(&self, error: io::Error) -> io::Result<usize> {
@@ -132,7 +143,9 @@ pub(crate) const fn wanted<B>(op: &Op<B>) -> i16 {
         Op::Read { .. } | Op::ReadAt { .. } | Op::ReadVectored { .. } | Op::Recv { .. } => {
             libc::POLLIN
         }
-        Op::Write { .. } | Op::WriteVectored { .. } | Op::Send { .. } => libc::POLLOUT,
+        Op::Write { .. } | Op::WriteAt { .. } | Op::WriteVectored { .. } | Op::Send { .. } => {
+            libc::POLLOUT
+        }
         Op::Poll { events, .. } => *events,
     }
 }
@@ -182,7 +195,7 @@ pub(crate) fn canceled() -> io::Error {
 pub(crate) fn is_refused<B>(op: &Op<B>) -> bool {
     let wrong = match op {
         Op::Read { .. } | Op::ReadAt { .. } | Op::ReadVectored { .. } => OFlag::O_WRONLY,
-        Op::Write { .. } | Op::WriteVectored { .. } => OFlag::O_RDONLY,
+        Op::Write { .. } | Op::WriteAt { .. } | Op::WriteVectored { .. } => OFlag::O_RDONLY,
         Op::Recv { fd, .. } | Op::Send { fd, .. } => return kind(fd) != Some(SFlag::S_IFSOCK),
         Op::Poll { .. } => return false,
     };
@@ -208,10 +221,7 @@ fn transfer<B: Buffer>(op: &mut Op<B>, start: usize, end: usize) -> io::Result<u
         }
         Op::ReadAt { fd, offset, buffer } => {
             let (bytes, len) = part(buffer, start, end);
-            let at = offset.saturating_add(start as u64);
-            let Ok(at) = libc::off_t::try_from(at) else {
-                return Err(io::Error::from_raw_os_error(libc::EINVAL));
-            };
+            let at = place(*offset, start)?;
             // SAFETY: as for the read above.
             unsafe { libc::pread(fd.as_raw_fd(), bytes.cast(), len, at) }
         }
@@ -219,6 +229,12 @@ fn transfer<B: Buffer>(op: &mut Op<B>, start: usize, end: usize) -> io::Result<u
             let (bytes, len) = part(buffer, start, end);
             // SAFETY: as for the read above.
             unsafe { libc::write(fd.as_raw_fd(), bytes.cast(), len) }
+        }
+        Op::WriteAt { fd, offset, buffer } => {
+            let (bytes, len) = part(buffer, start, end);
+            let at = place(*offset, start)?;
+            // SAFETY: as for the read above.
+            unsafe { libc::pwrite(fd.as_raw_fd(), bytes.cast(), len, at) }
         }
         Op::Recv { fd, buffer } => {
             let (bytes, len) = part(buffer, start, end);
@@ -269,9 +285,11 @@ fn transfer_at_once<B: Buffer>(
             // SAFETY: as for the vectored read of `transfer`.
             unsafe { libc::pwritev2(fd, vectors.as_ptr(), count, -1, libc::RWF_NOWAIT) }
         }
-        Op::ReadAt { .. } | Op::Recv { .. } | Op::Send { .. } | Op::Poll { .. } => {
-            return Err(Unsupported);
-        }
+        Op::ReadAt { .. }
+        | Op::WriteAt { .. }
+        | Op::Recv { .. }
+        | Op::Send { .. }
+        | Op::Poll { .. } => return Err(Unsupported),
     };
     match usize::try_from(moved).map_err(|_negative| io::Error::last_os_error()) {
         Err(error) if error.kind() == io::ErrorKind::Unsupported => Err(Unsupported),
@@ -285,11 +303,18 @@ fn buffers<B: Buffer>(op: &mut Op<B>) -> &mut [B] {
         Op::Read { buffer, .. }
         | Op::ReadAt { buffer, .. }
         | Op::Write { buffer, .. }
+        | Op::WriteAt { buffer, .. }
         | Op::Recv { buffer, .. }
         | Op::Send { buffer, .. } => slice::from_mut(buffer),
         Op::ReadVectored { buffers, .. } | Op::WriteVectored { buffers, .. } => buffers,
         Op::Poll { .. } => &mut [],
     }
+}
+
+/// Where in a file an operation goes on that has moved `moved` bytes.
+fn place(offset: u64, moved: usize) -> io::Result<libc::off_t> {
+    let at = offset.saturating_add(moved as u64);
+    libc::off_t::try_from(at).map_err(|_beyond| io::Error::from_raw_os_error(libc::EINVAL))
 }
 
 /// The part of a buffer between two positions, each cut to the buffer's end.

@@ -150,6 +150,9 @@ contract! {
     a_blocked_send_can_be_cancelled
     a_poll_can_be_cancelled
     a_read_at_a_place_leaves_the_files_own_alone
+    a_write_at_a_place_leaves_the_files_own_alone
+    a_chain_of_writes_at_places_keeps_its_order
+    a_place_beyond_every_file_is_refused
     cancelling_a_blocked_chain_ends_it_all
     cancelling_an_ended_operation_does_nothing
     cancelling_an_unknown_token_does_nothing
@@ -263,6 +266,30 @@ fn read_at(fd: &Fd, offset: u64, len: usize) -> Op<Vec<u8>> {
     }
 }
 
+fn write_at(fd: &Fd, offset: u64, bytes: &[u8]) -> Op<Vec<u8>> {
+    Op::WriteAt {
+        fd: fd.clone(),
+        offset,
+        buffer: bytes.to_vec(),
+    }
+}
+
+fn memory(bytes: &[u8]) -> Fd {
+    let memory = nix::sys::memfd::memfd_create(c"place", nix::sys::memfd::MFdFlags::MFD_CLOEXEC);
+    let fd: Fd = Arc::new(memory.unwrap());
+    file(&fd).write_all(bytes).unwrap();
+    fd
+}
+
+/// All that a file has.
+fn contents(fd: &Fd) -> Vec<u8> {
+    let file = file(fd);
+    let len = usize::try_from(file.metadata().unwrap().len()).unwrap();
+    let mut bytes = vec![0; len];
+    std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, 0).unwrap();
+    bytes
+}
+
 /// Fills a pipe or a socket until a write would block.
 fn fill(fd: &Fd) {
     let flags = nix::fcntl::OFlag::from_bits_retain(
@@ -328,6 +355,7 @@ fn buffer(completion: &Completion<Vec<u8>>) -> &[u8] {
         Op::Read { buffer, .. }
         | Op::ReadAt { buffer, .. }
         | Op::Write { buffer, .. }
+        | Op::WriteAt { buffer, .. }
         | Op::Recv { buffer, .. }
         | Op::Send { buffer, .. } => buffer,
         other => panic!("{other:?} has no single buffer"),
@@ -1056,9 +1084,7 @@ fn counted_read(fd: &Fd, drops: &Arc<AtomicUsize>) -> Op<Counted> {
 
 fn a_read_at_a_place_leaves_the_files_own_alone<K: Kind>() {
     let mut ring = ring!(K, 4);
-    let memory = nix::sys::memfd::memfd_create(c"place", nix::sys::memfd::MFdFlags::MFD_CLOEXEC);
-    let fd: Fd = Arc::new(memory.unwrap());
-    file(&fd).write_all(b"0123456789").unwrap();
+    let fd = memory(b"0123456789");
     nix::unistd::lseek(fd.as_ref(), 2, nix::unistd::Whence::SeekSet).unwrap();
     push(&mut *ring, 0, read_at(&fd, 7, 2));
     push(&mut *ring, 1, read_at(&fd, 8, 9));
@@ -1070,6 +1096,59 @@ fn a_read_at_a_place_leaves_the_files_own_alone<K: Kind>() {
     // Where the file itself is.
     push(&mut *ring, 3, read(&fd, 3));
     assert_eq!(buffer(&all(&mut *ring)[&3]), b"234");
+}
+
+fn a_write_at_a_place_leaves_the_files_own_alone<K: Kind>() {
+    let mut ring = ring!(K, 4);
+    let fd = memory(b"0123456789");
+    nix::unistd::lseek(fd.as_ref(), 2, nix::unistd::Whence::SeekSet).unwrap();
+    push(&mut *ring, 0, write_at(&fd, 7, b"ab"));
+    push(&mut *ring, 1, write_at(&fd, 12, b"c"));
+    let ended = all(&mut *ring);
+    assert_eq!(outcomes(&ended), [Ok(2), Ok(1)]);
+    assert_eq!(buffer(&ended[&0]), b"ab");
+    // Where the file itself is.
+    push(&mut *ring, 2, write(&fd, b"x"));
+    assert_eq!(outcomes(&all(&mut *ring)), [Ok(1)]);
+    assert_eq!(contents(&fd), b"01x3456ab9\0\0c");
+}
+
+/// Each lies on top of a part of the one before.
+fn a_chain_of_writes_at_places_keeps_its_order<K: Kind>() {
+    let mut ring = ring!(K, 100);
+    for _ in 0..20 {
+        let fd = memory(b"");
+        for token in 0..100 {
+            let link = if token == 99 { Link::End } else { Link::Next };
+            let byte = u8::try_from(token).unwrap();
+            let op = write_at(&fd, token.into(), &[byte; 1000]);
+            ring.push(Token(token), op, link).unwrap();
+        }
+        assert_eq!(outcomes(&all(&mut *ring)), [Ok(1000); 100]);
+        let mut expected: Vec<u8> = (0..99).collect();
+        expected.extend([99; 1000]);
+        assert!(contents(&fd) == expected);
+    }
+}
+
+fn a_place_beyond_every_file_is_refused<K: Kind>() {
+    let mut ring = ring!(K, 4);
+    let fd = memory(b"01");
+    for offset in [1 << 63, u64::MAX - 1, u64::MAX] {
+        push_chain(
+            &mut *ring,
+            0,
+            [write_at(&fd, offset, b"x"), read_at(&fd, 0, 1)],
+        );
+        push(&mut *ring, 2, read_at(&fd, offset, 1));
+        let outcomes = outcomes(&all(&mut *ring));
+        assert_eq!(
+            outcomes,
+            [Err(libc::EINVAL), CANCELED, Err(libc::EINVAL)],
+            "{offset:x}"
+        );
+    }
+    assert_eq!(contents(&fd), b"01");
 }
 
 fn a_dropped_ring_frees_what_was_blocked<K: Kind>() {
