@@ -16,7 +16,7 @@
 use std::{os::unix::net::UnixStream, thread};
 
 use vfio_migration::{
-    Device, DeviceId, Error, LoadSession, PrecopyChannels, Result, SaveSession, Settings,
+    Device, DeviceId, Error, LoadSession, Result, SaveSession, Settings, SourceChannels,
     migration::{
         Ack, Acks, DeviceSettings, Incoming, Realized, Source, Switchover, Terms,
         vm::{self, Reason},
@@ -55,6 +55,9 @@ fn source(
     channels: Vec<UnixStream>,
     terms: &Terms,
 ) -> Result<()> {
+    let channels = channels.into_iter().map(Into::into).collect();
+    // The destination does not wait for their hellos for long, but then for as long as the VM runs.
+    let mut channels = SourceChannels::greet(channels, &Settings::default())?;
     let acks = Acks::new(terms.switchover_ack);
     let mut writer = Writer::open(main)?;
     let mut sources = Vec::new();
@@ -67,9 +70,8 @@ fn source(
             |body| Ok(Source::setup(device, terms, &acks, body)?),
         )?);
     }
-    let channels = channels.into_iter().map(Into::into).collect();
-    let mut channels = PrecopyChannels::greet(channels, &Settings::default())?;
-    // While the VM runs: until little enough is left, and the destination is ready.
+    // While the VM runs: until little enough is left, and the destination is ready. A destination that
+    // has ended a channel fails this.
     while sources.iter().any(|it| !it.is_switchover_ready()) {
         for (id, source) in (0..).zip(&mut sources) {
             let owner = source.id().clone();
@@ -88,7 +90,7 @@ fn source(
     let ids: Vec<_> = sources.iter().map(|source| source.id().clone()).collect();
     // The processors stand still from here on.
     vm::stop(&mut sources, Reason::FinishMigration)?;
-    let session = SaveSession::builder().precopy_channels(channels);
+    let session = SaveSession::builder().greeted_channels(channels);
     let mut switchover = Switchover::begin(sources, session)?;
     writer.write(&Event::Command(Command::SwitchoverStart))?;
     for device in (0..).zip(&ids) {

@@ -22,12 +22,13 @@
 use std::{
     fmt, io,
     io::{IoSlice, IoSliceMut, Read, Write},
-    net::{Shutdown, TcpStream},
-    os::unix::net::UnixStream,
-    sync::Arc,
     time::{Duration, Instant},
 };
 
+mod stream;
+
+pub(crate) use self::stream::Finished;
+use self::stream::{Custom, ReadOnly, Stream};
 use crate::{
     error::{Error, ErrorKind, Phase, Result, Violation},
     id::DeviceId,
@@ -82,132 +83,6 @@ pub struct Channel {
     page_size: PageSize,
 }
 
-/// A byte stream that can be hung up on.
-trait Stream: Read + Write + Send {
-    /// Bounds the waits within a packet.
-    fn set_timeout(&self, timeout: Duration) -> io::Result<()>;
-
-    /// What ends a wait in another thread.
-    fn hangup(&self) -> io::Result<Hangup>;
-
-    /// Says that nothing more will be sent.
-    fn finish(&mut self) -> io::Result<()>;
-
-    /// Whether a read would return at once.
-    fn is_readable(&self) -> bool;
-}
-
-macro_rules! socket_stream {
-    ($socket:ty) => {
-        impl Stream for $socket {
-            fn set_timeout(&self, timeout: Duration) -> io::Result<()> {
-                self.set_read_timeout(Some(timeout))?;
-                self.set_write_timeout(Some(timeout))
-            }
-
-            fn hangup(&self) -> io::Result<Hangup> {
-                let socket = self.try_clone()?;
-                Ok(Box::new(move || {
-                    // Already closed by the peer is as good.
-                    let _closed = socket.shutdown(Shutdown::Both);
-                }))
-            }
-
-            fn finish(&mut self) -> io::Result<()> {
-                self.shutdown(Shutdown::Write)
-            }
-
-            fn is_readable(&self) -> bool {
-                use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-                use std::os::fd::AsFd;
-                let mut fds = [PollFd::new(self.as_fd(), PollFlags::POLLIN)];
-                poll(&mut fds, PollTimeout::ZERO) != Ok(0)
-            }
-        }
-
-        impl From<$socket> for Channel {
-            fn from(socket: $socket) -> Self {
-                Self::new(Box::new(socket))
-            }
-        }
-    };
-}
-
-socket_stream!(TcpStream);
-socket_stream!(UnixStream);
-
-/// A stream of the embedder's.
-struct Custom<S> {
-    stream: S,
-    hangup: Arc<dyn Fn() + Send + Sync>,
-}
-
-impl<S: Read> Read for Custom<S> {
-    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-        self.stream.read(bytes)
-    }
-
-    fn read_vectored(&mut self, buffers: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
-        self.stream.read_vectored(buffers)
-    }
-}
-
-impl<S: Write> Write for Custom<S> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.stream.write(bytes)
-    }
-
-    fn write_vectored(&mut self, buffers: &[IoSlice<'_>]) -> io::Result<usize> {
-        self.stream.write_vectored(buffers)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.stream.flush()
-    }
-}
-
-impl<S: Read + Write + Send> Stream for Custom<S> {
-    fn set_timeout(&self, _timeout: Duration) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn hangup(&self) -> io::Result<Hangup> {
-        let hangup = self.hangup.clone();
-        Ok(Box::new(move || hangup()))
-    }
-
-    fn finish(&mut self) -> io::Result<()> {
-        self.flush()
-    }
-
-    fn is_readable(&self) -> bool {
-        true
-    }
-}
-
-/// Half of a stream: the other half says that it is not there.
-struct ReadOnly<R>(R);
-
-impl<R: Read> Read for ReadOnly<R> {
-    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-        self.0.read(bytes)
-    }
-
-    fn read_vectored(&mut self, buffers: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
-        self.0.read_vectored(buffers)
-    }
-}
-
-impl<R> Write for ReadOnly<R> {
-    fn write(&mut self, _bytes: &[u8]) -> io::Result<usize> {
-        Err(io::ErrorKind::Unsupported.into())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 impl Channel {
     fn new(stream: Box<dyn Stream>) -> Self {
         Self {
@@ -217,15 +92,61 @@ impl Channel {
         }
     }
 
-    /// A channel over a stream of the embedder's: a TLS session, say. `hangup` is called, from any
-    /// thread and perhaps twice, to make the stream's reads and writes return soon; they must. A
-    /// stream's own time-out is an error of kind `WouldBlock` or `TimedOut`.
+    /// A channel over a stream of the embedder's. `hangup` is called, from any thread and perhaps
+    /// twice, to make the stream's reads and writes return soon; they must. A stream's own time-out is an
+    /// error of kind `WouldBlock` or `TimedOut`; one that does not block says `WouldBlock` at once, and is
+    /// asked again every few milliseconds.
+    ///
+    /// When all has been sent the stream is flushed. The peer reads the channel's end when the stream
+    /// is dropped, at the end of the source's [`Report`](crate::Report) or migration: one that can say
+    /// so before is given to [`Channel::from_stream_with_finish`].
     pub fn from_stream(
         stream: impl Read + Write + Send + 'static,
         hangup: impl Fn() + Send + Sync + 'static,
     ) -> Self {
-        let hangup = Arc::new(hangup);
-        Self::new(Box::new(Custom { stream, hangup }))
+        Self::from_stream_with_finish(stream, Write::flush, hangup)
+    }
+
+    /// As [`Channel::from_stream`], for a stream that can say that nothing more will be sent and still
+    /// be read from: a TLS session. `finish` says so, on the channel's thread: of the source when all
+    /// has been sent, of the destination when it has read the source's end. Where it says `WouldBlock` it
+    /// is called again.
+    ///
+    /// Before the stream is dropped, what the peer has written is read: to its end, but not more than
+    /// 1 MiB, and no longer than a second for all channels together, when `hangup` is called. A stream
+    /// that is dropped with bytes unread, such as a TLS 1.3 server's session tickets, resets its
+    /// connection, and the peer loses what it has not read yet.
+    ///
+    /// ```no_run
+    /// # use std::{io::{self, Read, Write}, net::{Shutdown, TcpStream}};
+    /// # use vfio_migration::Channel;
+    /// # struct Tls(TcpStream);
+    /// # impl Tls { fn send_close_notify(&mut self) -> io::Result<()> { Ok(()) } }
+    /// # impl Read for Tls {
+    /// #     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> { self.0.read(bytes) }
+    /// # }
+    /// # impl Write for Tls {
+    /// #     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> { self.0.write(bytes) }
+    /// #     fn flush(&mut self) -> io::Result<()> { self.0.flush() }
+    /// # }
+    /// # fn channel(tls: Tls) -> io::Result<Channel> {
+    /// let socket = tls.0.try_clone()?;
+    /// let finish = |tls: &mut Tls| {
+    ///     tls.send_close_notify()?;
+    ///     tls.flush()?;
+    ///     tls.0.shutdown(Shutdown::Write)
+    /// };
+    /// Ok(Channel::from_stream_with_finish(tls, finish, move || {
+    ///     let _closed = socket.shutdown(Shutdown::Both);
+    /// }))
+    /// # }
+    /// ```
+    pub fn from_stream_with_finish<S: Read + Write + Send + 'static>(
+        stream: S,
+        finish: impl FnMut(&mut S) -> io::Result<()> + Send + 'static,
+        hangup: impl Fn() + Send + Sync + 'static,
+    ) -> Self {
+        Self::new(Box::new(Custom::new(stream, finish, hangup)))
     }
 
     /// A channel that is only received from, and whose reads never wait for long: a file, memory.
@@ -260,9 +181,9 @@ impl Channel {
         self.sink.is_some()
     }
 
-    /// What ends its thread's waits.
-    pub(crate) fn hangup(&self) -> io::Result<Hangup> {
-        self.stream.hangup()
+    /// Makes it ready for its thread, which waits in it. Returns what ends those waits.
+    pub(crate) fn adopt(&self) -> io::Result<Hangup> {
+        self.stream.adopt()
     }
 }
 
@@ -414,6 +335,8 @@ impl Receiver {
             let mut need = wire::PREFIX_LEN;
             self.waited = Duration::ZERO;
             if !self.fill(need, Some(&mut || inlet.rest()))? {
+                // So the source knows that all has been read, and may close. It may have done so.
+                let _told = self.channel.stream.finish();
                 return Ok(());
             }
             // Ends: each round asks for more, up to the largest header.
@@ -715,9 +638,14 @@ impl Sender {
         }
     }
 
-    /// What ends its waits.
-    pub(crate) fn hangup(&self) -> io::Result<Hangup> {
-        self.channel.hangup()
+    /// Makes it ready for its thread. Returns what ends its waits.
+    pub(crate) fn adopt(&self) -> io::Result<Hangup> {
+        self.channel.adopt()
+    }
+
+    /// Whether the peer has ended its side: nothing comes back on a channel, so it reads no more.
+    pub(crate) fn is_ended(&self) -> bool {
+        self.channel.stream.is_ended()
     }
 
     fn broken(&self, source: io::Error) -> Error {
@@ -727,6 +655,14 @@ impl Sender {
             Error::new(ErrorKind::Channel, Phase::Send).caused_by(source)
         };
         error.on_channel(self.number)
+    }
+
+    /// The error of a channel whose peer has ended its side.
+    pub(crate) fn ended(&self) -> Error {
+        self.broken(io::Error::new(
+            io::ErrorKind::ConnectionAborted,
+            "the destination has ended the channel",
+        ))
     }
 
     /// Bounds its waits.
@@ -765,9 +701,15 @@ impl Sender {
         Ok(())
     }
 
-    /// Ends the channel, at a packet's boundary.
+    /// Ends the channel, at a packet's boundary: its peer reads the end. It must not be closed yet, see
+    /// [`Finished`].
     pub(crate) fn finish(&mut self) -> Result<()> {
         let finished = self.channel.stream.finish();
         finished.map_err(|error| self.broken(error))
+    }
+
+    /// The channel, once it is finished.
+    pub(crate) fn into_channel(self) -> Channel {
+        self.channel
     }
 }

@@ -67,8 +67,8 @@ pub use crate::{
     id::DeviceId,
     relay::{Relay, RelayReport},
     session::{
-        Canceller, DeviceReport, LoadBuilder, LoadSession, NotStarted, PacketLease,
-        PrecopyChannels, Publisher, Report, SaveBuilder, SaveSession,
+        Canceller, DeviceReport, LoadBuilder, LoadSession, NotStarted, PacketLease, Publisher,
+        Report, SaveBuilder, SaveSession, SourceChannels,
     },
     settings::{Settings, Spill},
     state::{DeviceState, MigrationFlags, PrecopyInfo, UnknownState},

@@ -5,7 +5,8 @@
 //!                              │
 //!   source                     │                      destination
 //!   ──────                     │                      ───────────
-//!   Source::setup() ◀──────────┴────────────────────▶ Incoming::builder(…).device(…).setup()
+//!   SourceChannels::greet()    │
+//!   Source::setup() ◀──────────┴────────────────────▶ Incoming::setup()
 //!     │ iterate(), pending_*()      main channel ────▶   device(id)?.load_state()
 //!   vm::stop()        all P2P, then all STOP_COPY     │
 //!     │                                               │
@@ -45,6 +46,12 @@
 //! switchover.cancel(); // it is over
 //! # Ok(()) }
 //! ```
+//!
+//! The channels are greeted at the set-up, by [`SourceChannels::greet`](crate::SourceChannels::greet): a
+//! destination waits for a hello for a time, and behind it for as long as the VM runs, whatever comes over
+//! the channels before the switchover. So a destination that is gone, or another VM's, is found while the
+//! VM runs. When all has been sent the destination reads each channel's end; closed they are with
+//! [`Saved`].
 //!
 //! The main channel is the VMM's: it writes each section's header and footer and hands over the
 //! body, as `Write` or `Read`. [`stream`](crate::stream) can do the rest for a VMM that has no

@@ -35,7 +35,8 @@
 //! - A packet is sent whole: inlet and outlet of a line share its sender behind a lock, which each
 //!   holds for one packet. What ends the wait for it is the end of that packet, or the connection's
 //!   time-out.
-//! - A channel is ended only when all device state has been sent, on whichever.
+//! - A channel is ended only when all device state has been sent, on whichever; and closed only when the
+//!   destination has had time to read it.
 //!
 //! # Memory
 //!
@@ -65,7 +66,7 @@
 //! An inlet that waits for bytes: the source's, or its end; within a packet, the connection's
 //! time-out. One that waits for room: a packet sent, or taken by the mover; the end of all. The mover:
 //! a packet, the inputs' end, and while a device's state is incomplete or unsent, the time without
-//! progress. An outlet: a packet that it may send, the queue's end; in a write, the connection's
+//! progress; with [`Settings::precopy_over_channels`], while something that came is not passed on. An outlet: a packet that it may send, the queue's end; in a write, the connection's
 //! time-out.
 //! Every failure hangs up all connections of both sides, and ends them all.
 
@@ -85,7 +86,7 @@ mod outlet;
 
 use self::line::Line;
 use crate::{
-    channel::{Channel, Inlet, RamSink, Receiver, Sender, Terms},
+    channel::{Channel, Finished, Inlet, RamSink, Receiver, Sender, Terms},
     error::{Error, ErrorKind, Phase, Result, Violation},
     id::DeviceId,
     lane::Buffer,
@@ -138,6 +139,8 @@ struct Shared {
     max_devices: u32,
     window: u32,
     no_progress: Duration,
+    /// Whether a device may be incomplete for as long as its source likes.
+    patient: bool,
     pool: Arc<Pool>,
     queue: Queue,
     channels: Mutex<Vec<Arc<ChannelCounters>>>,
@@ -259,6 +262,12 @@ impl Shared {
         self.sending.load(Ordering::Relaxed) > 0 || self.queue.waiting() > 0
     }
 
+    /// How many device packets have come, those that wait for room included.
+    fn received(&self) -> u64 {
+        let channels = lock(&self.channels);
+        channels.iter().map(|counters| counters.packets.get()).sum()
+    }
+
     /// Something that changes whenever anything gets on, on any channel.
     fn activity(&self) -> u64 {
         let received = lock(&self.channels).iter().fold(0_u64, |sum, counters| {
@@ -282,6 +291,10 @@ impl fmt::Debug for Shared {
 }
 
 /// How a relay ended.
+///
+/// It keeps the destination's channels, whose end the destination has been told: dropping it closes them.
+/// Where all got through that waits until the destination has ended its side too, but no longer than a
+/// second: to close a channel before could lose what the destination has not read yet.
 #[derive(Debug)]
 #[non_exhaustive]
 #[must_use = "says whether everything got through"]
@@ -293,13 +306,16 @@ pub struct RelayReport {
     pub stats: Stats,
     /// Threads that did not end within the grace time, and were left behind.
     pub abandoned_threads: usize,
+    /// To the destination.
+    _channels: Finished,
 }
 
 /// A migration's channels on their way through this process, from a source to a destination.
 ///
 /// Devices need not be named: one is known from its first packet on, up to
 /// [`Settings::max_devices`] of them. Of the settings it also heeds `budget`, `window`, `max_packet`
-/// (the budget's buffers have that size), `no_progress`, `hello_timeout` and `grace`. The VM's uuid
+/// (the budget's buffers have that size), `precopy_over_channels`, `no_progress`, `hello_timeout` and
+/// `grace`. The VM's uuid
 /// is the destination's to check.
 ///
 /// All methods may be called from any thread.
@@ -390,6 +406,7 @@ impl Relay {
             max_devices,
             window: settings.window,
             no_progress: settings.no_progress,
+            patient: settings.precopy_over_channels,
             pool: Arc::new(Pool::new(pool)),
             queue: Queue::new(collector.clone()),
             collector,
@@ -454,8 +471,8 @@ impl Relay {
         let (source, destination) = (source.into(), destination.into());
         let host = |error| Error::new(ErrorKind::Host, Phase::Setup).caused_by(error);
         let hangups = [
-            source.hangup().map_err(host)?,
-            destination.hangup().map_err(host)?,
+            source.adopt().map_err(host)?,
+            destination.adopt().map_err(host)?,
         ];
         let counters = Arc::new(ChannelCounters::default());
         let number = {
@@ -628,10 +645,19 @@ impl Relay {
             }
         }
         let abandoned_threads = self.crew.join(false);
+        let result = self.failure().map_or(Ok(()), Err);
+        let mut channels = Finished::default();
+        if result.is_ok() {
+            let lines = std::mem::take(&mut *lock(&self.shared.lines));
+            // A task that was left behind may hold one.
+            let lines = lines.into_iter().filter_map(Arc::into_inner);
+            lines.for_each(|line| channels.push(line.into_channel()));
+        }
         RelayReport {
-            result: self.failure().map_or(Ok(()), Err),
+            result,
             stats: self.stats(),
             abandoned_threads,
+            _channels: channels,
         }
     }
 }

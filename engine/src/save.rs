@@ -15,7 +15,7 @@
 //!
 //! | who | owns | may touch |
 //! |---|---|---|
-//! | a channel's thread | its socket | the queue, the packets that it took |
+//! | a channel's thread | its socket, until all has been sent | the queue, the packets that it took |
 //! | the driver | every [`SaveFlow`]: lane, packer, a clone of the data fd | the pool, the queue |
 //! | a device's thread | the [`Device`]: its state, its config, its data fd | its flags, its result |
 //! | the main thread | the session | flags |
@@ -42,7 +42,7 @@ pub(crate) use self::{
     device_thread::{put_back, serve_device},
 };
 use crate::{
-    channel::{Sender, Terms},
+    channel::{Finished, Sender, Terms},
     device::{Device, Recover},
     driver::{Context, Flow, Handle, Pump},
     error::{Error, ErrorKind, Phase, Result},
@@ -130,6 +130,8 @@ pub(crate) struct Save {
     /// Whether the driver waits for memory.
     dry: AtomicBool,
     grace: Duration,
+    /// Channels on which all has been sent: the report's.
+    pub(crate) finished: Mutex<Finished>,
     pub(crate) verdict: Verdict,
 }
 
@@ -167,6 +169,7 @@ impl Save {
             unfinished: AtomicU32::new(count),
             dry: AtomicBool::new(false),
             grace,
+            finished: Mutex::default(),
             verdict: Verdict::default(),
         }
     }

@@ -3,14 +3,17 @@
 //! ```text
 //!   destination                                  source
 //!   ───────────                                  ──────
-//!   LoadSession::builder()                       SaveSession::builder()
-//!     .device(…) .channel(…)                       .device(…) .channel(…)
-//!     .start()?          devices: RESUMING         .start()?           devices: STOP_COPY
-//!   write_iterable(…)    main channel's data     join()                all sent
-//!   switchover_start()   the driver begins         → Report::stop_devices()   out of downtime
-//!   config_load_ready(…) where that is in use
-//!   join()               devices: STOP
+//!   LoadSession::builder()                       SourceChannels::greet(…)    hellos: the VM may run on
+//!     .device(…) .channel(…)                     SaveSession::builder()
+//!     .start()?          devices: RESUMING         .device(…) .greeted_channels(…)
+//!   write_iterable(…)    main channel's data       .start()?           devices: STOP_COPY
+//!   switchover_start()   the driver begins       join()                all sent
+//!   config_load_ready(…) where that is in use      → Report::stop_devices()   out of downtime
+//!   join()               devices: STOP           drop(report)          the channels are closed
 //! ```
+//!
+//! A channel that is given to [`SaveBuilder::channel`] is greeted at the session's start: that is for a
+//! source whose VM does not run.
 //!
 //! A session owns its threads, its memory, its ring and its channels; nothing is global, so two
 //! sessions know nothing of each other. Devices go in and come back in the [`Report`].
@@ -39,21 +42,21 @@ use vfio_migration_uring::{Backend, Ring, Waker};
 
 mod canceller;
 mod load;
-mod precopy;
 mod publisher;
 mod save;
+mod source_channels;
 
 pub use self::{
     canceller::Canceller,
     load::{LoadBuilder, LoadSession},
-    precopy::PrecopyChannels,
     publisher::{PacketLease, Publisher},
     save::{SaveBuilder, SaveSession},
+    source_channels::SourceChannels,
 };
 #[cfg(feature = "faults")]
 use crate::reorder::refusals::LeasePlan;
 use crate::{
-    channel::{Channel, Terms},
+    channel::{Channel, Finished, Terms},
     device::{Device, Recover},
     driver::{Driver, Flow, Handle, Limits},
     error::{Error, ErrorKind, Phase, Result},
@@ -111,8 +114,8 @@ struct Parts {
     data_lens: Vec<(DeviceId, usize)>,
     /// Save: the first packet's idx, of the devices whose PRE_COPY data has gone over the channels.
     first: Vec<(DeviceId, u32)>,
-    /// Save: channels that carry packets already.
-    precopy: Option<PrecopyChannels>,
+    /// Save: channels that have been greeted.
+    greeted: Option<SourceChannels>,
     channels: Vec<Channel>,
     spawner: Option<Spawner>,
     #[cfg(feature = "sim")]
@@ -243,6 +246,10 @@ pub struct DeviceReport {
 }
 
 /// How a session ended.
+///
+/// That of a save keeps the channels, whose end the destination has been told: dropping it closes them.
+/// Where the save has succeeded that waits until the destination has ended its side too, but no longer
+/// than a second: to close a channel before could lose what the destination has not read yet.
 #[derive(Debug)]
 #[non_exhaustive]
 #[must_use = "says whether the migration succeeded, and has the devices"]
@@ -255,6 +262,8 @@ pub struct Report {
     pub stats: Stats,
     /// Threads that the kernel still holds, and that were left behind.
     pub abandoned_threads: usize,
+    /// Save: the channels, on which all has been sent.
+    pub(crate) channels: Finished,
 }
 
 impl Report {
@@ -421,6 +430,7 @@ impl Common {
             devices: self.devices(ids),
             stats,
             abandoned_threads: left_behind,
+            channels: Finished::default(),
         }
     }
 

@@ -50,6 +50,11 @@ pub struct Settings {
     /// Save: the most data in a packet. Unless set, the device's estimate of its state, but not
     /// above 1 MiB nor below 64 KiB.
     pub data_len: Option<usize>,
+    /// Relay: devices' packets may come while the source's VM runs
+    /// ([`Terms::precopy_over_channels`](crate::migration::Terms::precopy_over_channels)): then a device
+    /// that is incomplete is not missed ([`Settings::no_progress`]) while all that has come has been passed
+    /// on. Off.
+    pub precopy_over_channels: bool,
     /// Load, relay: how far ahead of the packet that a device needs next an idx may be and be held; one
     /// beyond waits. 65 536.
     pub window: u32,
@@ -90,7 +95,8 @@ pub struct Settings {
     /// How long nothing at all may move once the switchover has begun, and how long a connection
     /// may stand still within a packet. 60 s.
     pub no_progress: Duration,
-    /// How long a channel may take to say hello. 10 s.
+    /// How long a channel may take to say hello, from when it is given to the session: a source says
+    /// it when it is set up, and may then be silent for as long as its VM runs. 10 s.
     pub hello_timeout: Duration,
     /// Load: how long a channel may take to bring one packet, from its first byte to its last. Its
     /// waits for memory are not counted. 300 s: 14 KiB a second for the largest packet.
@@ -107,6 +113,7 @@ impl Default for Settings {
             budget: None,
             buffer_len: 1 << 20,
             data_len: None,
+            precopy_over_channels: false,
             window: 1 << 16,
             max_packet: wire::DEFAULT_MAX_PACKET,
             spill: Spill::Auto,

@@ -17,6 +17,9 @@
 //! `replay`, tests and small VMMs use it: one thread reads event by event, and after each
 //! [`Event::Section`] takes the body itself, from [`Reader::body`], and then asks for the footer.
 //! All integers are big-endian. What may stand where is [`MainChannelOrder`]'s, in `order`.
+//!
+//! The inputs and outputs must block: a socket of an async runtime's is to be set to first. One that
+//! does not ends the main channel, within whatever event it was, with its `EAGAIN`.
 
 mod order;
 

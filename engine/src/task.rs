@@ -102,6 +102,15 @@ pub(crate) const DRIVER: &str = "vfio-mig-driver";
 /// Puts a task on a thread.
 pub(crate) type Spawner = Box<dyn Fn(Task) -> io::Result<()> + Send + Sync>;
 
+/// Makes a thread that blocks all signals: they are the embedder's.
+pub(crate) fn with_signals_blocked<T>(spawn: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    // Before the thread is there, so that it never runs without; a thread inherits the mask.
+    let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
+    let spawned = spawn();
+    before.thread_set_mask()?;
+    spawned
+}
+
 /// All threads of one session.
 pub(crate) struct Crew {
     spawner: Option<Spawner>,
@@ -162,12 +171,8 @@ impl Crew {
 
     /// A thread of the engine's own, with all signals blocked: they are the embedder's.
     fn spawn_own(&self, task: Task) -> io::Result<()> {
-        // Before the thread is there, so that it never runs without; a thread inherits the mask.
-        let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
-        let spawned = thread::Builder::new()
-            .name(task.name.clone())
-            .spawn(|| task.run());
-        before.thread_set_mask()?;
+        let builder = thread::Builder::new().name(task.name.clone());
+        let spawned = with_signals_blocked(|| builder.spawn(|| task.run()));
         let mut threads = lock(&self.threads);
         threads.push(spawned?);
         Ok(())

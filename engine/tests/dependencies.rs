@@ -9,10 +9,11 @@ use std::{collections::BTreeMap, env, process::Command};
 use serde_json::Value;
 
 /// One of these is enough where a package has several; where it asks for several, all must be here.
-const LICENCES: [&str; 5] = [
+const LICENCES: [&str; 6] = [
     "Apache-2.0",
     "BSD-3-Clause",
     "BSL-1.0",
+    "ISC",
     "MIT",
     "Unicode-3.0",
 ];
@@ -20,7 +21,13 @@ const LICENCES: [&str; 5] = [
 const REGISTRY: &str = "registry+https://github.com/rust-lang/crates.io-index";
 
 /// Packages of which two versions are known to be here: never both in the library without features.
-const TWICE: [&str; 3] = ["bitflags", "cpufeatures", "syn"];
+const TWICE: [&str; 5] = [
+    "bitflags",
+    "cpufeatures",
+    "getrandom", // of the tests' TLS
+    "syn",
+    "windows-sys", // as well, of other systems
+];
 
 fn packages() -> Vec<Value> {
     let cargo = env::var("CARGO").unwrap_or_else(|_unset| "cargo".into());

@@ -19,7 +19,7 @@ use std::{
 
 use common::Watchdog;
 use vfio_migration::{
-    DeviceState, Error, ErrorKind, LoadSession, PrecopyChannels, Publisher, SaveSession, Settings,
+    DeviceState, Error, ErrorKind, LoadSession, Publisher, SaveSession, Settings, SourceChannels,
     Violation,
     migration::{Ack, Acks, Incoming, OnOffAuto, Source, Switchover},
     section::{Tag, Writer},
@@ -406,7 +406,7 @@ fn source(setup: &Setup) -> (Source, SimHandle) {
 fn a_section_of_an_iteration_says_how_many_packets_were_sent_and_has_no_data() {
     let _watchdog = Watchdog::new();
     let (near, _far) = UnixStream::pair().unwrap();
-    let mut channels = PrecopyChannels::greet(vec![near.into()], &quick()).unwrap();
+    let mut channels = SourceChannels::greet(vec![near.into()], &quick()).unwrap();
     let (mut source, _) = source(&Setup {
         precopy_initial: 1000,
         ..over_channels()
@@ -433,7 +433,7 @@ fn a_section_of_an_iteration_says_how_many_packets_were_sent_and_has_no_data() {
 fn a_cancellation_ends_an_iteration_whose_peer_takes_nothing() {
     let _watchdog = Watchdog::new();
     let (near, _far) = UnixStream::pair().unwrap();
-    let mut channels = PrecopyChannels::greet(vec![near.into()], &quick()).unwrap();
+    let mut channels = SourceChannels::greet(vec![near.into()], &quick()).unwrap();
     let canceller = channels.canceller();
     let (mut source, handle) = source(&Setup {
         len: 64 << 20,
@@ -460,7 +460,7 @@ fn a_cancellation_ends_an_iteration_whose_peer_takes_nothing() {
     // Nothing goes behind a part of a packet, and no session goes on with it.
     let again = source.iterate_over(&mut channels, io::sink()).unwrap_err();
     assert!(again.is_cancelled());
-    let session = SaveSession::builder().precopy_channels(channels);
+    let session = SaveSession::builder().greeted_channels(channels);
     let failed = Switchover::begin(vec![source], session).unwrap_err();
     assert!(failed.error.is_cancelled(), "{}", failed.error);
     assert_eq!(failed.back[0].state(), DeviceState::Running);
@@ -472,14 +472,14 @@ fn a_cancellation_ends_an_iteration_whose_peer_takes_nothing() {
 fn a_peer_that_goes_away_ends_an_iteration() {
     let _watchdog = Watchdog::new();
     let (near, far) = UnixStream::pair().unwrap();
-    let mut channels = PrecopyChannels::greet(vec![near.into()], &quick()).unwrap();
+    let mut channels = SourceChannels::greet(vec![near.into()], &quick()).unwrap();
     let (mut source, handle) = source(&over_channels());
     drop(far);
     let error = source.iterate_over(&mut channels, io::sink()).unwrap_err();
     assert_eq!(*error.kind(), ErrorKind::Channel);
-    assert_eq!((error.device(), error.index()), (Some(&id(1)), Some(0)));
+    assert_eq!((error.device(), error.channel()), (Some(&id(1)), Some(0)));
     let _running = source.abort();
     assert_eq!(handle.state(), DeviceState::Running);
-    let none = PrecopyChannels::greet(Vec::new(), &quick()).unwrap_err();
+    let none = SourceChannels::greet(Vec::new(), &quick()).unwrap_err();
     assert!(matches!(none.kind(), ErrorKind::Config(_)));
 }

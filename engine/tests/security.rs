@@ -36,7 +36,7 @@ fn numbers() -> BTreeMap<&'static str, i64> {
     calls! {
         brk SYS_brk, clock_nanosleep SYS_clock_nanosleep, clone3 SYS_clone3, close SYS_close,
         eventfd2 SYS_eventfd2, exit SYS_exit, fcntl SYS_fcntl, fstat SYS_fstat, newfstatat SYS_newfstatat, futex SYS_futex,
-        gettid SYS_gettid, lseek SYS_lseek, io_uring_enter SYS_io_uring_enter,
+        gettid SYS_gettid, ioctl SYS_ioctl, lseek SYS_lseek, io_uring_enter SYS_io_uring_enter,
         io_uring_register SYS_io_uring_register, io_uring_setup SYS_io_uring_setup,
         madvise SYS_madvise, memfd_create SYS_memfd_create, mmap SYS_mmap, mprotect SYS_mprotect, mremap SYS_mremap,
         munmap SYS_munmap, poll SYS_poll, ppoll SYS_ppoll, preadv2 SYS_preadv2,

@@ -1,9 +1,11 @@
 //! A VM's devices on the source when all has been sent: the VMM decides what becomes of them.
 //!
-//! The caller's thread; both ends ask all devices at once, on a thread each, and wait for them.
+//! The caller's thread; both ends ask all devices at once, on a thread each, and wait for them. The
+//! channels are open until then: the destination has been told their end, and may still read.
 
 use super::{Failed, Realized, at_once, put_all_back};
 use crate::{
+    channel::Finished,
     device::Recover,
     error::{Phase, Result},
     state::DeviceState,
@@ -11,17 +13,22 @@ use crate::{
     trace,
 };
 
-/// All devices of a VM on the source, saved, in STOP_COPY.
+/// All devices of a VM on the source, saved, in STOP_COPY; and the channels, which are closed with it.
 #[derive(Debug)]
 #[must_use = "the devices are in STOP_COPY: clean up or abort"]
 pub struct Saved {
     devices: Vec<Realized>,
     stats: Stats,
+    channels: Finished,
 }
 
 impl Saved {
-    pub(super) const fn new(devices: Vec<Realized>, stats: Stats) -> Self {
-        Self { devices, stats }
+    pub(super) const fn new(devices: Vec<Realized>, stats: Stats, channels: Finished) -> Self {
+        Self {
+            devices,
+            stats,
+            channels,
+        }
     }
 
     /// The counters at the end.
@@ -31,7 +38,8 @@ impl Saved {
     }
 
     /// The VM runs on the destination: takes the devices to STOP, which can be slow, and belongs
-    /// here, out of downtime. Their data fds are closed.
+    /// here, out of downtime. Their data fds are closed, and so are the channels, which may take a
+    /// second where the destination keeps its side open.
     ///
     /// # Errors
     ///
@@ -54,7 +62,12 @@ impl Saved {
     /// resets them.
     #[must_use = "these are the VM's devices"]
     pub fn abort(self) -> Vec<Realized> {
-        let mut devices = self.devices;
+        let Self {
+            mut devices,
+            mut channels,
+            ..
+        } = self;
+        channels.abandon();
         put_all_back(&mut devices);
         devices
     }

@@ -95,9 +95,9 @@ pub struct Terms {
     pub config_after_iterables: OnOffAuto,
     /// What a device gives in PRE_COPY goes over the multifd channels too, of devices whose state
     /// does. No, by default: no other source or destination can, and one that does not agree is
-    /// refused at the device's set-up. The source then greets its channels before it iterates
-    /// ([`PrecopyChannels`](crate::PrecopyChannels)), and the destination loads what comes over them
-    /// from then on.
+    /// refused at the device's set-up. The source iterates over its channels
+    /// ([`Source::iterate_over`](super::Source::iterate_over)), and the destination loads what comes
+    /// over them from the set-up on.
     pub precopy_over_channels: bool,
     /// The VM may run on the destination before all of its memory is there.
     pub postcopy: bool,

@@ -9,8 +9,9 @@
 //! a buffer, and writes what came into the body of the device's section. The estimates drop with
 //! what was read, and are asked for anew by [`Source::pending_exact`] alone.
 //!
-//! Where both ends have agreed on it, [`Source::iterate_over`] sends what was read as packets over
-//! channels that have been greeted before, numbered from 0; what STOP_COPY gives goes on behind.
+//! The channels are greeted at the set-up ([`SourceChannels`]), and may be silent until the switchover.
+//! Where both ends have agreed on it, [`Source::iterate_over`] sends what was read as packets over them,
+//! numbered from 0; what STOP_COPY gives goes on behind.
 //!
 //! Everything here is the caller's thread's, and lasts as long as the device's driver and the main
 //! channel take; nothing here waits for anything else.
@@ -28,7 +29,7 @@ use crate::{
     error::{Error, ErrorKind, Phase, Result},
     id::DeviceId,
     section,
-    session::PrecopyChannels,
+    session::SourceChannels,
     state::{DeviceState, MigrationFlags},
     stats::DeviceCounters,
     trace,
@@ -246,9 +247,9 @@ impl Source {
         Ok(self.iterated(count, all))
     }
 
-    /// As [`Source::iterate`], where [`Terms::precopy_over_channels`] says that PRE_COPY data goes
-    /// over the channels: what was read is sent as a packet, and the body has the end alone. Of a
-    /// device whose data goes over the main channel this is [`Source::iterate`].
+    /// As [`Source::iterate`], of a VM that has channels: of a device that uses them it fails where
+    /// they have been ended ([`SourceChannels::failure`]). Where [`Terms::precopy_over_channels`] says that the device's
+    /// PRE_COPY data goes over them, what was read is sent as a packet, and the body has the end alone.
     ///
     /// Blocks while the destination takes nothing; a cancellation of `channels` ends that.
     ///
@@ -257,9 +258,14 @@ impl Source {
     /// As for [`Source::iterate`]; what has ended `channels`.
     pub fn iterate_over<W: Write>(
         &mut self,
-        channels: &mut PrecopyChannels,
+        channels: &mut SourceChannels,
         body: W,
     ) -> Result<Iteration> {
+        if self.multifd
+            && let Some(error) = channels.failure()
+        {
+            return Err(error.on_device(self.id()));
+        }
         if !self.over_channels {
             return self.iterate(body);
         }

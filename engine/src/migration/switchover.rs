@@ -18,6 +18,7 @@ use nix::errno::Errno;
 
 use super::{DeviceSettings, Failed, Realized, Saved, Source, at_once, put_all_back};
 use crate::{
+    channel::Finished,
     device::Device,
     error::{Error, ErrorKind, Phase, Refusal, Result},
     id::DeviceId,
@@ -75,8 +76,9 @@ pub struct Switchover {
 
 impl Switchover {
     /// Begins. All devices go to STOP_COPY where they are not there, all at once, and those that
-    /// use the multifd channels are read from and sent from now on. `session` has the channels and
-    /// the settings, and no devices; it is not used where no device uses the channels.
+    /// use the multifd channels are read from and sent from now on. `session` has the channels, which
+    /// were greeted at the set-up ([`SaveBuilder::greeted_channels`]), and the settings, and no devices;
+    /// it is not used where no device uses the channels.
     ///
     /// # Errors
     ///
@@ -354,8 +356,10 @@ impl Switchover {
         let mut failure = self.failure();
         let mut devices = Vec::new();
         let mut stats = Stats::main_channel_alone();
+        let mut channels = Finished::default();
         if let Some(session) = self.session.take() {
             let report = session.join();
+            channels = report.channels;
             failure = failure.or(report.result.err());
             stats = report.stats;
             devices.extend(
@@ -368,8 +372,9 @@ impl Switchover {
         let stats = self.merge(stats);
         let mut back = self.take_back(devices);
         match failure {
-            None => Ok(Saved::new(back, stats)),
+            None => Ok(Saved::new(back, stats, channels)),
             Some(error) => {
+                channels.abandon();
                 put_all_back(&mut back);
                 Err(Failed::new(error, back))
             }

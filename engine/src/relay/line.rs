@@ -63,6 +63,14 @@ impl Line {
         }
     }
 
+    /// The channel, once it is finished.
+    pub(super) fn into_channel(self) -> Channel {
+        let sender = self.sender.into_inner();
+        sender
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .into_channel()
+    }
+
     /// Sends a SYNC, and counts it. The inlet.
     pub(super) fn sync(&self, header: &[u8]) -> Result<()> {
         self.with_sender(|sender| {

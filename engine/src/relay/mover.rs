@@ -20,6 +20,7 @@ pub(super) fn run(shared: &Shared) {
         shared,
         epoch: shared.collector.register(),
         moved: Vec::new(),
+        packets: 0,
     };
     if let Err(error) = mover.run() {
         shared.fail(error);
@@ -45,6 +46,8 @@ struct Mover<'a> {
     shared: &'a Shared,
     epoch: LocalHandle,
     moved: Vec<Moved>,
+    /// How many packets have been moved.
+    packets: u64,
 }
 
 impl Mover<'_> {
@@ -71,6 +74,11 @@ impl Mover<'_> {
             let deadline = before.map(|_| Instant::now() + shared.no_progress);
             let found = shared.arrivals.wait(deadline, || self.look().then_some(()));
             if found.is_some() || before != Some(shared.activity()) {
+                still = 0;
+                continue;
+            }
+            if shared.patient && shared.received() == self.packets && shared.queue.waiting() == 0 {
+                // All that has come has gone: the source's VM may run on.
                 still = 0;
                 continue;
             }
@@ -116,6 +124,7 @@ impl Mover<'_> {
             };
             moved.complete = packet.config;
             any = true;
+            self.packets += 1;
             if let Err(packet) = self.shared.queue.publish(packet, &guard) {
                 packet.recycle(&self.shared.pool);
                 let stopped = self.shared.stopped();

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   take (waits) ─▶ take more, where they are small ─▶ send all with one call ─▶ recycle
+//!   the end ─▶ finish: the peer reads the channel's end ─▶ kept open, for the session's report
 //! ```
 
 use super::*;
@@ -21,6 +22,7 @@ pub(crate) fn serve_channel(
     counters: &ChannelCounters,
 ) -> Result<()> {
     sender.greet(terms, id)?;
+    sender.set_timeout(terms.no_progress)?;
     counters.syncs.add(1);
     let epoch = save.collector.register();
     let mut packets = Vec::with_capacity(GATHER);
@@ -30,7 +32,11 @@ pub(crate) fn serve_channel(
         counters.blocked.add_time(since.elapsed());
         match ticket.expect("a wait without a deadline ends with a look") {
             Ticket::Packet(packet) => packets.push(Outgoing::new(save, packet)),
-            Ticket::End => return sender.finish(),
+            Ticket::End => {
+                sender.finish()?;
+                lock(&save.finished).push(sender.into_channel());
+                return Ok(());
+            }
             Ticket::Closed => {
                 let failure = save.verdict.failure();
                 return Err(failure.unwrap_or_else(|| Error::cancelled(Phase::Send)));

@@ -409,7 +409,7 @@ impl LoadSession {
                 let kind = ErrorKind::Config("more channels than the settings say");
                 return Err(Error::new(kind, Phase::Setup));
             }
-            self.load.verdict.add(channel.hangup().map_err(host)?);
+            self.load.verdict.add(channel.adopt().map_err(host)?);
             channels.push(counters.clone());
             number
         };

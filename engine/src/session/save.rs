@@ -11,7 +11,7 @@ use std::{
 use vfio_migration_uring::Waker;
 
 use super::{
-    Canceller, Common, Ferry, NotStarted, Parts, PrecopyChannels, Report, builder_methods, host,
+    Canceller, Common, Ferry, NotStarted, Parts, Report, SourceChannels, builder_methods, host,
 };
 use crate::{
     channel::{Channel, Sender, Terms},
@@ -49,10 +49,10 @@ impl SaveBuilder {
         self.sized_device(device, data_len)
     }
 
-    /// Goes on with channels that have carried PRE_COPY data. They come before all others, and
-    /// replace those of an earlier call.
-    pub fn precopy_channels(mut self, channels: PrecopyChannels) -> Self {
-        self.0.precopy = Some(channels);
+    /// Goes on with channels that were greeted when the migration was set up. They come before all
+    /// others, and replace those of an earlier call.
+    pub fn greeted_channels(mut self, channels: SourceChannels) -> Self {
+        self.0.greeted = Some(channels);
         self
     }
 
@@ -117,7 +117,7 @@ impl SaveSession {
         devices: &mut [Device],
     ) -> Result<(Self, Driver<SaveFlow>, Terms)> {
         let (greeted, failure) = parts
-            .precopy
+            .greeted
             .as_ref()
             .map_or((0, None), |channels| (channels.count(), channels.failure()));
         if let Some(error) = failure {
@@ -213,14 +213,14 @@ impl SaveSession {
         drop(sender);
         started?;
         let mut senders = parts
-            .precopy
-            .map_or_else(Vec::new, PrecopyChannels::hand_over);
+            .greeted
+            .map_or_else(Vec::new, SourceChannels::hand_over);
         for channel in parts.channels {
             let number = u32::try_from(senders.len()).expect("the builder bounds their number");
             senders.push(Sender::new(channel, number));
         }
         for sender in &senders {
-            let hangup = sender.hangup().map_err(host)?;
+            let hangup = sender.adopt().map_err(host)?;
             self.save.verdict.add(hangup);
         }
         for (number, sender) in (0..).zip(senders) {
@@ -373,8 +373,12 @@ impl SaveSession {
         let mut report = self
             .common
             .report(ids.collect(), result, stats, left_behind);
+        let mut finished = std::mem::take(&mut *lock(&self.save.finished));
         if report.result.is_err() {
+            finished.abandon();
             report.put_back();
+        } else {
+            report.channels = finished;
         }
         report
     }

@@ -10,12 +10,13 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicU32, Ordering::SeqCst},
     },
+    thread,
     time::Duration,
 };
 
 use vfio_migration::{
-    Device, DeviceId, DeviceState, LoadSession, MigrationFlags, PrecopyChannels, Result,
-    SaveSession, Settings, Stats,
+    Device, DeviceId, DeviceState, LoadSession, MigrationFlags, Result, SaveBuilder, SaveSession,
+    Settings, SourceChannels, Stats,
     migration::{
         Ack, Acks, DeviceSettings, Incoming, OnOffAuto, Realized, Saved, Source, Switchover, Terms,
         vm,
@@ -43,6 +44,12 @@ pub struct Setup {
     pub delays: Vec<(DeviceState, Duration)>,
     /// PRE_COPY data goes over the channels too.
     pub over_channels: bool,
+    /// The channels' sockets do not block.
+    pub nonblocking: bool,
+    /// Of both ends' sessions.
+    pub settings: Settings,
+    /// How long the VM runs on, on both ends set up, before it stops.
+    pub hold: Duration,
 }
 
 impl Default for Setup {
@@ -61,6 +68,9 @@ impl Default for Setup {
             config_of_odd: None,
             delays: Vec::new(),
             over_channels: false,
+            nonblocking: false,
+            settings: Settings::default(),
+            hold: Duration::ZERO,
         }
     }
 }
@@ -219,19 +229,16 @@ impl Ended {
 /// Everything that a VMM does, from its devices at rest to the VM on the destination.
 pub fn migrate(setup: &Setup) -> Ended {
     let terms = setup.terms();
-    let (mut load, mut save) = (LoadSession::builder(), SaveSession::builder());
-    let mut early = Vec::new();
+    let mut load = LoadSession::builder().settings(setup.settings.clone());
+    let mut channels = Vec::new();
     for _ in 0..setup.channels {
         let (near, far) = UnixStream::pair().unwrap();
-        if setup.over_channels {
-            early.push(near.into());
-        } else {
-            save = save.channel(near);
-        }
+        near.set_nonblocking(setup.nonblocking).unwrap();
+        far.set_nonblocking(setup.nonblocking).unwrap();
+        channels.push(near.into());
         load = load.channel(far);
     }
-    let greet = |early| PrecopyChannels::greet(early, &Settings::default()).unwrap();
-    let mut precopy = setup.over_channels.then(|| greet(early));
+    let mut channels = SourceChannels::greet(channels, &setup.settings).unwrap();
     let numbered = 1..=setup.devices;
     let (sources, saved_from): (Vec<_>, Vec<_>) = numbered
         .clone()
@@ -267,17 +274,14 @@ pub fn migrate(setup: &Setup) -> Ended {
         });
         under_way.push(source);
     }
+    thread::sleep(setup.hold);
     // Until nothing is left that could be sent while the VM runs.
     for round in 0.. {
         assert!(round < 1000, "the iterations end");
         for source in under_way.iter_mut().filter(|source| source.is_active()) {
             let id = source.id().clone();
             main.section(SectionKind::Part, &id, |body| {
-                match &mut precopy {
-                    Some(channels) => source.iterate_over(channels, body),
-                    None => source.iterate(body),
-                }
-                .unwrap()
+                source.iterate_over(&mut channels, body).unwrap()
             });
         }
         read_main(&mut reader, &pipe, &incoming).unwrap();
@@ -289,6 +293,12 @@ pub fn migrate(setup: &Setup) -> Ended {
             break;
         }
     }
+    // It runs on, and nothing is said.
+    thread::sleep(setup.hold);
+    assert!(incoming.failure().is_none());
+    if under_way.iter().any(Source::uses_multifd) {
+        assert!(channels.failure().is_none());
+    }
     for source in &mut under_way {
         let exact = source.pending_exact().unwrap();
         assert!(exact.stop_copy > 0 && exact.precopy() == 0);
@@ -296,9 +306,8 @@ pub fn migrate(setup: &Setup) -> Ended {
     let reason = vm::Reason::FinishMigration;
     vm::stop(&mut under_way, reason).unwrap();
     let ids: Vec<_> = under_way.iter().map(|source| source.id().clone()).collect();
-    if let Some(channels) = precopy {
-        save = save.precopy_channels(channels);
-    }
+    let save = SaveSession::builder().settings(setup.settings.clone());
+    let save = save.greeted_channels(channels);
     let mut switchover = Switchover::begin(under_way, save).unwrap();
     main.command(Command::SwitchoverStart);
     for id in &ids {
@@ -325,6 +334,14 @@ pub fn migrate(setup: &Setup) -> Ended {
         acks: approvals.load(SeqCst),
         devices: loaded.join().unwrap(),
     }
+}
+
+/// A save over one channel that has been greeted.
+pub fn greeted(near: UnixStream) -> SaveBuilder {
+    let channels = SourceChannels::greet(vec![near.into()], &quick()).unwrap();
+    SaveSession::builder()
+        .settings(quick())
+        .greeted_channels(channels)
 }
 
 /// The settings of a session that a test waits for.

@@ -10,8 +10,8 @@ use std::{
 };
 
 use vfio_migration::{
-    Channel, DeviceId, DeviceState, Error, LoadBuilder, LoadSession, Phase, PrecopyChannels,
-    SaveBuilder, SaveSession,
+    Channel, DeviceId, DeviceState, Error, LoadBuilder, LoadSession, Phase, SaveSession,
+    SourceChannels,
     migration::{
         Acks, DeviceSettings, Incoming, Loaded, OnOffAuto, Realized, Saved, Source, Switchover, vm,
     },
@@ -164,11 +164,9 @@ impl Migration<'_> {
         let incoming = Incoming::setup(there, &terms, load, approve)?;
         // Where no device uses the channels the destination has none.
         let used = self.cycle.devices.iter().any(|(main, _)| !main);
-        let (mut early, save) = if self.cycle.over_channels && used {
-            (Some(PrecopyChannels::greet(near, &plan.save)?), save)
-        } else {
-            (None, near.into_iter().fold(save, SaveBuilder::channel))
-        };
+        let mut channels = used
+            .then(|| SourceChannels::greet(near, &plan.save))
+            .transpose()?;
         let mut sources = Vec::new();
         for device in here {
             let mut body = Vec::new();
@@ -181,7 +179,7 @@ impl Migration<'_> {
             for source in sources.iter_mut().filter(|source| source.is_active()) {
                 self.look(&incoming)?;
                 let mut body = Vec::new();
-                match &mut early {
+                match &mut channels {
                     Some(channels) => source.iterate_over(channels, &mut body)?,
                     None => source.iterate(&mut body)?,
                 };
@@ -193,8 +191,8 @@ impl Migration<'_> {
             }
         }
         vm::stop(&mut sources, vm::Reason::FinishMigration)?;
-        let save = match early {
-            Some(channels) => save.precopy_channels(channels),
+        let save = match channels {
+            Some(channels) => save.greeted_channels(channels),
             None => save,
         };
         let mut switchover = Switchover::begin(sources, save)?;

@@ -20,7 +20,7 @@ use anyhow::{Context, bail, ensure};
 use serde::Serialize;
 use vfio_migration::{
     Backend, Device, DeviceId, DeviceStats, Error, ErrorKind, LoadSession, SaveSession, Settings,
-    Stats,
+    SourceChannels, Stats,
     migration::{Ack, Acks, DeviceSettings, Incoming, OnOffAuto, Realized, Source, Switchover, vm},
     sim::{SimConfig, SimDevice, SimHandle},
 };
@@ -330,8 +330,7 @@ struct Migrated {
 
 fn migrate(options: &Options) -> anyhow::Result<Migrated> {
     let settings = options.settings();
-    let mut save = SaveSession::builder().settings(settings.clone());
-    let mut load = LoadSession::builder().settings(settings);
+    let mut load = LoadSession::builder().settings(settings.clone());
     let mut device_settings = DeviceSettings::default();
     device_settings.transfer = OnOffAuto::On;
     device_settings.buffer_len = Some(options.packet);
@@ -347,16 +346,19 @@ fn migrate(options: &Options) -> anyhow::Result<Migrated> {
         devices.push(Realized::new(destination, device_settings.clone()));
     }
     let listener = TcpListener::bind(("127.0.0.1", 0)).context("cannot listen on loopback")?;
+    let mut channels = Vec::new();
     for _ in 0..options.channels {
         let (near, far) = connect(&listener).context("cannot connect over loopback")?;
-        save = save.channel(near);
+        channels.push(near.into());
         load = load.channel(far);
     }
+    let channels = SourceChannels::greet(channels, &settings).context("source")?;
     let load = Incoming::setup(devices, &terms, load, Box::new(|| Ok(())));
     let load = load.map_err(Error::from).context("destination")?;
     let began = Instant::now();
     vm::stop(&mut sources, vm::Reason::FinishMigration).context("source")?;
-    let save = Switchover::begin(sources, save);
+    let save = SaveSession::builder().settings(settings);
+    let save = Switchover::begin(sources, save.greeted_channels(channels));
     let save = save.map_err(Error::from).context("source")?;
     load.switchover_start().context("destination")?;
     let lens = pairs_only

@@ -79,6 +79,10 @@ pub(crate) struct Options {
     /// The page size of the VM's architecture, on which the size of RAM and SYNC packets depends
     #[arg(long, value_name = "SIZE", default_value = "4KiB", value_parser = args::page_size)]
     page_size: PageSize,
+    /// What devices give while the source's VM runs comes over the channels too: then a device's state may
+    /// be incomplete for as long as the VM runs. As the source and the destination have it
+    #[arg(long)]
+    precopy_over_channels: bool,
     /// How long nothing may move within a packet, a write, or an incomplete device, in seconds
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = args::seconds)]
     timeout: Duration,
@@ -100,6 +104,7 @@ impl Options {
         settings.max_devices = Some(self.max_devices);
         let packet = u32::try_from(self.max_packet).unwrap_or(u32::MAX);
         settings.max_packet = packet.saturating_add(12); // the header inside
+        settings.precopy_over_channels = self.precopy_over_channels;
         settings.no_progress = self.timeout;
         settings.hello_timeout = door::hello_timeout(self.timeout);
         settings

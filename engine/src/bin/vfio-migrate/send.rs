@@ -1,7 +1,7 @@
 //! `send`: the source's side of a migration between two processes.
 //!
 //! ```text
-//!   connect ─▶ main channel: which devices ─▶ pong ─▶ N channels ─▶ (PRE_COPY data, over them)
+//!   connect ─▶ main channel: which devices ─▶ pong ─▶ N channels, greeted ─▶ (PRE_COPY data, over them)
 //!     ─▶ the devices stop, STOP_COPY ─▶ switchover start ─▶ all sent ─▶ EOF ─▶ shut 0
 //!     ─▶ devices STOP ─▶ what was moved
 //! ```
@@ -20,7 +20,7 @@ use std::{
 
 use anyhow::{Context, anyhow, bail};
 use vfio_migration::{
-    Canceller, Device, Error, PrecopyChannels, SaveSession, Settings, Stats,
+    Canceller, Device, Error, SaveSession, Settings, SourceChannels, Stats,
     migration::{
         Ack, Acks, DeviceSettings, Failed, OnOffAuto, Realized, Saved, Source, Switchover, vm,
     },
@@ -135,7 +135,7 @@ fn greet(
 /// Sends what the devices give while they still run, over the channels. Returns how many bytes.
 fn iterate(
     sources: &mut [Source],
-    channels: &mut PrecopyChannels,
+    channels: &mut SourceChannels,
     words: &mut Words,
     replies: &mut Replies,
 ) -> anyhow::Result<u64> {
@@ -178,7 +178,7 @@ fn cancel_on_interrupt(canceller: &Canceller, sent: &mpsc::Receiver<()>) {
 /// As [`iterate`], and to be interrupted.
 fn send_precopy(
     sources: &mut [Source],
-    channels: &mut PrecopyChannels,
+    channels: &mut SourceChannels,
     words: &mut Words,
     replies: &mut Replies,
 ) -> anyhow::Result<u64> {
@@ -300,24 +300,19 @@ fn migrate(
     replies: &mut Replies,
 ) -> anyhow::Result<Sent> {
     let mut sources = greet(options, devices, words, replies)?;
-    let connect = |_| network::connect(&options.to, TRY_AGAIN, options.timeout);
+    let connect = |_| network::connect(&options.to, TRY_AGAIN, options.timeout).map(Into::into);
     let channels: Vec<_> = (0..options.channels)
         .map(connect)
         .collect::<anyhow::Result<_>>()?;
     let settings = options.settings();
-    let mut session = SaveSession::builder().settings(settings.clone());
+    let mut channels = SourceChannels::greet(channels, &settings)?;
     let precopy = if options.terms.precopy_over_channels {
-        let channels = channels.into_iter().map(Into::into).collect();
-        let mut channels = PrecopyChannels::greet(channels, &settings)?;
-        let sent = send_precopy(&mut sources, &mut channels, words, replies)?;
-        session = session.precopy_channels(channels);
-        Some(sent)
+        Some(send_precopy(&mut sources, &mut channels, words, replies)?)
     } else {
-        for channel in channels {
-            session = session.channel(channel);
-        }
         None
     };
+    let session = SaveSession::builder().settings(settings);
+    let session = session.greeted_channels(channels);
     let began = Instant::now();
     vm::stop(&mut sources, vm::Reason::FinishMigration)?;
     let switchover = Switchover::begin(sources, session).map_err(Error::from)?;

@@ -1,12 +1,17 @@
-//! The source's channels before its session: they carry what the devices give in PRE_COPY.
+//! The source's channels before its session: greeted when the migration is set up, silent or carrying
+//! PRE_COPY data while the VM runs.
 //!
 //! ```text
-//!   greet() ─▶ PrecopyChannels ─ Source::iterate_over() … ─▶ SaveBuilder::precopy_channels()
+//!   greet() ─▶ SourceChannels ─ Source::iterate_over() … failure() ─▶ SaveBuilder::greeted_channels()
 //! ```
 //!
-//! The caller's thread owns the channels and sends each packet on the next one in turn. Every packet
-//! that comes before it, of any device, has been sent by then, so the destination can always get on
-//! with what it has. Any thread may cancel.
+//! A destination gives a channel a time for its hello, and then none for what comes behind it: so the
+//! hello is sent at once, however long the VM runs on, and an end of the other side is seen before the
+//! VM stops.
+//!
+//! The caller's thread owns the channels. Where PRE_COPY data goes over them it sends each packet on the
+//! next one in turn. Every packet that comes before it, of any device, has been sent by then, so the
+//! destination can always get on with what it has. Any thread may cancel.
 //!
 //! What ends a send's wait: the peer, which takes something; the time without progress; a
 //! cancellation, which hangs up all channels.
@@ -25,22 +30,22 @@ use crate::{
 
 /// A source's multifd channels, greeted, before its session has them.
 ///
-/// For [`Terms::precopy_over_channels`](crate::migration::Terms::precopy_over_channels). Dropping it
-/// closes the channels.
+/// Made when the migration is set up: the destination waits for a channel's hello for no longer than its
+/// [`Settings::hello_timeout`]. Dropping it closes the channels.
 ///
 /// ```
 /// use std::os::unix::net::UnixStream;
-/// use vfio_migration::{PrecopyChannels, SaveSession, Settings};
+/// use vfio_migration::{SourceChannels, SaveSession, Settings};
 ///
 /// let (near, far) = UnixStream::pair()?;
-/// let channels = PrecopyChannels::greet(vec![near.into()], &Settings::default())?;
-/// // … `Source::iterate_over(&mut channels, body)` for each device; at the switchover:
-/// let session = SaveSession::builder().precopy_channels(channels);
+/// let channels = SourceChannels::greet(vec![near.into()], &Settings::default())?;
+/// // … `Source::iterate_over(&mut channels, body)` for each device, for as long as it takes; then:
+/// let session = SaveSession::builder().greeted_channels(channels);
 /// # drop((session, far));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[must_use = "dropping it closes the channels"]
-pub struct PrecopyChannels {
+pub struct SourceChannels {
     senders: Vec<Sender>,
     /// Which channel has the next packet.
     turn: usize,
@@ -48,13 +53,13 @@ pub struct PrecopyChannels {
     canceller: Canceller,
 }
 
-impl PrecopyChannels {
+impl SourceChannels {
     /// Opens the channels: on each its hello and one SYNC. `settings` are the session's.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Config`] for no channel, or more than 255; [`ErrorKind::Channel`];
-    /// [`ErrorKind::Host`].
+    /// [`ErrorKind::Config`] for no channel, or more than 255; [`ErrorKind::Channel`], also where the
+    /// destination has ended one; [`ErrorKind::Host`].
     pub fn greet(channels: Vec<Channel>, settings: &Settings) -> Result<Self> {
         let count = u8::try_from(channels.len()).unwrap_or(0);
         if count == 0 {
@@ -73,7 +78,7 @@ impl PrecopyChannels {
         let mut senders = Vec::with_capacity(channels.len());
         for (id, channel) in (0..count).zip(channels) {
             let mut sender = Sender::new(channel, id.into());
-            verdict.add(sender.hangup().map_err(host)?);
+            verdict.add(sender.adopt().map_err(host)?);
             sender.greet(&terms, id)?;
             senders.push(sender);
         }
@@ -81,12 +86,13 @@ impl PrecopyChannels {
         let canceller = Canceller::new(Phase::Save, move |error| {
             failing.fail(error);
         });
-        Ok(Self {
+        let channels = Self {
             senders,
             turn: 0,
             verdict,
             canceller,
-        })
+        };
+        channels.failure().map_or(Ok(channels), Err)
     }
 
     /// A handle that cancels, also while another thread sends. It does nothing any more once a
@@ -96,9 +102,14 @@ impl PrecopyChannels {
         self.canceller.clone()
     }
 
-    /// Why they have been ended, once they have.
+    /// Why they have been ended, once they have: cancelled, broken, or ended by the destination, which
+    /// does so where it has failed or refused a hello. Looked at here, without a wait: before the VM
+    /// stops is the time for it. The end of an embedder's own stream is only seen by a write.
     #[must_use]
     pub fn failure(&self) -> Option<Error> {
+        if let Some(ended) = self.senders.iter().find(|sender| sender.is_ended()) {
+            self.verdict.fail(ended.ended());
+        }
         self.verdict.failure()
     }
 
@@ -138,15 +149,15 @@ impl PrecopyChannels {
     }
 }
 
-impl Drop for PrecopyChannels {
+impl Drop for SourceChannels {
     fn drop(&mut self) {
         self.canceller.retire();
     }
 }
 
-impl fmt::Debug for PrecopyChannels {
+impl fmt::Debug for SourceChannels {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("PrecopyChannels")
+        f.debug_struct("SourceChannels")
             .field("channels", &self.senders.len())
             .field("failure", &self.failure())
             .finish_non_exhaustive()

@@ -1,0 +1,365 @@
+//! The byte streams under channels: sockets, and what an embedder has instead; and how they end.
+//!
+//! ```text
+//!   adopt ─▶ reads, writes ─▶ finish: nothing more will be sent ─▶ Finished ─▶ drained, closed
+//!                               the peer reads the end               until the embedder's cleanup
+//! ```
+//!
+//! A socket that is closed with bytes unread is reset, and the peer loses what it has not read yet.
+//! So a sending channel is not closed when all has been sent: it is *finished* (half-closed), kept in
+//! [`Finished`] until the session's report, or the migration, is over, and then read to the peer's end
+//! before it is closed. What bounds that: [`DRAIN_TIME`] for all channels together, and
+//! [`DRAIN_BYTES`] for each.
+//!
+//! One thread owns a stream at any time. A [`Hangup`] ends its waits from any other.
+
+use std::{
+    cell::Cell,
+    fmt, io,
+    io::{IoSlice, IoSliceMut, Read, Write},
+    net::{Shutdown, TcpStream},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    sync::{Arc, mpsc},
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    libc,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+};
+
+use super::Channel;
+use crate::{task, verdict::Hangup};
+
+/// How long the peer may take to end its side of all channels, once they are to be closed.
+pub(super) const DRAIN_TIME: Duration = Duration::from_secs(1);
+
+/// How much of what the peer has written is read before a channel is closed.
+const DRAIN_BYTES: usize = 1 << 20;
+
+/// A byte stream that can be hung up on.
+pub(super) trait Stream: Read + Write + Send {
+    /// Makes it ready for a thread that waits in it. Returns what ends such a wait from another.
+    fn adopt(&self) -> io::Result<Hangup>;
+
+    /// Bounds the waits within a packet.
+    fn set_timeout(&self, timeout: Duration) -> io::Result<()>;
+
+    /// Says that nothing more will be sent.
+    fn finish(&mut self) -> io::Result<()>;
+
+    /// Whether a read would return at once.
+    fn is_readable(&self) -> bool;
+
+    /// Whether the peer has ended its side, as far as that can be seen without a read.
+    fn is_ended(&self) -> bool;
+
+    /// Reads what the peer has written, to its end or the bounds, or until it is hung up on.
+    fn drain(&mut self, deadline: Instant);
+
+    /// Whether its `drain` needs to be hung up on at the deadline.
+    fn drains_until_hung_up(&self) -> bool;
+}
+
+// -------------------------------------------------------------------------------------- sockets
+
+/// The peer has ended its side. (No name in `nix`.)
+const PEERS_END: PollFlags = PollFlags::from_bits_retain(libc::POLLRDHUP);
+
+/// Waits for events of a socket, or for its end. Whether something has come.
+fn wait(fd: BorrowedFd<'_>, events: PollFlags, timeout: Duration) -> bool {
+    let mut fds = [PollFd::new(fd, events)];
+    let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX);
+    matches!(poll(&mut fds, timeout), Ok(1..))
+}
+
+macro_rules! socket_stream {
+    ($socket:ty) => {
+        impl Stream for $socket {
+            fn adopt(&self) -> io::Result<Hangup> {
+                // An async runtime's sockets do not block.
+                self.set_nonblocking(false)?;
+                let socket = self.try_clone()?;
+                Ok(Box::new(move || {
+                    // Already closed by the peer is as good.
+                    let _closed = socket.shutdown(Shutdown::Both);
+                }))
+            }
+
+            fn set_timeout(&self, timeout: Duration) -> io::Result<()> {
+                self.set_read_timeout(Some(timeout))?;
+                self.set_write_timeout(Some(timeout))
+            }
+
+            fn finish(&mut self) -> io::Result<()> {
+                self.shutdown(Shutdown::Write)
+            }
+
+            fn is_readable(&self) -> bool {
+                wait(self.as_fd(), PollFlags::POLLIN, Duration::ZERO)
+            }
+
+            fn is_ended(&self) -> bool {
+                wait(self.as_fd(), PEERS_END, Duration::ZERO)
+            }
+
+            fn drain(&mut self, deadline: Instant) {
+                let mut scratch = [0; 4096];
+                let mut count = 0;
+                while count < DRAIN_BYTES {
+                    // Nothing left still finds what is there.
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if !wait(self.as_fd(), PollFlags::POLLIN, left) {
+                        return;
+                    }
+                    match self.read(&mut scratch) {
+                        Ok(0) => return,
+                        Ok(read) => count += read,
+                        Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                        Err(_) => return,
+                    }
+                }
+            }
+
+            fn drains_until_hung_up(&self) -> bool {
+                false
+            }
+        }
+
+        impl From<$socket> for Channel {
+            /// The socket is set to block when the channel is given to a session.
+            fn from(socket: $socket) -> Self {
+                Self::new(Box::new(socket))
+            }
+        }
+    };
+}
+
+socket_stream!(TcpStream);
+socket_stream!(UnixStream);
+
+impl From<OwnedFd> for Channel {
+    /// A connected stream socket of any family: a vsock, say. It is set to block when the channel is
+    /// given to a session.
+    fn from(socket: OwnedFd) -> Self {
+        // Its calls are those of every stream socket.
+        Self::from(TcpStream::from(socket))
+    }
+}
+
+// --------------------------------------------------------------------------- the embedder's own
+
+/// A read or write that says "not now" sooner than this does not block.
+const AT_ONCE: Duration = Duration::from_millis(1);
+
+/// How long to wait before such a stream is asked again: from the first to the last, doubled.
+const ASK_AGAIN: [Duration; 2] = [Duration::from_micros(100), Duration::from_millis(5)];
+
+/// A stream of the embedder's.
+pub(super) struct Custom<S, F> {
+    stream: S,
+    finish: F,
+    hangup: Arc<dyn Fn() + Send + Sync>,
+    timeout: Cell<Duration>,
+}
+
+impl<S, F> Custom<S, F> {
+    pub(super) fn new(stream: S, finish: F, hangup: impl Fn() + Send + Sync + 'static) -> Self {
+        Self {
+            stream,
+            finish,
+            hangup: Arc::new(hangup),
+            timeout: Cell::new(DRAIN_TIME),
+        }
+    }
+}
+
+/// Calls a stream. One that does not block is asked again until the time-out is over; the time-out of
+/// one that does is its own.
+fn patiently<S, R>(
+    stream: &mut S,
+    timeout: Duration,
+    mut call: impl FnMut(&mut S) -> io::Result<R>,
+) -> io::Result<R> {
+    let begun = Instant::now();
+    let [mut pause, longest] = ASK_AGAIN;
+    loop {
+        let since = Instant::now();
+        let done = call(stream);
+        let Err(error) = &done else {
+            return done;
+        };
+        let again = error.kind() == io::ErrorKind::WouldBlock
+            && since.elapsed() < AT_ONCE
+            && begun.elapsed() < timeout;
+        if !again {
+            return done;
+        }
+        thread::sleep(pause);
+        pause = longest.min(2 * pause);
+    }
+}
+
+impl<S: Read, F> Read for Custom<S, F> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        patiently(&mut self.stream, self.timeout.get(), |stream| {
+            stream.read(bytes)
+        })
+    }
+
+    fn read_vectored(&mut self, buffers: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+        patiently(&mut self.stream, self.timeout.get(), |stream| {
+            stream.read_vectored(buffers)
+        })
+    }
+}
+
+impl<S: Write, F> Write for Custom<S, F> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        patiently(&mut self.stream, self.timeout.get(), |stream| {
+            stream.write(bytes)
+        })
+    }
+
+    fn write_vectored(&mut self, buffers: &[IoSlice<'_>]) -> io::Result<usize> {
+        patiently(&mut self.stream, self.timeout.get(), |stream| {
+            stream.write_vectored(buffers)
+        })
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        patiently(&mut self.stream, self.timeout.get(), Write::flush)
+    }
+}
+
+impl<S, F> Stream for Custom<S, F>
+where
+    S: Read + Write + Send,
+    F: FnMut(&mut S) -> io::Result<()> + Send,
+{
+    fn adopt(&self) -> io::Result<Hangup> {
+        let hangup = self.hangup.clone();
+        Ok(Box::new(move || hangup()))
+    }
+
+    fn set_timeout(&self, timeout: Duration) -> io::Result<()> {
+        self.timeout.set(timeout);
+        Ok(())
+    }
+
+    fn finish(&mut self) -> io::Result<()> {
+        patiently(&mut self.stream, self.timeout.get(), &mut self.finish)
+    }
+
+    fn is_readable(&self) -> bool {
+        true
+    }
+
+    fn is_ended(&self) -> bool {
+        false
+    }
+
+    fn drain(&mut self, deadline: Instant) {
+        let mut scratch = [0; 4096];
+        let mut count = 0;
+        while count < DRAIN_BYTES {
+            let left = deadline.saturating_duration_since(Instant::now());
+            self.timeout.set(left);
+            match self.read(&mut scratch) {
+                Ok(read @ 1..) => count += read,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // Its own time-out may be shorter than ours.
+                Err(error) if super::is_timeout(&error) && Instant::now() < deadline => {}
+                _ => return,
+            }
+        }
+    }
+
+    fn drains_until_hung_up(&self) -> bool {
+        true
+    }
+}
+
+/// Half of a stream: the other half says that it is not there.
+pub(super) struct ReadOnly<R>(pub(super) R);
+
+impl<R: Read> Read for ReadOnly<R> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        self.0.read(bytes)
+    }
+
+    fn read_vectored(&mut self, buffers: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+        self.0.read_vectored(buffers)
+    }
+}
+
+impl<R> Write for ReadOnly<R> {
+    fn write(&mut self, _bytes: &[u8]) -> io::Result<usize> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+// ------------------------------------------------------------------------------------ their end
+
+/// Channels on which all has been sent, until they may be closed: with this, which waits for the peer
+/// to have read it all, but no longer than [`DRAIN_TIME`].
+#[derive(Default)]
+pub(crate) struct Finished(Vec<Channel>);
+
+impl Finished {
+    pub(crate) fn push(&mut self, channel: Channel) {
+        self.0.push(channel);
+    }
+
+    /// Closes them at once: the migration is off, and nobody reads on.
+    pub(crate) fn abandon(&mut self) {
+        self.0.clear();
+    }
+}
+
+impl Drop for Finished {
+    fn drop(&mut self) {
+        let deadline = Instant::now() + DRAIN_TIME;
+        let (mut custom, mut sockets): (Vec<_>, Vec<_>) = std::mem::take(&mut self.0)
+            .into_iter()
+            .partition(|channel| channel.stream.drains_until_hung_up());
+        for channel in &mut sockets {
+            channel.stream.drain(deadline);
+        }
+        if custom.is_empty() {
+            return;
+        }
+        // A read of the embedder's may last: one thread beside this one hangs up at the deadline.
+        let hangups: Vec<_> = custom.iter().map(|it| it.stream.adopt()).collect();
+        let (reading, read) = mpsc::channel::<()>();
+        thread::scope(|scope| {
+            let hang_up = move || {
+                let left = deadline.saturating_duration_since(Instant::now());
+                if read.recv_timeout(left) == Err(mpsc::RecvTimeoutError::Timeout) {
+                    hangups.iter().flatten().for_each(|hangup| hangup());
+                }
+            };
+            let builder = thread::Builder::new().name("vfio-mig-close".into());
+            if task::with_signals_blocked(|| builder.spawn_scoped(scope, hang_up)).is_ok() {
+                for channel in &mut custom {
+                    channel.stream.drain(deadline);
+                }
+            }
+            drop(reading);
+        });
+    }
+}
+
+impl fmt::Debug for Finished {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Finished").field(&self.0.len()).finish()
+    }
+}
