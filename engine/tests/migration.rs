@@ -32,7 +32,7 @@ use vfio_migration::{
         Which,
     },
 };
-use vm::{Setup, id, migrate, quick};
+use vm::{Setup, greeted, id, migrate, quick};
 
 #[test]
 fn a_vm_moves_with_its_devices_over_the_channels() {
@@ -143,7 +143,7 @@ fn whether_a_config_waits_is_set_for_each_device() {
             .map(|it| Source::setup(it, &terms, &acks, io::sink()).unwrap())
             .collect();
         state::stop(&mut sources, state::Reason::FinishMigration).unwrap();
-        let save = SaveSession::builder().settings(quick()).channel(near);
+        let save = greeted(near);
         let mut switchover = Switchover::begin(sources, save).unwrap();
         incoming.switchover_start().unwrap();
         let mut notice = Vec::new();
@@ -445,7 +445,7 @@ fn a_device_asks_again_where_acks_are_reusable() {
             assert_eq!(error.device(), Some(&id(1)));
             // The migration has failed, also where nobody looks.
             let (near, _far) = UnixStream::pair().unwrap();
-            let session = SaveSession::builder().channel(near);
+            let session = greeted(near);
             let failed = Switchover::begin(vec![source], session).unwrap_err();
             assert_eq!(*failed.error.kind(), ErrorKind::LateRequest);
             assert_eq!(failed.back[0].state(), DeviceState::Running);
@@ -796,7 +796,7 @@ fn whatever_fails_at_the_switchover_the_devices_run_again() {
                 .collect();
             let (near, far) = UnixStream::pair().unwrap();
             let reader = thread::spawn(move || io::copy(&mut &far, &mut io::sink()));
-            let session = SaveSession::builder().settings(quick()).channel(near);
+            let session = greeted(near);
             let failed = match Switchover::begin(sources, session) {
                 Err(failed) => failed,
                 Ok(mut switchover) => {
@@ -825,7 +825,7 @@ fn a_cancellation_and_a_late_failure_of_the_destination_put_devices_back() {
     // Cancelled while nobody reads the channel.
     let (source, handle, _) = source(Setup::default().config(1), Ack::Off);
     let (near, far) = UnixStream::pair().unwrap();
-    let session = SaveSession::builder().settings(quick()).channel(near);
+    let session = greeted(near);
     let switchover = Switchover::begin(vec![source], session).unwrap();
     let back = switchover.abort();
     assert_eq!(back[0].state(), DeviceState::Running);
@@ -905,10 +905,21 @@ fn a_session_that_has_ended_since_its_data_was_sent_is_not_completed() {
     // The VM goes on: the device begins anew, and the destination would get its front twice.
     state::start(&mut all).unwrap();
     let (near, _far) = UnixStream::pair().unwrap();
-    let session = SaveSession::builder().channel(near);
+    let session = greeted(near);
     let failed = Switchover::begin(all.into(), session).unwrap_err();
     assert!(matches!(failed.error.kind(), ErrorKind::Config(_)));
     assert_eq!(failed.back[0].state(), DeviceState::Running);
+}
+
+#[test]
+fn channels_that_were_not_greeted_at_the_set_up_do_not_switch_over() {
+    let (source, handle, _) = source(Setup::default().config(1), Ack::Off);
+    let (near, _far) = UnixStream::pair().unwrap();
+    let session = SaveSession::builder().channel(near);
+    let failed = Switchover::begin(vec![source], session).unwrap_err();
+    assert!(matches!(failed.error.kind(), ErrorKind::Config(_)));
+    assert_eq!(failed.back[0].state(), DeviceState::Running);
+    assert_eq!(handle.state(), DeviceState::Running);
 }
 
 #[test]

@@ -26,7 +26,7 @@ use common::Watchdog;
 use nix::{errno::Errno, sys::memfd};
 use vfio_migration::{
     Channel, Device, DeviceId, DeviceState, LoadSession, MigrationDevice, MigrationFlags,
-    PrecopyInfo, RamSink, SaveSession, Settings,
+    PrecopyInfo, RamSink, SaveSession, Settings, SourceChannels,
     migration::{
         Ack, Acks, DeviceSettings, Incoming, OnOffAuto, Realized, Source, Switchover, Terms, vm,
     },
@@ -367,15 +367,22 @@ fn our_source_sends_what_qemus_did() {
         let mut contents = Vec::new();
 
         let count = case.capture.channels().len().max(1);
-        let mut session = SaveSession::builder().settings(Settings::default());
+        let mut channels = Vec::new();
         let mut readers = Vec::new();
         for _ in 0..count {
             let (near, mut far) = UnixStream::pair().unwrap();
-            session = session.channel(near);
+            channels.push(near.into());
             readers.push(thread::spawn(move || {
                 let mut bytes = Vec::new();
                 far.read_to_end(&mut bytes).map(|_| bytes)
             }));
+        }
+        let mut session = SaveSession::builder();
+        if case.transfer == OnOffAuto::On {
+            let channels = SourceChannels::greet(channels, &Settings::default()).unwrap();
+            session = session.greeted_channels(channels);
+        } else {
+            drop(channels);
         }
         let mut session = Some(session);
         let mut switchover: Option<Switchover> = None;

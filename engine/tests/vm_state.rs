@@ -230,7 +230,7 @@ fn eight_devices_of_200_ms_each_are_all_in_stop_copy_within_400() {
         let (sources, handles): (Vec<_>, Vec<_>) = (1..=8)
             .map(|number| precopying(number, slow(flags)))
             .unzip();
-        let session = SaveSession::builder().channel(near);
+        let session = vm::greeted(near);
         let switchover = vfio_migration::migration::Switchover::begin(sources, session).unwrap();
         let span = span(&handles, DeviceState::StopCopy);
         assert_eq!(switchover.abort().len(), 8);

@@ -82,7 +82,7 @@ impl Switchover {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Config`]: no device, several without P2P, a switchover ack that has not come, a
+    /// [`ErrorKind::Config`]: no device, channels that have not been greeted, several without P2P, a switchover ack that has not come, a
     /// device whose session has ended since it was iterated; what
     /// [`SaveBuilder::start`] says. The devices are given back, RUNNING.
     pub fn begin(
@@ -400,6 +400,12 @@ fn misuse(what: &'static str) -> Error {
 fn check(sources: &[Source], session: &SaveBuilder) -> Result<()> {
     if session.device_count() > 0 {
         return Err(misuse("the session's devices are the switchover's"));
+    }
+    if session.greets() && sources.iter().any(|source| source.multifd) {
+        // The destination's time for their hellos has been running since its set-up.
+        return Err(misuse(
+            "the channels are greeted at the set-up: SourceChannels",
+        ));
     }
     let Some(first) = sources.first() else {
         return Err(misuse("a switchover has a device"));

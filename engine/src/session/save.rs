@@ -49,6 +49,11 @@ impl SaveBuilder {
         self.sized_device(device, data_len)
     }
 
+    /// Whether it has channels that are not greeted before its start.
+    pub(crate) const fn greets(&self) -> bool {
+        !self.0.channels.is_empty()
+    }
+
     /// Goes on with channels that were greeted when the migration was set up. They come before all
     /// others, and replace those of an earlier call.
     pub fn greeted_channels(mut self, channels: SourceChannels) -> Self {
