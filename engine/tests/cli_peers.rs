@@ -245,12 +245,13 @@ fn a_device_that_refuses_is_named_on_both() {
         "{sent:?}"
     );
 
-    let gone = directory.file("gone/state");
-    let (sent, received) = both(
-        0,
-        "--device sim:id=dev",
-        &format!("--device file:{gone},id=dev"),
-    );
+    let gone = directory.file("gone");
+    fs::create_dir(&gone).unwrap();
+    let device = format!("--device file:{gone}/state,id=dev");
+    let (receiving, to) = receive(&address(&directory, 0), &device);
+    fs::remove_dir(&gone).unwrap();
+    let sent = send(&to, "--device sim:id=dev").end();
+    let received = receiving.end();
     assert!(received.why().contains("device dev"), "{received:?}");
     assert!(sent.why().contains("device dev"), "{sent:?}");
 }

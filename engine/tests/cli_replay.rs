@@ -403,7 +403,7 @@ fn a_hostile_name_is_harmless() {
             .stdout
             .starts_with("\"../../e\\nvil\", instance 3: 2 packets")
     );
-    let state = fs::read(PathBuf::from(&out).join(".._.._e\nvil-3.state")).unwrap();
+    let state = fs::read(PathBuf::from(&out).join(".._.._e_vil-3.state")).unwrap();
     assert_eq!(state, b"state");
     let ended = run(["inspect", &path]);
     assert_eq!(ended.stdout.lines().count(), 3);

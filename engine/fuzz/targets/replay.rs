@@ -28,6 +28,12 @@ use vfio_migration_fuzz::{
 };
 use vfio_migration_uring::sim::SimConfig;
 
+/// The files here are in memory: nothing is opened.
+mod state_files {
+    pub(crate) fn open_regular(path: &std::path::Path) -> std::io::Result<std::fs::File> {
+        std::fs::File::open(path)
+    }
+}
 #[path = "../../src/bin/vfio-migrate/capture.rs"]
 #[expect(dead_code, reason = "inspect uses the rest")]
 mod capture;

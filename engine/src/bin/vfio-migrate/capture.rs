@@ -18,11 +18,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use vfio_migration::{
     Violation,
     wire::{DeviceKey, Frame, Framer, Hello, PageSize, Step},
 };
+
+use crate::state_files::open_regular;
 
 /// What a packet is.
 #[derive(Clone, Debug)]
@@ -91,10 +93,9 @@ impl Walker<File> {
     /// Opens a captured channel.
     pub(crate) fn open(path: &Path, page_size: PageSize) -> anyhow::Result<Self> {
         let open = || -> anyhow::Result<(File, u64)> {
-            let file = File::open(path)?;
-            let meta = file.metadata()?;
-            ensure!(meta.is_file(), "not a regular file");
-            Ok((file, meta.len()))
+            let file = open_regular(path)?;
+            let len = file.metadata()?.len();
+            Ok((file, len))
         };
         let (file, len) = open().with_context(|| path.display().to_string())?;
         Ok(Self::new(file, len, page_size))

@@ -12,7 +12,7 @@
 use std::{
     collections::HashSet,
     fs::File,
-    io::{self, Read},
+    io::{self, Read, Seek},
     path::PathBuf,
     str::FromStr,
 };
@@ -27,10 +27,11 @@ use vfio_migration::{
 
 use crate::{
     Usage, args,
-    file::FileDevice,
+    file::{FileDevice, Written},
     kernel,
-    observed::{ConfigSeen, Observed},
-    output::{Moved, hex},
+    observed::{Config, ConfigSeen, Observed},
+    output::{Moved, hex, say},
+    state_files::{self, StateFile, Target},
 };
 
 /// What is said of SPEC in `send` and `receive`.
@@ -41,8 +42,10 @@ SPEC is one of:
                                   a source has, and precopy (0) how much of it it gives while it
                                   runs; a destination takes what comes
   file:PATH[,id=ID]               a device whose state is a file: a source reads it, a
-                                  destination writes it (PATH.partial until it is whole);
-                                  its id is file/NAME unless given, NAME being PATH's last part
+                                  destination writes it. PATH is a regular file or not there yet,
+                                  and changes when the whole migration has passed, not before; a
+                                  new file has mode 0600, an old one keeps its own. Its id is
+                                  file/NAME unless given, NAME being PATH's last part
   vfio:SYSFS_PATH[,id=ID]         a device of the kernel's, bound to a VFIO driver and not in use;
                                   its id is vfio/NAME unless given. Only what its driver saves is
                                   moved, and no digest of that is known; the kernel may reset the
@@ -164,7 +167,10 @@ impl Spec {
 /// Where to look at a device's state from outside.
 enum State {
     Sim(SimHandle),
-    File(PathBuf),
+    /// On a source.
+    Read(PathBuf),
+    /// On a destination.
+    Written(Written),
     /// Nowhere: it is its driver's.
     Vfio,
 }
@@ -214,15 +220,15 @@ pub(crate) fn open(specs: &[Spec], source: bool) -> anyhow::Result<Vec<(Device, 
             }
             Kind::File(path) => {
                 if source {
-                    let open = || {
-                        let file = File::open(path)?;
-                        ensure!(file.metadata()?.is_file(), "not a regular file");
-                        Ok(())
-                    };
-                    open().with_context(|| path.display().to_string())?;
+                    let opened = state_files::open_regular(path);
+                    opened.with_context(|| path.display().to_string())?;
+                    let device = FileDevice::source(path.clone());
+                    (Box::new(device), State::Read(path.clone()))
+                } else {
+                    let written = Written::new(Target::new(path)?);
+                    let device = FileDevice::destination(written.clone());
+                    (Box::new(device), State::Written(written))
                 }
-                let device = FileDevice::new(path.clone());
-                (Box::new(device), State::File(path.clone()))
             }
             Kind::Vfio(path) => {
                 let (device, _) = kernel::open(path)?;
@@ -240,7 +246,16 @@ pub(crate) fn open(specs: &[Spec], source: bool) -> anyhow::Result<Vec<(Device, 
         };
         Ok((device, subject))
     };
-    specs.iter().map(open).collect()
+    let opened: Vec<(Device, Subject)> = specs.iter().map(open).collect::<anyhow::Result<_>>()?;
+    let targets: Vec<_> = opened
+        .iter()
+        .filter_map(|(_, subject)| match &subject.state {
+            State::Written(written) => Some(written.target()),
+            State::Sim(_) | State::Read(_) | State::Vfio => None,
+        })
+        .collect();
+    state_files::check_distinct(&targets).map_err(|error| Usage(error.to_string()))?;
+    Ok(opened)
 }
 
 /// The bytes of a device's state among all that were moved of it.
@@ -264,8 +279,8 @@ fn digest_image(image: Image) -> (u64, String) {
     (image.len(), hex(&digest.finalize()))
 }
 
-fn digest_file(path: &PathBuf) -> io::Result<(u64, String)> {
-    let mut file = File::open(path)?;
+fn digest_file(mut file: &File) -> io::Result<(u64, String)> {
+    file.rewind()?;
     let mut digest = Sha256::new();
     let mut buffer = vec![0; 256 << 10];
     let mut bytes = 0;
@@ -282,13 +297,24 @@ fn digest_file(path: &PathBuf) -> io::Result<(u64, String)> {
     }
 }
 
+/// What was moved of a device, checked, before anybody is told so.
+pub(crate) struct Checked<'a> {
+    subject: &'a Subject,
+    packets: u64,
+    state_bytes: u64,
+    config: Config,
+    /// The file that holds a destination's state, which has no name yet.
+    written: Option<(&'a Target, StateFile)>,
+}
+
 impl Subject {
-    /// What of it has been moved, when all is over: its state is looked at as it is now.
-    fn describe(&self, stats: &DeviceStats) -> anyhow::Result<Moved> {
+    /// Whether all that was moved of it has arrived, as far as that can be seen from outside.
+    fn check(&self, stats: &DeviceStats) -> anyhow::Result<Checked<'_>> {
         let config = self.config.get();
         let config = config.with_context(|| format!("device {}: no config was moved", self.id))?;
         let moved = data_bytes(stats, config.bytes);
-        let (state_bytes, state_sha256) = match &self.state {
+        let mut written = None;
+        let state_bytes = match &self.state {
             State::Sim(handle) => {
                 // What came says itself which image it is; its digest says whether it was all.
                 let image = handle.image();
@@ -298,42 +324,87 @@ impl Subject {
                         self.id
                     );
                 }
-                let (bytes, digest) = digest_image(image);
-                (bytes, Some(digest))
+                image.len()
             }
-            State::File(path) => {
-                let digest = digest_file(path).with_context(|| path.display().to_string())?;
-                (digest.0, Some(digest.1))
+            State::Read(path) => {
+                let meta = std::fs::metadata(path);
+                meta.with_context(|| path.display().to_string())?.len()
             }
-            State::Vfio => (moved, None),
+            State::Written(state) => {
+                let file = state.take();
+                let file = file.with_context(|| format!("device {}: was never loaded", self.id))?;
+                let meta = file.file().metadata();
+                let len = meta.with_context(|| state.target().path().display().to_string())?;
+                written = Some((state.target(), file));
+                len.len()
+            }
+            State::Vfio => moved,
         };
         ensure!(
             state_bytes == moved,
             "device {}: its state has {state_bytes} bytes, but {moved} were moved",
             self.id
         );
-        Ok(Moved {
-            idstr: self.id.idstr().to_owned(),
-            instance: self.id.instance(),
+        Ok(Checked {
+            subject: self,
             packets: stats.packets,
             state_bytes,
-            state_sha256,
-            config_bytes: config.bytes,
-            config_sha256: hex(&config.sha256),
+            config,
+            written,
         })
+    }
+
+    /// The sha256 of the state as it is now. Nobody's but its driver's of a device of the kernel's.
+    fn digest(&self) -> anyhow::Result<Option<String>> {
+        let path = match &self.state {
+            State::Sim(handle) => return Ok(Some(digest_image(handle.image()).1)),
+            State::Vfio => return Ok(None),
+            State::Read(path) => path,
+            State::Written(written) => written.target().path(),
+        };
+        let read = || digest_file(&state_files::open_regular(path)?);
+        let digest = read().with_context(|| path.display().to_string());
+        digest.map(|(_, digest)| Some(digest))
     }
 }
 
-/// What has been moved of all of them.
-pub(crate) fn describe(subjects: &[Subject], stats: &Stats) -> anyhow::Result<Vec<Moved>> {
-    let describe = |subject: &Subject| {
+/// Checks what was moved of all of them.
+pub(crate) fn check<'a>(
+    subjects: &'a [Subject],
+    stats: &Stats,
+) -> anyhow::Result<Vec<Checked<'a>>> {
+    let check = |subject: &'a Subject| {
         let stats = stats
             .devices
             .iter()
             .find(|stats| stats.device == subject.id);
-        subject.describe(stats.context("a device without counters")?)
+        subject.check(stats.context("a device without counters")?)
     };
-    subjects.iter().map(describe).collect()
+    subjects.iter().map(check).collect()
+}
+
+/// Gives the files of a destination their names: all, or none.
+pub(crate) fn keep(checked: &mut [Checked<'_>]) -> anyhow::Result<()> {
+    let files = checked.iter_mut().filter_map(|it| it.written.take());
+    state_files::publish(files.collect())
+}
+
+/// What has been moved of all of them, for people. What cannot be read any more is only said.
+pub(crate) fn describe(checked: Vec<Checked<'_>>) -> Vec<Moved> {
+    let describe = |it: Checked<'_>| Moved {
+        idstr: it.subject.id.idstr().to_owned(),
+        instance: it.subject.id.instance(),
+        packets: it.packets,
+        state_bytes: it.state_bytes,
+        state_sha256: it.subject.digest().unwrap_or_else(|error| {
+            say(&format!("warning: no digest of the state: {error:#}"));
+            None
+        }),
+        config_bytes: it.config.bytes,
+        config_sha256: hex(&it.config.sha256),
+        state_file: None,
+    };
+    checked.into_iter().map(describe).collect()
 }
 
 #[cfg(test)]

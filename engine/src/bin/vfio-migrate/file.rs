@@ -1,68 +1,96 @@
 //! A device whose state is a file: read from it on a source, written to it on a destination.
 //!
 //! ```text
-//!                     open PATH                                    create PATH.partial
-//!   RUNNING, STOP ──────────────▶ STOP_COPY      RUNNING, STOP ────────────────────────▶ RESUMING
-//!        ▲                            │                ▲  sync, rename to PATH              │
-//!        └────────────────────────────┘                └───────────────────────────────────┘
-//!                                                         reset, drop: remove it
+//!                     open PATH                               create a file without a name
+//!   RUNNING, STOP ──────────────▶ STOP_COPY      RUNNING, STOP ─────────────────────▶ RESUMING
+//!        ▲                            │                ▲   written: kept for the command  │
+//!        └────────────────────────────┘                └──────────────────────────────────┘
+//!                                                         reset, drop: gone
 //! ```
 //!
-//! So PATH is never half written. It takes a config of any kind and keeps none of it, and saves an
-//! empty one. The calls are made on the device's thread, one at a time.
+//! What was written gets its name when the whole migration has passed its last check
+//! ([`state_files::publish`]): so PATH is never half written. A device of this kind takes a config of
+//! any kind and keeps none of it, and saves an empty one. The calls are made on the device's thread,
+//! one at a time; the command takes the file out of [`Written`] when the session is over.
 
 use std::{
-    fs::{self, File},
+    fs,
     io::{self, Read},
     os::fd::{BorrowedFd, OwnedFd},
-    path::{Path, PathBuf},
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use nix::errno::Errno;
 use vfio_migration::{DeviceState, MigrationDevice, MigrationFlags, PrecopyInfo};
 
-/// A device whose state is a file.
-#[derive(Debug)]
-pub(crate) struct FileDevice {
-    path: PathBuf,
-    state: DeviceState,
-    /// What is being written, in RESUMING.
-    partial: Option<File>,
+use crate::state_files::{self, StateFile, Target};
+
+/// What a device's destination has written, and where it shall be.
+#[derive(Clone, Debug)]
+pub(crate) struct Written {
+    target: Arc<Target>,
+    file: Arc<Mutex<Option<StateFile>>>,
 }
 
-impl FileDevice {
-    /// A device that is STOPped, as one of a VM that does not run.
-    pub(crate) const fn new(path: PathBuf) -> Self {
+impl Written {
+    pub(crate) fn new(target: Target) -> Self {
         Self {
-            path,
-            state: DeviceState::Stop,
-            partial: None,
+            target: Arc::new(target),
+            file: Arc::default(),
         }
     }
 
-    fn partial_path(&self) -> PathBuf {
-        let mut path = self.path.clone().into_os_string();
-        path.push(".partial");
-        path.into()
+    pub(crate) fn target(&self) -> &Target {
+        &self.target
     }
 
-    /// Puts what was written in its place.
-    fn keep(&mut self) -> io::Result<()> {
-        let Some(file) = &self.partial else {
-            return Ok(());
-        };
-        file.sync_all()?;
-        fs::rename(self.partial_path(), &self.path)?;
-        self.partial = None;
-        // The new name is as good as written only when the directory is.
-        let directory = self.path.parent().filter(|path| *path != Path::new(""));
-        File::open(directory.unwrap_or(Path::new(".")))?.sync_all()
+    /// The file, if one was written. It is the command's from then on.
+    pub(crate) fn take(&self) -> Option<StateFile> {
+        self.lock().take()
     }
 
-    fn discard(&mut self) {
-        if self.partial.take().is_some() {
-            // It has no use; it can as well stay.
-            let _gone = fs::remove_file(self.partial_path());
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Option<StateFile>> {
+        self.file.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Begins anew.
+    fn create(&self) -> io::Result<OwnedFd> {
+        let file = self.target.create()?;
+        let fd = file.file().try_clone()?;
+        *self.lock() = Some(file);
+        Ok(fd.into())
+    }
+}
+
+/// Where the state is.
+#[derive(Debug)]
+enum End {
+    Source(PathBuf),
+    Destination(Written),
+}
+
+/// A device whose state is a file.
+#[derive(Debug)]
+pub(crate) struct FileDevice {
+    end: End,
+    state: DeviceState,
+}
+
+impl FileDevice {
+    /// A device that is STOPped, as one of a VM that does not run: its state is read from `path`.
+    pub(crate) const fn source(path: PathBuf) -> Self {
+        Self {
+            end: End::Source(path),
+            state: DeviceState::Stop,
+        }
+    }
+
+    /// The same: its state is written.
+    pub(crate) const fn destination(written: Written) -> Self {
+        Self {
+            end: End::Destination(written),
+            state: DeviceState::Stop,
         }
     }
 }
@@ -80,18 +108,17 @@ impl MigrationDevice for FileDevice {
     fn set_state(&mut self, new: DeviceState) -> io::Result<Option<OwnedFd>> {
         use DeviceState::{Resuming, Running, RunningP2p, Stop, StopCopy};
         let fd = match (self.state, new) {
-            (Running | RunningP2p | Stop, StopCopy) => Some(File::open(&self.path)?.into()),
-            (Running | RunningP2p | Stop, Resuming) => {
-                let file = File::create(self.partial_path())?;
-                let fd = file.try_clone()?;
-                self.partial = Some(file);
-                Some(fd.into())
-            }
-            (Resuming, Running | RunningP2p | Stop) => {
-                self.keep()?;
+            (Running | RunningP2p | Stop, StopCopy) => match &self.end {
+                End::Source(path) => Some(state_files::open_regular(path)?.into()),
+                End::Destination(_) => return Err(Errno::EINVAL.into()),
+            },
+            (Running | RunningP2p | Stop, Resuming) => match &self.end {
+                End::Source(_) => return Err(Errno::EINVAL.into()),
+                End::Destination(written) => Some(written.create()?),
+            },
+            (Running | RunningP2p | Stop | StopCopy | Resuming, Running | RunningP2p | Stop) => {
                 None
             }
-            (Running | RunningP2p | Stop | StopCopy, Running | RunningP2p | Stop) => None,
             (from, to) if from == to => None,
             _ => return Err(Errno::EINVAL.into()),
         };
@@ -100,13 +127,18 @@ impl MigrationDevice for FileDevice {
     }
 
     fn reset(&mut self) -> io::Result<()> {
-        self.discard();
+        if let End::Destination(written) = &self.end {
+            drop(written.take());
+        }
         self.state = DeviceState::Running;
         Ok(())
     }
 
     fn data_size(&self) -> io::Result<u64> {
-        Ok(fs::metadata(&self.path)?.len())
+        match &self.end {
+            End::Source(path) => Ok(fs::metadata(path)?.len()),
+            End::Destination(_) => Err(Errno::ENOTTY.into()),
+        }
     }
 
     fn precopy_info(&self, _fd: BorrowedFd<'_>) -> io::Result<PrecopyInfo> {
@@ -115,11 +147,5 @@ impl MigrationDevice for FileDevice {
 
     fn load_config(&mut self, reader: &mut dyn Read) -> io::Result<()> {
         io::copy(reader, &mut io::sink()).map(drop)
-    }
-}
-
-impl Drop for FileDevice {
-    fn drop(&mut self) {
-        self.discard();
     }
 }

@@ -15,6 +15,7 @@
 //! | `main_channel` | what `send` and `receive` say to each other beside the packets |
 //! | `network`, `door` | addresses, connections, listeners; which connection is what |
 //! | `device`, `file`, `observed` | the devices of a `SPEC`, and what is known of them afterwards |
+//! | `state_files` | the files that a migration leaves: together, or not at all |
 //! | `kernel` | the kernel's own devices: opened, or refused with a reason |
 //! | `capture`, `contents` | a captured channel's packets and where they stand; what all together hold |
 //! | `output`, `progress`, `args`, `interrupt` | tables and JSON, bars, sizes and times, Ctrl-C |
@@ -51,6 +52,7 @@ mod receive;
 mod relay;
 mod replay;
 mod send;
+mod state_files;
 
 use std::{fmt, io, process::ExitCode};
 

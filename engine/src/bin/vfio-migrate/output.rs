@@ -175,6 +175,9 @@ pub(crate) struct Moved {
     /// The config packet's data: framing tags included.
     pub(crate) config_bytes: u64,
     pub(crate) config_sha256: String,
+    /// The file that the state was written to, where `replay --out` has chosen it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) state_file: Option<String>,
 }
 
 impl Moved {
@@ -188,15 +191,19 @@ impl Moved {
             config_bytes,
             ..
         } = self;
-        format!(
+        let mut text = format!(
             "{idstr:?}, instance {instance}: {packets} packets\n  \
              state   {:>12} bytes  sha256 {}\n  \
              config  {:>12} bytes  sha256 {}\n",
             state_bytes,
-            self.state_sha256.as_deref().unwrap_or("(its driver's)"),
+            self.state_sha256.as_deref().unwrap_or("(not known)"),
             config_bytes,
             self.config_sha256
-        )
+        );
+        if let Some(file) = &self.state_file {
+            text.push_str(&format!("  in      {file:?}\n"));
+        }
+        text
     }
 }
 

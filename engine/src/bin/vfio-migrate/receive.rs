@@ -17,7 +17,7 @@ use std::{
     collections::HashSet,
     net::Shutdown,
     os::fd::AsFd,
-    sync::OnceLock,
+    sync::{OnceLock, mpsc},
     thread,
     time::{Duration, Instant},
 };
@@ -33,7 +33,7 @@ use vfio_migration::{
 use crate::{
     Interrupted,
     args::{self, BackendArg, SpillArgs, TermsArgs},
-    device::{self, Spec, Subject},
+    device::{self, Checked, Spec, Subject},
     door::{self, Caller, Door},
     interrupt,
     main_channel::{
@@ -524,6 +524,33 @@ fn finish(incoming: Incoming) -> vfio_migration::Result<Stats> {
     Ok(stats)
 }
 
+/// Does everything that can still fail, before the source is told that all is loaded. Meanwhile the
+/// source hears that this side is still there: a disk may take its time.
+fn keep<'a>(
+    subjects: &'a [Subject],
+    stats: &Stats,
+    path: &ReturnPath,
+) -> anyhow::Result<Vec<Checked<'a>>> {
+    let mut checked = device::check(subjects, stats)?;
+    let (keeping, kept) = mpsc::channel::<()>();
+    thread::scope(|scope| {
+        let beat = move || {
+            while kept.recv_timeout(HEARTBEAT) == Err(mpsc::RecvTimeoutError::Timeout) {
+                // Where the source is gone, the last reply says so.
+                let _gone = path.reply(&Reply::Pong(STILL_HERE));
+            }
+        };
+        thread::Builder::new()
+            .name("heartbeat".into())
+            .spawn_scoped(scope, beat)
+            .context("cannot start a thread")?;
+        let result = device::keep(&mut checked);
+        drop(keeping);
+        result
+    })?;
+    Ok(checked)
+}
+
 /// Runs `receive`.
 pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let _in_order = interrupt::in_order();
@@ -538,18 +565,22 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     };
     let mut main = hall.main()?;
     let path = ReturnPath::new(main.try_clone()?);
-    let loaded = load(hall, devices, &subjects, &main, &path);
+    let loaded = load(hall, devices, &subjects, &main, &path)
+        .and_then(|(stats, took)| Ok((keep(&subjects, &stats, &path)?, stats, took)));
     match &loaded {
         Ok(_) => {
             if path.reply(&Reply::Shut(0)).is_err() {
-                say("all is loaded, but the source does not know: it is gone");
+                say(
+                    "all is loaded and kept, but the source cannot be told: it is gone. Where it \
+                     reports a failure, this side is right",
+                );
             }
         }
         Err(error) => path.refuse(error),
     }
     main.linger(LINGER);
-    let (stats, took) = loaded?;
-    let devices = device::describe(&subjects, &stats)?;
+    let (checked, stats, took) = loaded?;
+    let devices = device::describe(checked);
     let bytes = devices.iter().map(|device| device.state_bytes).sum();
     Transfer {
         role: "receive",

@@ -27,7 +27,7 @@ use std::{
     thread::{self, JoinHandle},
 };
 
-use anyhow::{Context, anyhow, bail, ensure};
+use anyhow::{Context, anyhow, bail};
 use nix::{errno::Errno, fcntl};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
@@ -45,6 +45,7 @@ use crate::{
     interrupt, network,
     output::{self, Moved, hex},
     progress::Progress,
+    state_files::{self, StateFile, Target},
 };
 
 /// Receive captured multifd channels, and show the devices' states that they carry
@@ -63,9 +64,15 @@ pub(crate) struct Options {
     files: Vec<PathBuf>,
     /// Write each device's state and config to DIR/<idstr>-<instance>.state and .config
     ///
-    /// Every / of an idstr becomes _. The directory is made where it is not there.
+    /// Every / and control character of an idstr becomes _. A name that is too long, or that two
+    /// devices would have, ends in a part of the idstr's sha256 instead. The output says which file is
+    /// whose. The files appear together, when all has been loaded; their mode is 0600. The directory
+    /// is made where it is not there.
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
+    /// Replace files that are there already
+    #[arg(long, requires = "out")]
+    force: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -91,6 +98,8 @@ struct Recorded {
 #[derive(Default)]
 struct Kept {
     state: Option<JoinHandle<io::Result<Recorded>>>,
+    /// The state, where it is written.
+    file: Option<StateFile>,
     /// Framing tags included.
     config: Option<Vec<u8>>,
 }
@@ -99,7 +108,7 @@ struct Kept {
 struct Recorder {
     state: DeviceState,
     /// Where the state is written to as well.
-    file: Option<PathBuf>,
+    target: Option<Arc<Target>>,
     kept: Arc<Mutex<Kept>>,
 }
 
@@ -146,9 +155,14 @@ impl MigrationDevice for Recorder {
                 let (reader, writer) = io::pipe()?;
                 // A larger pipe is only faster.
                 let _as_it_is = fcntl::fcntl(&writer, fcntl::FcntlArg::F_SETPIPE_SZ(1 << 20));
-                let file = self.file.as_ref().map(File::create).transpose()?;
+                let file = self.target.as_ref().map(|target| target.create());
+                let file = file.transpose()?;
+                let copy = file.as_ref().map(|file| file.file().try_clone());
+                let copy = copy.transpose()?;
                 let thread = thread::Builder::new().name("state".into());
-                lock(&self.kept).state = Some(thread.spawn(move || record(reader, file))?);
+                let mut kept = lock(&self.kept);
+                kept.state = Some(thread.spawn(move || record(reader, copy))?);
+                kept.file = file;
                 Some(writer.into())
             }
             DeviceState::Stop | DeviceState::Running => None,
@@ -194,56 +208,65 @@ impl RamSink for PassOver {
 
 // -------------------------------------------------------------------------------------- output
 
-/// The files of one device, which get their names when all is well.
-#[derive(Clone, Debug)]
+/// Where the files of one device go.
+#[derive(Debug)]
 struct Files {
-    /// Without an ending.
-    stem: PathBuf,
+    state: Arc<Target>,
+    config: Target,
+}
+
+/// A device's file name, without its ending: one that no device before it has.
+fn stem(key: &DeviceKey, taken: &mut HashSet<String>) -> String {
+    /// Of the 255 bytes that a name can have: room for what follows, and for the endings.
+    const LONGEST: usize = 200;
+    let idstr = String::from_utf8_lossy(key.idstr());
+    let safe = |c: char| if c == '/' || c.is_control() { '_' } else { c };
+    let mut name: String = idstr.chars().map(safe).collect();
+    let plain = name.len() <= LONGEST && !taken.contains(&format!("{name}-{}", key.instance()));
+    if !plain {
+        let ends = (0..=LONGEST.min(name.len())).rev();
+        let end = ends.into_iter().find(|end| name.is_char_boundary(*end));
+        name.truncate(end.unwrap_or(0));
+        let digest = hex(&Sha256::digest(key.idstr())[..8]);
+        name = format!("{name}-{digest}");
+    }
+    let stem = format!("{name}-{}", key.instance());
+    taken.insert(stem.clone());
+    stem
 }
 
 impl Files {
-    fn new(directory: &Path, key: &DeviceKey) -> Self {
-        let idstr = String::from_utf8_lossy(key.idstr()).replace('/', "_");
-        Self {
-            stem: directory.join(format!("{idstr}-{}", key.instance())),
-        }
-    }
-
-    fn with(&self, ending: &str) -> PathBuf {
-        let mut path = self.stem.clone().into_os_string();
-        path.push(ending);
-        path.into()
-    }
-
-    fn finish(&self, config: &[u8]) -> anyhow::Result<()> {
-        let path = self.with(".config");
-        fs::write(&path, config).with_context(|| path.display().to_string())?;
-        let path = self.with(".state");
-        fs::rename(self.with(".state.partial"), &path).with_context(|| path.display().to_string())
-    }
-
-    fn discard(&self) {
-        // Perhaps it has never been there.
-        let _gone = fs::remove_file(self.with(".state.partial"));
+    fn new(directory: &Path, stem: &str, force: bool) -> anyhow::Result<Self> {
+        let target = |ending: &str| {
+            let target = Target::new(&directory.join(format!("{stem}.{ending}")))?;
+            if target.exists() && !force {
+                bail!(Usage(format!(
+                    "{} is there already: --force replaces it",
+                    target.path().display()
+                )));
+            }
+            Ok(target)
+        };
+        Ok(Self {
+            state: Arc::new(target("state")?),
+            config: target("config")?,
+        })
     }
 }
 
 /// One device of the replay.
-struct Target {
+struct Subject {
     key: DeviceKey,
     id: DeviceId,
     files: Option<Files>,
     kept: Arc<Mutex<Kept>>,
 }
 
-impl Target {
+impl Subject {
     fn device(&self) -> anyhow::Result<Device> {
         let recorder = Recorder {
             state: DeviceState::Stop,
-            file: self
-                .files
-                .as_ref()
-                .map(|files| files.with(".state.partial")),
+            target: self.files.as_ref().map(|files| files.state.clone()),
             kept: self.kept.clone(),
         };
         Ok(Device::new(self.id.clone(), Box::new(recorder))?)
@@ -256,21 +279,28 @@ impl Target {
             .take_if(|thread| thread.is_finished())?;
         let error = thread.join().ok()?.err()?;
         let files = self.files.as_ref()?;
-        Some(anyhow!(error).context(format!("{}", files.with(".state.partial").display())))
+        Some(anyhow!(error).context(format!("cannot write {}", files.state.path().display())))
     }
 
-    fn finish(&self, packets: u64) -> anyhow::Result<Moved> {
-        let (state, config) = {
+    /// What has come of it, and its files, which have no names yet.
+    fn finish(&self, packets: u64) -> anyhow::Result<(Moved, Vec<(&Target, StateFile)>)> {
+        let (state, file, config) = {
             let mut kept = lock(&self.kept);
-            (kept.state.take(), kept.config.take())
+            (kept.state.take(), kept.file.take(), kept.config.take())
         };
         let state = state.context("the device was never loaded")?;
         let state = state.join().map_err(|_| anyhow!("a thread panicked"))??;
         let config = config.context("the device's config was never loaded")?;
-        if let Some(files) = &self.files {
-            files.finish(&config)?;
+        let mut written = Vec::new();
+        if let (Some(files), Some(file)) = (&self.files, file) {
+            written.push((&*files.state, file));
+            let file = files.config.create()?;
+            let mut writer = file.file();
+            let path = || files.config.path().display().to_string();
+            writer.write_all(&config).with_context(path)?;
+            written.push((&files.config, file));
         }
-        Ok(Moved {
+        let moved = Moved {
             idstr: self.id.idstr().to_owned(),
             instance: self.id.instance(),
             packets,
@@ -278,7 +308,12 @@ impl Target {
             state_sha256: Some(state.sha256),
             config_bytes: config.len() as u64,
             config_sha256: hex(&Sha256::digest(&config)),
-        })
+            state_file: self
+                .files
+                .as_ref()
+                .map(|files| files.state.path().display().to_string()),
+        };
+        Ok((moved, written))
     }
 }
 
@@ -329,38 +364,35 @@ impl Output {
 
 // ----------------------------------------------------------------------------------------- run
 
-fn targets(scans: &[Scan], out: Option<&Path>) -> anyhow::Result<Vec<Target>> {
-    let mut targets = Vec::new();
+fn subjects(scans: &[Scan], out: Option<&Path>, force: bool) -> anyhow::Result<Vec<Subject>> {
+    let mut subjects = Vec::new();
     let mut names = HashSet::new();
     for (DeviceKeyOrder(key), _) in by_device(scans) {
         let id = key
             .id()
             .with_context(|| format!("device {}: this idstr is no name", show_key(&key)))?;
-        let files = out.map(|directory| Files::new(directory, &key));
-        if let Some(Files { stem }) = &files {
-            let new = names.insert(stem.clone());
-            ensure!(new, "two devices' files would be {}", stem.display());
-        }
-        targets.push(Target {
+        let files = out.map(|directory| Files::new(directory, &stem(&key, &mut names), force));
+        subjects.push(Subject {
             key,
             id,
-            files,
+            files: files.transpose()?,
             kept: Arc::default(),
         });
     }
-    Ok(targets)
+    Ok(subjects)
 }
 
-fn load(options: &Options, scans: &[Scan], targets: &[Target]) -> anyhow::Result<Report> {
+fn load(options: &Options, scans: &[Scan], subjects: &[Subject]) -> anyhow::Result<Report> {
     let mut settings = contents::settings(scans);
     settings.backend = options.backend.into();
     options.spill.set(&mut settings);
     let mut builder = LoadSession::builder().settings(settings);
-    for target in targets {
-        builder = builder.device(target.device()?);
+    for subject in subjects {
+        builder = builder.device(subject.device()?);
     }
     for scan in scans {
-        let file = File::open(&scan.path).with_context(|| scan.name().to_string())?;
+        let file =
+            state_files::open_regular(&scan.path).with_context(|| scan.name().to_string())?;
         let channel = Channel::from_reader(BufReader::new(file))
             .with_ram_sink(PassOver)
             .with_page_size(options.page_size.bytes())?;
@@ -369,9 +401,9 @@ fn load(options: &Options, scans: &[Scan], targets: &[Target]) -> anyhow::Result
     let mut session = builder.start()?;
     session.no_more_channels();
     session.switchover_start();
-    let lens: Vec<_> = targets
+    let lens: Vec<_> = subjects
         .iter()
-        .map(|target| (target.id.clone(), None))
+        .map(|subject| (subject.id.clone(), None))
         .collect();
     let progress = Progress::new(!options.json, &lens);
     while !session.is_finished() {
@@ -396,21 +428,14 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         scans.push(Scan::new(path, options.page_size)?);
     }
     check(&scans)?;
-    let targets = targets(&scans, options.out.as_deref())?;
+    if let Some(directory) = &options.out {
+        fs::create_dir_all(directory).with_context(|| directory.display().to_string())?;
+    }
+    let subjects = subjects(&scans, options.out.as_deref(), options.force)?;
     let mut devices = Vec::new();
-    if !targets.is_empty() {
-        if let Some(directory) = &options.out {
-            fs::create_dir_all(directory).with_context(|| directory.display().to_string())?;
-        }
+    if !subjects.is_empty() {
         let _in_order = interrupt::in_order();
-        let loaded = receive(options, &scans, &targets, &mut devices);
-        if let Err(error) = loaded {
-            targets
-                .iter()
-                .filter_map(|target| target.files.as_ref())
-                .for_each(Files::discard);
-            return Err(error);
-        }
+        devices = receive(options, &scans, &subjects)?;
     }
     let channels = scans.iter().map(|scan| ChannelOutput {
         file: scan.path.display().to_string(),
@@ -424,19 +449,14 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     Output { devices, channels }.print(options.json)
 }
 
-fn receive(
-    options: &Options,
-    scans: &[Scan],
-    targets: &[Target],
-    devices: &mut Vec<Moved>,
-) -> anyhow::Result<()> {
-    let report = load(options, scans, targets)?;
+fn receive(options: &Options, scans: &[Scan], subjects: &[Subject]) -> anyhow::Result<Vec<Moved>> {
+    let report = load(options, scans, subjects)?;
     if let Err(error) = report.result {
         if interrupt::requested() && error.is_cancelled() {
             bail!(Interrupted);
         }
         // The engine sees a closed pipe; here is why.
-        if let Some(failure) = targets.iter().find_map(Target::failure) {
+        if let Some(failure) = subjects.iter().find_map(Subject::failure) {
             return Err(failure);
         }
         return Err(explain(error, scans));
@@ -447,10 +467,15 @@ fn receive(
         .iter()
         .map(|device| (&device.device, device.packets))
         .collect();
-    for target in targets {
-        let packets = by_id.get(&target.id).copied().unwrap_or(0);
-        let moved = target.finish(packets);
-        devices.push(moved.with_context(|| format!("device {}", show_key(&target.key)))?);
+    let (mut devices, mut files) = (Vec::new(), Vec::new());
+    for subject in subjects {
+        let packets = by_id.get(&subject.id).copied().unwrap_or(0);
+        let (moved, written) = subject
+            .finish(packets)
+            .with_context(|| format!("device {}", show_key(&subject.key)))?;
+        devices.push(moved);
+        files.extend(written);
     }
-    Ok(())
+    state_files::publish(files)?;
+    Ok(devices)
 }
