@@ -3,8 +3,9 @@
 
 use std::{
     ffi::OsStr,
-    fs,
+    fmt, fs,
     io::{BufRead, BufReader, Read},
+    os::unix::process::ExitStatusExt,
     path::{Path, PathBuf},
     process::{Child, ChildStderr, Command, Stdio},
     sync::atomic::{AtomicU32, Ordering::Relaxed},
@@ -19,12 +20,26 @@ pub const WATCHDOG: Duration = Duration::from_secs(120);
 const LOOK: Duration = Duration::from_millis(5);
 
 /// How a process has ended.
-#[derive(Debug)]
 pub struct Ended {
     /// `None` where a signal ended it.
     pub status: Option<i32>,
+    /// Which.
+    pub signal: Option<i32>,
     pub stdout: String,
     pub stderr: String,
+}
+
+impl fmt::Debug for Ended {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Enough to know it by: an inspection may have said megabytes.
+        let short = |text: &str| text.chars().take(3000).collect::<String>();
+        f.debug_struct("Ended")
+            .field("status", &self.status)
+            .field("signal", &self.signal)
+            .field("stdout", &short(&self.stdout))
+            .field("stderr", &short(&self.stderr))
+            .finish()
+    }
 }
 
 impl Ended {
@@ -45,11 +60,11 @@ impl Ended {
     }
 }
 
-/// A process that runs.
+/// A process that runs; it is killed where the test lets go of it.
 pub struct Running {
     child: Child,
-    stdout: JoinHandle<String>,
-    stderr: JoinHandle<String>,
+    stdout: Option<JoinHandle<String>>,
+    stderr: Option<JoinHandle<String>>,
     first: String,
 }
 
@@ -62,8 +77,24 @@ fn rest(mut input: impl Read + Send + 'static) -> JoinHandle<String> {
     })
 }
 
-fn command<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_vfio-migrate"));
+/// The command, with what a shell does before it becomes the command: `ulimit -n 40`, say.
+pub fn command_under<S: AsRef<OsStr>>(
+    under: &str,
+    arguments: impl IntoIterator<Item = S>,
+) -> Command {
+    let program = env!("CARGO_BIN_EXE_vfio-migrate");
+    let mut command = if under.is_empty() {
+        Command::new(program)
+    } else {
+        let mut shell = Command::new("sh");
+        let script = if under.contains("\"$@\"") {
+            under.to_owned()
+        } else {
+            format!("{under} && exec \"$0\" \"$@\"")
+        };
+        shell.args(["-c", &script, program]);
+        shell
+    };
     command
         .args(arguments)
         .env_remove("VFIO_MIGRATE_LOG")
@@ -74,35 +105,65 @@ fn command<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Command {
 }
 
 pub fn start<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Running {
-    let mut child = command(arguments).spawn().unwrap();
-    let stdout = rest(child.stdout.take().unwrap());
-    let stderr = rest(child.stderr.take().unwrap());
-    let first = String::new();
+    start_under("", arguments)
+}
+
+/// As [`start`], under what a shell does first: see [`command_under`].
+pub fn start_under<S: AsRef<OsStr>>(
+    under: &str,
+    arguments: impl IntoIterator<Item = S>,
+) -> Running {
+    let mut child = command_under(under, arguments).spawn().unwrap();
     Running {
+        stdout: child.stdout.take().map(rest),
+        stderr: child.stderr.take().map(rest),
         child,
-        stdout,
-        stderr,
-        first,
+        first: String::new(),
     }
 }
 
 /// Starts a destination, and gives the address on which it listens.
 pub fn listen<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> (Running, String) {
-    let mut child = command(arguments).spawn().unwrap();
-    let stdout = rest(child.stdout.take().unwrap());
+    listen_under("", arguments).unwrap_or_else(|ended| panic!("it does not listen: {ended:?}"))
+}
+
+/// As [`listen`], under what a shell does first; or how it ended without listening.
+pub fn listen_under<S: AsRef<OsStr>>(
+    under: &str,
+    arguments: impl IntoIterator<Item = S>,
+) -> Result<(Running, String), Ended> {
+    let mut child = command_under(under, arguments).spawn().unwrap();
+    let stdout = child.stdout.take().map(rest);
     let mut stderr: BufReader<ChildStderr> = BufReader::new(child.stderr.take().unwrap());
     let mut first = String::new();
-    stderr.read_line(&mut first).unwrap();
+    let mut listening = false;
+    while !listening && stderr.read_line(&mut first).unwrap() > 0 {
+        let last = first.lines().next_back().unwrap_or_default();
+        listening = last.contains("listening on");
+    }
     let (_, address) = first.trim_end().rsplit_once(' ').unwrap_or_default();
-    assert!(first.contains("listening on"), "{first}");
     let address = address.to_owned();
     let running = Running {
         child,
         stdout,
-        stderr: rest(stderr),
+        stderr: Some(rest(stderr)),
         first,
     };
-    (running, address)
+    if listening {
+        Ok((running, address))
+    } else {
+        Err(running.end())
+    }
+}
+
+/// A process that has its stdout and stderr still to be read: pipes, and nobody reads them.
+pub fn start_unread<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Running {
+    Running {
+        child: command_under("", arguments).spawn().unwrap(),
+        stdout: None,
+        stderr: None,
+        first: String::new(),
+    }
 }
 
 impl Running {
@@ -123,28 +184,51 @@ impl Running {
         assert!(kill.unwrap().success());
     }
 
+    /// Whether it has ended.
+    pub fn is_over(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
+    }
+
     /// Waits for its end, no longer than the watchdog allows.
-    pub fn end(mut self) -> Ended {
+    pub fn end(self) -> Ended {
+        self.end_within(WATCHDOG)
+    }
+
+    /// Waits for its end, no longer than that. What an unread process has said is read now.
+    pub fn end_within(mut self, most: Duration) -> Ended {
         // Counted in looks, not by the clock: a machine that stands still is no hang.
         let mut looks = 0;
-        let status = loop {
+        let (status, hangs) = loop {
             if let Some(status) = self.child.try_wait().unwrap() {
-                break status;
+                break (status, false);
             }
             looks += 1;
-            if looks > WATCHDOG.as_millis() / LOOK.as_millis() {
+            if looks > most.as_millis() / LOOK.as_millis() {
                 self.child.kill().unwrap();
-                let _status = self.child.wait();
-                let stderr = self.stderr.join().unwrap();
-                panic!("it hangs; it has said: {}{stderr}", self.first);
+                break (self.child.wait().unwrap(), true);
             }
             thread::sleep(LOOK);
         };
-        Ended {
+        let stdout = self.child.stdout.take().map(rest).or(self.stdout.take());
+        let stderr = self.child.stderr.take().map(rest).or(self.stderr.take());
+        let text =
+            |from: Option<JoinHandle<String>>| from.map_or(String::new(), |it| it.join().unwrap());
+        let first = std::mem::take(&mut self.first);
+        let ended = Ended {
             status: status.code(),
-            stdout: self.stdout.join().unwrap(),
-            stderr: self.first + &self.stderr.join().unwrap(),
-        }
+            signal: status.signal(),
+            stdout: text(stdout),
+            stderr: first + &text(stderr),
+        };
+        assert!(!hangs, "it hangs; it has said: {}", ended.stderr);
+        ended
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ended = self.child.kill();
+        let _status = self.child.wait();
     }
 }
 
