@@ -23,13 +23,13 @@ use crate::{
 
 tests! {
     any: [
-        a_cut_is_told_wherever_it_is,
         garbage_is_no_main_channel,
         a_channel_of_another_vm_or_twice_is_named,
         a_slow_drip_before_the_switchover_ends,
     ],
     root: [],
     later: [
+        a_cut_is_told_wherever_it_is,
         what_is_right_is_loaded,
         a_damaged_byte_never_loads_another_state,
         what_is_out_of_order_is_named,
