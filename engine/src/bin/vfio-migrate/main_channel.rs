@@ -27,14 +27,12 @@
 //!
 //! Each side reads with a thread of its own, which ends with the other side's last word, with its
 //! end, or when the main thread shuts the connection down. On the destination both threads write,
-//! behind a lock; on the source the main thread alone.
+//! behind a lock; on the source the main thread alone. What the source's reading thread has heard it
+//! leaves in one place, [`Heard`], which holds no more than one reason, whatever a destination says.
 
 use std::{
     io::Write,
-    sync::{
-        Mutex, PoisonError,
-        mpsc::{self, Receiver, RecvTimeoutError, TryRecvError},
-    },
+    sync::{Condvar, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -197,30 +195,80 @@ impl Words {
     }
 }
 
-/// What the source's reading thread has read.
-#[derive(Debug)]
-pub(crate) enum Heard {
-    Reply(Reply),
-    /// And nothing will follow.
-    Gone(anyhow::Error),
+/// What the destination has said, as far as it counts: its last word of each kind, for a destination
+/// may say any number of things.
+#[derive(Debug, Default)]
+struct Told {
+    ponged: bool,
+    done: bool,
+    why: Option<String>,
+    /// Why it is over where it is not done, until the main thread has taken it.
+    failure: Option<anyhow::Error>,
+    /// Whether nothing will follow.
+    ended: bool,
 }
 
-/// Reads the return path to its end: the source's reading thread.
-pub(crate) fn listen(mut connection: Connection, timeout: Duration, to: &mpsc::Sender<Heard>) {
+/// Where the source's reading thread leaves what it has heard, and the main thread finds it.
+#[derive(Debug, Default)]
+pub(crate) struct Heard {
+    told: Mutex<Told>,
+    changed: Condvar,
+}
+
+impl Heard {
+    fn told(&self) -> MutexGuard<'_, Told> {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a reply in. Returns whether it was the last.
+    fn reply(&self, reply: &Reply) -> bool {
+        let mut told = self.told();
+        match reply {
+            Reply::Pong(PING) => told.ponged = true,
+            Reply::Shut(status) => {
+                told.ended = true;
+                told.done = *status == 0;
+                if !told.done {
+                    told.failure = Some(match told.why.take() {
+                        Some(why) => anyhow!("the destination has failed: {why}"),
+                        None => anyhow!("the destination has failed, and does not say why"),
+                    });
+                }
+            }
+            Reply::Other {
+                kind: REASON,
+                payload,
+            } => told.why = Some(show_reason(payload)),
+            // Nobody waits for it.
+            _ => return false,
+        }
+        self.changed.notify_one();
+        told.ended
+    }
+
+    fn gone(&self, why: anyhow::Error) {
+        let mut told = self.told();
+        told.failure = Some(why);
+        told.ended = true;
+        self.changed.notify_one();
+    }
+}
+
+/// Reads the return path to its end: the source's reading thread. It waits for the destination
+/// alone, never for the main thread.
+pub(crate) fn listen(mut connection: Connection, timeout: Duration, to: &Heard) {
     loop {
-        let heard = match Reply::read(&mut connection) {
-            Ok(Some(reply)) => Heard::Reply(reply),
-            Ok(None) => Heard::Gone(anyhow!("the destination has gone away")),
-            Err(error) if timed_out(&error) => Heard::Gone(anyhow!(
+        let why = match Reply::read(&mut connection) {
+            Ok(Some(reply)) if to.reply(&reply) => return,
+            Ok(Some(_)) => continue,
+            Ok(None) => anyhow!("the destination has gone away"),
+            Err(error) if timed_out(&error) => anyhow!(
                 "nothing was heard from the destination for {} s",
                 timeout.as_secs_f64()
-            )),
-            Err(error) => Heard::Gone(anyhow!(error).context("the destination has gone away")),
+            ),
+            Err(error) => anyhow!(error).context("the destination has gone away"),
         };
-        let last = matches!(heard, Heard::Gone(_) | Heard::Reply(Reply::Shut(_)));
-        if to.send(heard).is_err() || last {
-            return;
-        }
+        return to.gone(why);
     }
 }
 
@@ -229,71 +277,53 @@ pub(crate) fn timed_out(error: &Error) -> bool {
     error.raw_os_error() == Some(nix::errno::Errno::EAGAIN as i32)
 }
 
-/// What the destination has said.
+/// What the main thread knows of what the destination has said.
 #[derive(Debug)]
-pub(crate) struct Replies {
-    heard: Receiver<Heard>,
-    why: Option<String>,
+pub(crate) struct Replies<'a> {
+    heard: &'a Heard,
     /// Whether the devices are RESUMING.
     pub(crate) ponged: bool,
     /// Whether the destination has all.
     pub(crate) done: bool,
 }
 
-impl Replies {
-    pub(crate) const fn new(heard: Receiver<Heard>) -> Self {
+impl<'a> Replies<'a> {
+    pub(crate) const fn new(heard: &'a Heard) -> Self {
         Self {
             heard,
-            why: None,
             ponged: false,
             done: false,
         }
     }
 
-    fn take_in(&mut self, heard: Heard) -> anyhow::Result<()> {
-        match heard {
-            Heard::Reply(Reply::Pong(PING)) => self.ponged = true,
-            Heard::Reply(Reply::Shut(0)) => self.done = true,
-            Heard::Reply(Reply::Shut(_)) => match self.why.take() {
-                Some(why) => bail!("the destination has failed: {why}"),
-                None => bail!("the destination has failed, and does not say why"),
-            },
-            Heard::Reply(Reply::Other {
-                kind: REASON,
-                payload,
-            }) => self.why = Some(show_reason(&payload)),
-            Heard::Reply(_) => {}
-            Heard::Gone(_) if self.done => {}
-            Heard::Gone(error) => return Err(error),
-        }
-        Ok(())
+    fn take_in(&mut self, mut told: MutexGuard<'_, Told>) -> anyhow::Result<()> {
+        (self.ponged, self.done) = (told.ponged, told.done);
+        told.failure.take().map_or(Ok(()), Err)
     }
 
     /// Takes in what has been said, after a tick at the latest.
     ///
     /// An error where the destination has failed, or is gone.
     pub(crate) fn wait(&mut self) -> anyhow::Result<()> {
-        match self.heard.recv_timeout(TICK) {
-            Ok(heard) => self.take_in(heard)?,
-            Err(RecvTimeoutError::Timeout) => return Ok(()),
-            Err(RecvTimeoutError::Disconnected) => {
-                if !self.done {
-                    bail!("the destination has gone away");
-                }
-                return Ok(());
-            }
+        let known = (self.ponged, self.done);
+        let told = self.heard.told();
+        let nothing_new = |told: &mut Told| !told.ended && (told.ponged, told.done) == known;
+        let waited = self
+            .heard
+            .changed
+            .wait_timeout_while(told, TICK, nothing_new);
+        let (told, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        let over = told.ended && !told.done;
+        self.take_in(told)?;
+        if over {
+            bail!("the destination has gone away");
         }
-        self.look()
+        Ok(())
     }
 
     /// As [`Replies::wait`], at once.
     pub(crate) fn look(&mut self) -> anyhow::Result<()> {
-        loop {
-            match self.heard.try_recv() {
-                Ok(heard) => self.take_in(heard)?,
-                Err(TryRecvError::Empty | TryRecvError::Disconnected) => return Ok(()),
-            }
-        }
+        self.take_in(self.heard.told())
     }
 }
 

@@ -33,8 +33,8 @@ use crate::{
     device::{self, Spec, Subject},
     interrupt,
     main_channel::{
-        self, EXPLANATION, HEARTBEAT, LINGER, PING, Replies, STILL_HERE, Words, is_the_peers,
-        main_failed,
+        self, EXPLANATION, HEARTBEAT, Heard, LINGER, PING, Replies, STILL_HERE, Words,
+        is_the_peers, main_failed,
     },
     network::{self, Address, Connection, TICK},
     output::{Transfer, rate, say},
@@ -103,7 +103,7 @@ fn greet(
     options: &Options,
     devices: Vec<Device>,
     words: &mut Words,
-    replies: &mut Replies,
+    replies: &mut Replies<'_>,
 ) -> anyhow::Result<Vec<Source>> {
     let (terms, acks) = (options.terms.terms(), Acks::new(Ack::Off));
     let mut sources = Vec::with_capacity(devices.len());
@@ -137,7 +137,7 @@ fn iterate(
     sources: &mut [Source],
     channels: &mut SourceChannels,
     words: &mut Words,
-    replies: &mut Replies,
+    replies: &mut Replies<'_>,
 ) -> anyhow::Result<u64> {
     let mut sent = 0;
     // Ends: what is read lowers a device's estimate, which is not asked for anew, and one that has
@@ -180,7 +180,7 @@ fn send_precopy(
     sources: &mut [Source],
     channels: &mut SourceChannels,
     words: &mut Words,
-    replies: &mut Replies,
+    replies: &mut Replies<'_>,
 ) -> anyhow::Result<u64> {
     let canceller = channels.canceller();
     let (sending, sent) = mpsc::channel();
@@ -225,7 +225,7 @@ fn send_all(
     mut save: Switchover,
     subjects: &[Subject],
     words: &mut Words,
-    replies: &mut Replies,
+    replies: &mut Replies<'_>,
 ) -> (Result<Saved, Failed<Vec<Realized>>>, Option<anyhow::Error>) {
     let lens: Vec<_> = subjects
         .iter()
@@ -271,7 +271,7 @@ fn send_all(
 }
 
 /// Waits for the destination's last word.
-fn confirm(replies: &mut Replies) -> anyhow::Result<()> {
+fn confirm(replies: &mut Replies<'_>) -> anyhow::Result<()> {
     // Ends: with that word, the destination's silence for the time-out or its end, both of which
     // the reading thread tells, or Ctrl-C.
     while !replies.done {
@@ -297,7 +297,7 @@ fn migrate(
     devices: Vec<Device>,
     subjects: &[Subject],
     words: &mut Words,
-    replies: &mut Replies,
+    replies: &mut Replies<'_>,
 ) -> anyhow::Result<Sent> {
     let mut sources = greet(options, devices, words, replies)?;
     let connect = |_| network::connect(&options.to, TRY_AGAIN, options.timeout).map(Into::into);
@@ -386,13 +386,10 @@ fn talk(
 ) -> anyhow::Result<Sent> {
     let mut last = main.try_clone().context("cannot use a connection")?;
     let listening = main.try_clone().context("cannot use a connection")?;
-    let (sender, heard) = mpsc::channel();
-    let mut replies = Replies::new(heard);
+    let heard = Heard::default();
+    let mut replies = Replies::new(&heard);
     thread::scope(|scope| {
-        scope.spawn(|| {
-            let sender = sender;
-            main_channel::listen(listening, options.timeout, &sender);
-        });
+        scope.spawn(|| main_channel::listen(listening, options.timeout, &heard));
         let result = main
             .try_clone()
             .context("cannot use a connection")
@@ -412,7 +409,7 @@ fn talk(
 }
 
 /// A broken connection is explained by what the destination has said before.
-fn explain(error: anyhow::Error, replies: &mut Replies) -> anyhow::Error {
+fn explain(error: anyhow::Error, replies: &mut Replies<'_>) -> anyhow::Error {
     let broken = error.downcast_ref::<Error>().is_some_and(is_the_peers);
     let until = Instant::now() + EXPLANATION;
     while broken && Instant::now() < until {
