@@ -5,6 +5,8 @@
 //! they are used: the pool gives out what was given back last, and most are never needed. Huge pages make
 //! both cheaper (16 faults for 32 MiB, not 8192).
 //!
+//! What cannot be had is an error, [`NoMemory`], and no abort: a setting or a peer chooses the size.
+//!
 //! An arena hands out addresses. Who may use which range is its pool's to say: see `reorder/pool.rs`.
 #![expect(unsafe_code, reason = "raw memory, from the heap or a mapping")]
 
@@ -34,6 +36,29 @@ pub(crate) enum Touch {
     Lazily,
 }
 
+/// The host does not have as many bytes.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct NoMemory(pub usize);
+
+impl From<NoMemory> for std::io::Error {
+    fn from(_: NoMemory) -> Self {
+        nix::errno::Errno::ENOMEM.into()
+    }
+}
+
+/// Bytes of the heap, all 0, of which those that are never used cost no memory where they are many.
+pub(crate) fn zeroed(len: usize) -> Result<Box<[u8]>, NoMemory> {
+    let layout = Layout::array::<u8>(len).map_err(|_| NoMemory(len))?;
+    if len == 0 {
+        return Ok(Box::default());
+    }
+    // SAFETY: the layout's size is not 0.
+    let start = NonNull::new(unsafe { alloc::alloc_zeroed(layout) }).ok_or(NoMemory(len))?;
+    let bytes = NonNull::slice_from_raw_parts(start, len);
+    // SAFETY: from the global allocator with the layout of such a slice, initialised, and ours alone.
+    Ok(unsafe { Box::from_raw(bytes.as_ptr()) })
+}
+
 /// One piece of memory, freed with its owner. All of it is initialised.
 pub(crate) struct Arena {
     start: NonNull<u8>,
@@ -57,18 +82,18 @@ unsafe impl Send for Arena {}
 unsafe impl Sync for Arena {}
 
 impl Arena {
-    pub(crate) fn new(len: usize, touch: Touch) -> Self {
+    pub(crate) fn new(len: usize, touch: Touch) -> Result<Self, NoMemory> {
         let (start, memory) = if len < HUGE {
-            heap(len)
+            heap(len)?
         } else {
-            mapped(len, touch)
+            mapped(len, touch)?
         };
-        Self {
+        Ok(Self {
             start,
             len,
             memory,
             shadow: Shadow::new(if cfg!(loom) { len / GRANULE } else { 0 }),
-        }
+        })
     }
 
     /// The address of a byte.
@@ -104,31 +129,25 @@ impl Drop for Arena {
 }
 
 /// Zeroed memory of the heap, on pages of its own.
-fn heap(len: usize) -> (NonNull<u8>, Memory) {
+fn heap(len: usize) -> Result<(NonNull<u8>, Memory), NoMemory> {
     let layout = Layout::from_size_align(len.max(GRANULE), 4096).expect("less than a huge page");
     // SAFETY: the layout's size is not 0.
-    let start = unsafe { alloc::alloc_zeroed(layout) };
-    let Some(start) = NonNull::new(start) else {
-        alloc::handle_alloc_error(layout)
-    };
-    (start, Memory::Heap(layout))
+    let start = NonNull::new(unsafe { alloc::alloc_zeroed(layout) }).ok_or(NoMemory(len))?;
+    Ok((start, Memory::Heap(layout)))
 }
 
 /// A mapping that begins with a huge page.
-fn mapped(len: usize, touch: Touch) -> (NonNull<u8>, Memory) {
+fn mapped(len: usize, touch: Touch) -> Result<(NonNull<u8>, Memory), NoMemory> {
     // One more, to begin where a huge page does.
-    let all = len + HUGE;
+    let all = len.checked_add(HUGE).ok_or(NoMemory(len))?;
     let (access, flags) = (
         ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
         MapFlags::MAP_PRIVATE,
     );
     let size = NonZero::new(all).expect("more than a huge page");
     // SAFETY: a new mapping, wherever the kernel likes.
-    let Ok(mapping) = (unsafe { mmap_anonymous(None, size, access, flags) }) else {
-        let layout = Layout::from_size_align(len, HUGE).expect("a budget is far below isize::MAX");
-        alloc::handle_alloc_error(layout)
-    };
-    let mapping = mapping.cast::<u8>();
+    let mapping = unsafe { mmap_anonymous(None, size, access, flags) };
+    let mapping = mapping.map_err(|_errno| NoMemory(len))?.cast::<u8>();
     // SAFETY: less than the huge page that was mapped beyond `len`.
     let start = unsafe { mapping.add(mapping.align_offset(HUGE)) };
     // SAFETY: the range is ours and aligned to pages, and the advice does not change what is in it. A
@@ -138,7 +157,7 @@ fn mapped(len: usize, touch: Touch) -> (NonNull<u8>, Memory) {
         // SAFETY: the range is ours, and `len` bytes long.
         unsafe { start.as_ptr().write_bytes(0, len) };
     }
-    (start, Memory::Mapped(mapping, all))
+    Ok((start, Memory::Mapped(mapping, all)))
 }
 
 #[cfg(all(test, not(loom)))]
@@ -149,7 +168,7 @@ mod tests {
     fn all_of_it_is_zeroed_and_ours_and_large_ones_begin_with_a_huge_page() {
         for touch in [Touch::AtOnce, Touch::Lazily] {
             for len in [64, 4096, HUGE - 64, HUGE, 2 * HUGE + 4096] {
-                let arena = Arena::new(len, touch);
+                let arena = Arena::new(len, touch).unwrap();
                 let start = arena.at(0);
                 let align = if len < HUGE { 4096 } else { HUGE };
                 assert!(start.addr().is_multiple_of(align));
@@ -160,5 +179,15 @@ mod tests {
                 assert_eq!(arena.at(len).addr() - start.addr(), len);
             }
         }
+    }
+
+    #[test]
+    fn what_the_host_does_not_have_is_an_error() {
+        for len in [usize::MAX, isize::MAX.cast_unsigned(), 1 << 50] {
+            assert_eq!(Arena::new(len, Touch::Lazily).err(), Some(NoMemory(len)));
+            assert_eq!(zeroed(len), Err(NoMemory(len)));
+        }
+        assert_eq!(*zeroed(3).unwrap(), [0; 3]);
+        assert!(zeroed(0).unwrap().is_empty());
     }
 }

@@ -25,12 +25,15 @@ use std::{
     time::{Duration, Instant},
 };
 
+use vfio_migration_uring::deadline;
+
 mod stream;
 
 pub(crate) use self::stream::Finished;
 use self::stream::{Custom, ReadOnly, Stream};
 use crate::{
     error::{Error, ErrorKind, Phase, Result, Violation},
+    host::zeroed,
     id::DeviceId,
     lane::Buffer,
     stats::ChannelCounters,
@@ -280,17 +283,19 @@ pub(crate) struct Receiver {
 }
 
 impl Receiver {
-    pub(crate) fn new(channel: Channel, number: u32, terms: Terms) -> Self {
-        Self {
+    pub(crate) fn new(channel: Channel, number: u32, terms: Terms) -> Result<Self> {
+        let staging = zeroed(STAGING, "memory for a channel");
+        let staging = staging.map_err(|error| error.on_channel(number))?;
+        Ok(Self {
             framer: Framer::new(Some(channel.page_size), terms.max_packet),
             channel,
             number,
             terms,
-            staging: vec![0; STAGING].into_boxed_slice(),
+            staging: staging.into(),
             filled: 0..0,
             ahead: wire::HELLO_LEN,
             waited: Duration::ZERO,
-        }
+        })
     }
 
     fn name(&self, error: Error) -> Error {
@@ -388,7 +393,7 @@ impl Receiver {
     }
 
     fn hello(&mut self, greeted: impl FnOnce(&Hello, &[u8]) -> Result<()>) -> Result<()> {
-        let deadline = Instant::now() + self.terms.hello_timeout;
+        let deadline = deadline(self.terms.hello_timeout);
         while self.filled.len() < wire::HELLO_LEN {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {

@@ -26,7 +26,7 @@ use std::{
 
 use crossbeam_epoch::{Collector, Guard, LocalHandle};
 use nix::errno::Errno;
-use vfio_migration_uring::{Completion, Ring, Waker};
+use vfio_migration_uring::{Completion, Ring, Waker, later};
 
 use crate::{
     error::{Error, ErrorKind, Phase},
@@ -455,7 +455,7 @@ impl<F: Flow> Driver<F> {
         } else {
             *starved = false;
             flow.lane().cancel(&mut *self.ring);
-            *ending = Some((error, now + self.limits.grace));
+            *ending = Some((error, later(now, self.limits.grace)));
         }
     }
 

@@ -22,6 +22,8 @@ struct Place {
     channel: Option<u32>,
     index: Option<u32>,
     states: Option<(DeviceState, DeviceState)>,
+    /// What the host does not have.
+    lacking: Option<Arc<str>>,
     source: Option<Arc<io::Error>>,
 }
 
@@ -247,6 +249,7 @@ impl Error {
             channel: None,
             index: None,
             states: None,
+            lacking: None,
             source: None,
         }))
     }
@@ -268,6 +271,14 @@ impl Error {
     pub fn stalled(phase: Phase, missing: impl Into<String>) -> Self {
         let missing = io::Error::new(io::ErrorKind::TimedOut, missing.into());
         Self::new(ErrorKind::Stalled, phase).caused_by(missing)
+    }
+
+    /// The host does not have `what`, and said why.
+    #[must_use]
+    pub fn lacking(phase: Phase, what: &str, source: impl Into<io::Error>) -> Self {
+        Self::new(ErrorKind::Host, phase)
+            .with(|place| place.lacking = Some(what.into()))
+            .caused_by(source)
     }
 
     fn with(mut self, change: impl FnOnce(&mut Place)) -> Self {
@@ -379,6 +390,7 @@ impl fmt::Debug for Error {
             .field("channel", &self.0.channel)
             .field("index", &self.0.index)
             .field("states", &self.0.states)
+            .field("lacking", &self.0.lacking)
             .field("source", &self.0.source)
             .finish()
     }
@@ -400,7 +412,10 @@ impl fmt::Display for Error {
         if let Some((from, to)) = self.0.states {
             write!(f, ", {from} to {to}")?;
         }
-        write!(f, ": {}", self.0.kind)
+        match (&self.0.lacking, &self.0.kind) {
+            (Some(what), ErrorKind::Host) => write!(f, ": the host has no {what}"),
+            (_, kind) => write!(f, ": {kind}"),
+        }
     }
 }
 

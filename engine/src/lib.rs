@@ -29,6 +29,7 @@ mod channel;
 mod device;
 mod driver;
 mod error;
+mod host;
 mod id;
 mod lane;
 mod load;

@@ -27,7 +27,7 @@ use std::{
 };
 
 use crossbeam_epoch::{Collector, Guard, LocalHandle};
-use vfio_migration_uring::{Completion, Fd, Ring};
+use vfio_migration_uring::{Completion, Fd, Ring, deadline, later};
 
 mod channel_side;
 mod device_side;
@@ -41,10 +41,12 @@ pub(crate) use self::{
     room::Room,
 };
 use crate::{
+    arena::NoMemory,
     channel::Inlet,
     device::{Device, Recover, write_all},
     driver::{Context, Flow, Handle, Pump},
     error::{Error, ErrorKind, Phase, Result, Violation},
+    host::zeroed,
     id::DeviceId,
     lane::{Buffer, CHAIN, Direction, Filled, Lane, Progress},
     reorder::{
@@ -179,22 +181,22 @@ impl Load {
         staging: PoolLayout,
         driver: Arc<Handle<LoadFlow>>,
         settings: LoadSettings,
-    ) -> Self {
+    ) -> Result<Self, NoMemory> {
         let collector = Collector::new();
-        let pool = Arc::new(Pool::new(pool));
-        Self {
+        let pool = Arc::new(Pool::new(pool)?);
+        Ok(Self {
             router: Router::new(Collector::new()),
             collector,
             room: Room::new(pool.clone()),
             spill: Mutex::new(None),
             pool,
-            staging: Arc::new(Pool::new(staging)),
+            staging: Arc::new(Pool::new(staging)?),
             driver,
             settings,
             inputs: AtomicU32::new(0),
             awaited: AtomicU32::new(0),
             verdict: Verdict::default(),
-        }
+        })
     }
 
     /// All devices, in the order of their names.
@@ -343,7 +345,7 @@ impl Load {
     /// driver closes it, and the device's thread says why. Ends with that; or, where nothing has
     /// failed (a device was taken out), soon.
     pub(crate) fn wait_for_reason(&self) {
-        let soon = Instant::now() + SLACK;
+        let soon = deadline(SLACK);
         let _reason = self.room.wait_until(soon, || self.failure());
     }
 

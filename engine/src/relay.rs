@@ -78,6 +78,7 @@ use std::{
 };
 
 use crossbeam_epoch::{Collector, Guard, LocalHandle};
+use vfio_migration_uring::{deadline, later};
 
 mod inlet;
 mod line;
@@ -88,6 +89,7 @@ use self::line::Line;
 use crate::{
     channel::{Channel, Finished, Inlet, RamSink, Receiver, Sender, Terms},
     error::{Error, ErrorKind, Phase, Result, Violation},
+    host::{no_budget, zeroed},
     id::DeviceId,
     lane::Buffer,
     reorder::{
@@ -407,7 +409,7 @@ impl Relay {
             window: settings.window,
             no_progress: settings.no_progress,
             patient: settings.precopy_over_channels,
-            pool: Arc::new(Pool::new(pool)),
+            pool: Arc::new(Pool::new(pool).map_err(no_budget)?),
             queue: Queue::new(collector.clone()),
             collector,
             channels: Mutex::new(Vec::new()),
@@ -634,7 +636,7 @@ impl Relay {
         self.no_more_channels();
         loop {
             let failed_at = self.shared.verdict.failed_at();
-            let deadline = failed_at.map(|at| at + self.grace + SLACK);
+            let deadline = failed_at.map(|at| later(later(at, self.grace), SLACK));
             let look = || {
                 let news = self.shared.verdict.failed_at().is_some() != failed_at.is_some();
                 (self.crew.is_idle() || news).then_some(())

@@ -30,7 +30,7 @@ use std::{
 };
 
 use crossbeam_epoch::{Collector, Guard};
-use vfio_migration_uring::{Completion, Fd, Ring};
+use vfio_migration_uring::{Completion, Fd, Ring, deadline, later};
 
 mod channel_side;
 mod device_side;
@@ -42,6 +42,7 @@ pub(crate) use self::{
     device_thread::{put_back, serve_device},
 };
 use crate::{
+    arena::NoMemory,
     channel::{Finished, Sender, Terms},
     device::{Device, Recover},
     driver::{Context, Flow, Handle, Pump},
@@ -141,7 +142,7 @@ impl Save {
         pool: PoolLayout,
         driver: Arc<Handle<SaveFlow>>,
         grace: Duration,
-    ) -> Self {
+    ) -> Result<Self, NoMemory> {
         let collector = Collector::new();
         let count = u32::try_from(devices.len()).expect("the builder bounds their number");
         let device = |(ordinal, (id, data_len, first)): (u32, (DeviceId, usize, u32))| {
@@ -160,9 +161,9 @@ impl Save {
                 drained: Mutex::new(None),
             })
         };
-        Self {
+        Ok(Self {
             devices: (0..count).zip(devices).map(device).collect(),
-            pool: Arc::new(Pool::untouched(pool)),
+            pool: Arc::new(Pool::untouched(pool)?),
             queue: Queue::new(collector.clone()),
             collector,
             driver,
@@ -171,7 +172,7 @@ impl Save {
             grace,
             finished: Mutex::default(),
             verdict: Verdict::default(),
-        }
+        })
     }
 
     /// Ends everything, for this reason if it is the first. Returns whether it was.

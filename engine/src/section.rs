@@ -35,6 +35,7 @@ use std::io::{self, Read, Write};
 pub use crate::wire::Tag;
 use crate::{
     error::{Error, ErrorKind, Phase, Result, Violation},
+    host::zeroed,
     wire::TAG_LEN,
 };
 
@@ -111,7 +112,7 @@ impl<R: Read> Counted<R> {
 
     /// Reads `len` bytes, which the caller has bounded.
     pub(crate) fn take_bytes(&mut self, len: u32) -> Result<Vec<u8>> {
-        let mut bytes = vec![0; len as usize];
+        let mut bytes = zeroed(len as usize, "memory for what the main channel says")?;
         self.fill(&mut bytes)?;
         Ok(bytes)
     }
@@ -136,7 +137,7 @@ impl<R: Read> Counted<R> {
         let mut left = len;
         // The peer's size bounds the memory from above only.
         let chunk = usize::try_from(len).map_or(CHUNK, |len| len.min(CHUNK));
-        let mut buffer = vec![0; chunk];
+        let mut buffer = zeroed(chunk, "memory for a section's data")?;
         while left > 0 {
             let most = usize::try_from(left).map_or(chunk, |left| left.min(chunk));
             let count = match self.read(&mut buffer[..most]) {

@@ -38,7 +38,7 @@ use std::{
 
 #[cfg(feature = "sim")]
 use vfio_migration_uring::sim::{SimConfig, SimRing};
-use vfio_migration_uring::{Backend, Ring, Waker};
+use vfio_migration_uring::{Backend, Ring, Waker, deadline, later};
 
 mod canceller;
 mod load;
@@ -355,7 +355,7 @@ impl Common {
         results: &mpsc::Receiver<(DeviceId, Result<()>)>,
         mut names: Vec<DeviceId>,
     ) -> Result<()> {
-        let deadline = Instant::now() + self.no_progress;
+        let deadline = deadline(self.no_progress);
         while let Some(first) = names.first() {
             let left = deadline.saturating_duration_since(Instant::now());
             match results.recv_timeout(left) {
@@ -376,11 +376,18 @@ impl Common {
         Ok(())
     }
 
+    /// When a device that has failed at `at` must have come back: the grace time for its transfer, and
+    /// for what puts it back.
+    fn end_of_grace(&self, at: Instant) -> Instant {
+        let grace = self.grace.saturating_add(SLACK);
+        later(later(at, grace), grace)
+    }
+
     /// Waits until all tasks but the driver's have ended, as `ended` tells; after a failure no
     /// longer than the grace time and what a device needs to be put back.
     fn wait_for_end(&self, failed_at: impl Fn() -> Option<Instant>, ended: impl Fn() -> bool) {
         loop {
-            let deadline = failed_at().map(|at| at + 2 * self.grace + 2 * SLACK);
+            let deadline = failed_at().map(|at| self.end_of_grace(at));
             let look = || (ended() || failed_at().is_some() != deadline.is_some()).then_some(());
             let found = self.crew.wait(deadline, look);
             if found.is_none() || ended() {

@@ -6,6 +6,7 @@ use vfio_migration_uring::Backend;
 
 use crate::{
     error::{Error, ErrorKind, Phase, Result},
+    host::check_budget,
     lane::CHAIN,
     reorder::pool::{ALIGN, PoolLayout},
     save::HEADROOM,
@@ -27,7 +28,10 @@ pub enum Spill {
     Directory(PathBuf),
 }
 
-/// A session's settings. Sizes are in bytes.
+/// A session's settings. Sizes are in bytes. A time of [`Duration::MAX`] is no limit.
+///
+/// The start of a session checks every setting before a device changes its state. The error
+/// ([`ErrorKind::Config`](crate::ErrorKind::Config)) begins with the name of the setting.
 ///
 /// ```
 /// use vfio_migration::Settings;
@@ -41,7 +45,8 @@ pub enum Spill {
 pub struct Settings {
     /// Which ring moves the devices' bytes: [`Backend::Auto`].
     pub backend: Backend,
-    /// All memory that packets are held in, reserves and staging included. Unless set: 32 MiB, or
+    /// All memory that packets are held in, reserves and staging included. One that the host cannot have
+    /// is refused ([`ErrorKind::Host`](crate::ErrorKind::Host)). Unless set: 32 MiB, or
     /// one buffer for each device where that is more (load), or two (save); for a relay 64 MiB, or
     /// four of the largest packets.
     pub budget: Option<usize>,
@@ -56,7 +61,7 @@ pub struct Settings {
     /// on. Off.
     pub precopy_over_channels: bool,
     /// Load, relay: how far ahead of the packet that a device needs next an idx may be and be held; one
-    /// beyond waits. 65 536.
+    /// beyond waits. 65 536; at most 1 048 576, for each place costs 8 bytes of each device.
     pub window: u32,
     /// Load, relay: the largest device-state payload that is accepted, 12-byte header included. 12 bytes
     /// and 4 MiB; at the least 12 bytes and 1 MiB.
@@ -69,7 +74,7 @@ pub struct Settings {
     /// Load: how much may be spilled at one time, rounded down to 64 KiB, and each packet up. When that
     /// is used up, packets wait after all. 1 GiB.
     pub spill_limit: u64,
-    /// Load: how many channels there will be; a hello's id is below it. Load ends its input when
+    /// Load: how many channels there will be, 256 at most; a hello's id is below it. Load ends its input when
     /// this many have come and ended, or nothing is missing any more: a channel that never comes
     /// ends a load only by what it should have brought ([`Settings::no_progress`]). 1 unless set;
     /// the channels given to the builder where they are more.
@@ -153,6 +158,15 @@ const MAX_DEVICES: u32 = 1024;
 
 const _: () = assert!(Settings::ring_capacity(MAX_DEVICES) <= vfio_migration_uring::MAX_CAPACITY);
 
+/// The largest window: 8 MiB of slots for each device.
+const MAX_WINDOW: u32 = 1 << 20;
+
+/// The most channels: what the id in a hello can name.
+const MAX_CHANNELS: u32 = 1 << 8;
+
+/// The most data in a packet of a save: a buffer of the pool holds it with its headers.
+pub(crate) const MAX_DATA_LEN: usize = PoolLayout::MAX_BUFFER_LEN - HEADROOM;
+
 /// A relay's budget unless set: it shares its channels with RAM, and holds what comes while the
 /// destination's channels stand at a barrier.
 const RELAY_BUDGET: usize = 64 << 20;
@@ -179,17 +193,73 @@ const fn round_down(len: usize) -> usize {
     len / ALIGN * ALIGN
 }
 
+/// Refuses the most data in a packet where no buffer can hold it.
+pub(crate) fn check_data_len(what: &'static str, len: usize) -> Result<()> {
+    if (1..=MAX_DATA_LEN).contains(&len) {
+        return Ok(());
+    }
+    Err(wrong(what))
+}
+
 impl Settings {
+    /// Refuses what no session can do, whatever its devices are. What depends on these is refused where
+    /// the memory is divided.
+    pub(crate) fn check(&self) -> Result<()> {
+        let times = [
+            (self.no_progress, "no_progress: above 0"),
+            (self.hello_timeout, "hello_timeout: above 0"),
+            (self.packet_timeout, "packet_timeout: above 0"),
+        ];
+        if let Some((_, what)) = times.iter().find(|(time, _)| time.is_zero()) {
+            return Err(wrong(what));
+        }
+        if self.window == 0 || self.window > MAX_WINDOW {
+            return Err(wrong("window: 1 to 1 048 576 packets"));
+        }
+        if self.max_packet < wire::LEAST_MAX_PACKET {
+            return Err(wrong("max_packet: at least 12 bytes and 1 MiB"));
+        }
+        if self.buffer_len < MIN_RESERVE || self.buffer_len > PoolLayout::MAX_BUFFER_LEN {
+            return Err(wrong("buffer_len: 4 KiB to 16 MiB"));
+        }
+        if let Some(len) = self.data_len {
+            check_data_len("data_len: 1 byte to just below 16 MiB", len)?;
+        }
+        self.check_channels(self.channels)?;
+        let most = |devices| (1..=MAX_DEVICES).contains(&devices);
+        if !self.max_devices.is_none_or(most) {
+            return Err(wrong("max_devices: 1 to 1024"));
+        }
+        Ok(())
+    }
+
+    /// Refuses more channels than ids can name.
+    #[expect(clippy::unused_self, reason = "its namesake is a setting")]
+    pub(crate) fn check_channels(&self, channels: u32) -> Result<()> {
+        if channels > MAX_CHANNELS {
+            return Err(wrong("channels: 256 at most"));
+        }
+        Ok(())
+    }
+
     /// The most devices at one time, given that there are `count` now.
     pub(crate) fn device_limit(&self, count: usize) -> Result<u32> {
         let count = u32::try_from(count).unwrap_or(u32::MAX);
         let limit = self.max_devices.unwrap_or(count);
         if limit == 0 || limit < count || limit > MAX_DEVICES {
             return Err(wrong(
-                "between 1 and 1024 devices, and no more than max_devices",
+                "max_devices: 1 to 1024, and no fewer than there are devices",
             ));
         }
         Ok(limit)
+    }
+
+    /// The budget; one that was set is held against what the host can have.
+    fn budget_or(&self, default: usize) -> Result<usize> {
+        match self.budget {
+            Some(budget) => check_budget(budget).map(|()| budget),
+            None => Ok(default),
+        }
     }
 
     /// How many operations a ring must have room for.
@@ -200,21 +270,13 @@ impl Settings {
     /// A load's memory: reserves first, so that every device always gets on; then a part for
     /// gathering; the rest is buffers.
     pub(crate) fn load_memory(&self, devices: u32) -> Result<Memory> {
-        if self.window == 0 {
-            return Err(wrong("a window of at least one packet"));
-        }
-        if self.max_packet < wire::LEAST_MAX_PACKET {
-            return Err(wrong("a maximum packet of at least 12 bytes and 1 MiB"));
-        }
-        if self.buffer_len < MIN_RESERVE || self.buffer_len > PoolLayout::MAX_BUFFER_LEN {
-            return Err(wrong("a buffer of 4 KiB to 16 MiB"));
-        }
+        self.check()?;
         let devices = devices as usize;
         let default = DEFAULT_BUDGET.max(devices * self.buffer_len);
-        let budget = self.budget.unwrap_or(default);
+        let budget = self.budget_or(default)?;
         let reserve_len = round_down((budget / devices).min(MAX_RESERVE));
         if reserve_len < MIN_RESERVE {
-            return Err(wrong("a budget of at least 4 KiB for each device"));
+            return Err(wrong("budget: at least 4 KiB for each device"));
         }
         let rest = budget - devices * reserve_len;
         let staging_len = round_down((rest / 8 / STAGINGS).min(MAX_STAGING));
@@ -244,25 +306,17 @@ impl Settings {
     /// A relay's memory, and the most devices that it takes. A packet leaves whole, so a buffer
     /// holds the largest; and one is kept back, for whichever packet is the next of its device.
     pub(crate) fn relay_memory(&self) -> Result<(Memory, u32)> {
+        self.check()?;
         let devices = self.max_devices.unwrap_or(RELAY_DEVICES);
-        if devices == 0 || devices > MAX_DEVICES {
-            return Err(wrong("between 1 and 1024 devices"));
-        }
-        if self.window == 0 {
-            return Err(wrong("a window of at least one packet"));
-        }
-        if self.max_packet < wire::LEAST_MAX_PACKET {
-            return Err(wrong("a maximum packet of at least 12 bytes and 1 MiB"));
-        }
         let data_len = self.max_packet as usize - wire::PACKET_HEADER_LEN;
         let packet = data_len.saturating_add(HEADROOM);
         if packet > PoolLayout::MAX_BUFFER_LEN {
-            return Err(wrong("packets of just below 16 MiB of data at most"));
+            return Err(wrong("max_packet: just below 16 MiB at most, for a relay"));
         }
         let packet = packet.next_multiple_of(ALIGN);
-        let budget = self.budget.unwrap_or(RELAY_BUDGET.max(4 * packet));
+        let budget = self.budget_or(RELAY_BUDGET.max(4 * packet))?;
         if budget < packet {
-            return Err(wrong("a budget of at least one packet with its headers"));
+            return Err(wrong("budget: at least one packet with its headers"));
         }
         let memory = Memory {
             budget,
@@ -274,15 +328,17 @@ impl Settings {
 
     /// A save's memory, where the largest packet holds `data_len` bytes of data.
     pub(crate) fn save_memory(&self, devices: u32, data_len: usize) -> Result<Memory> {
+        self.check()?;
+        debug_assert!(
+            (1..=MAX_DATA_LEN).contains(&data_len),
+            "the caller has checked"
+        );
         let packet = (HEADROOM + data_len).next_multiple_of(ALIGN);
-        if data_len == 0 || packet > PoolLayout::MAX_BUFFER_LEN {
-            return Err(wrong("packets of 1 byte to just below 16 MiB of data"));
-        }
         let devices = devices as usize;
         let default = DEFAULT_BUDGET.max(2 * devices * packet);
-        let budget = self.budget.unwrap_or(default);
+        let budget = self.budget_or(default)?;
         if budget < packet {
-            return Err(wrong("a budget of at least one packet with its headers"));
+            return Err(wrong("budget: at least one packet with its headers"));
         }
         // Small packets share a buffer, as long as each device can have two.
         let shared = round_down((budget / (2 * devices)).min(1 << 20));
@@ -304,7 +360,7 @@ fn layout(
     let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
     let (buffers, reserves) = (count(buffers), count(reserves));
     if buffers.saturating_add(reserves) > PoolLayout::MAX_BUFFERS {
-        return Err(wrong("a budget of at most 65 535 buffers"));
+        return Err(wrong("budget: at most 65 535 buffers"));
     }
     Ok(PoolLayout {
         buffers,

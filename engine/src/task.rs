@@ -11,17 +11,10 @@
 //! thread that it made, with its own name, affinity and seccomp filter. Either way a task's end is
 //! announced by the task itself, so nobody waits in a join for a thread that the kernel holds.
 
-use std::{
-    fmt, io, panic,
-    panic::AssertUnwindSafe,
-    thread::{self, JoinHandle},
-    time::Instant,
-};
+use std::{fmt, io, mem, panic, panic::AssertUnwindSafe, thread::JoinHandle, time::Instant};
 
-use nix::sys::{
-    eventfd::{EfdFlags, EventFd},
-    signal::{SigSet, SigmaskHow},
-};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use vfio_migration_uring::thread;
 
 use crate::{
     error::{Error, ErrorKind, Phase, Result},
@@ -102,15 +95,6 @@ pub(crate) const DRIVER: &str = "vfio-mig-driver";
 /// Puts a task on a thread.
 pub(crate) type Spawner = Box<dyn Fn(Task) -> io::Result<()> + Send + Sync>;
 
-/// Makes a thread that blocks all signals: they are the embedder's.
-pub(crate) fn with_signals_blocked<T>(spawn: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-    // Before the thread is there, so that it never runs without; a thread inherits the mask.
-    let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
-    let spawned = spawn();
-    before.thread_set_mask()?;
-    spawned
-}
-
 /// All threads of one session.
 pub(crate) struct Crew {
     spawner: Option<Spawner>,
@@ -145,12 +129,15 @@ impl Crew {
     ) -> Result<()> {
         // Relaxed: whoever waits for the end starts after this thread has returned.
         crew.at_work.fetch_add(1, Relaxed);
+        let handing = Arc::new(Mutex::new(Handing::Under));
         let mut end = End {
             crew: crew.clone(),
             kind: kind.clone(),
             ran: false,
             ended: Some(Box::new(ended)),
+            handing: handing.clone(),
         };
+        let thread = format!("thread for {kind}");
         let task = Task {
             kind,
             name,
@@ -166,15 +153,21 @@ impl Crew {
             Some(spawner) => spawner(task),
             None => crew.spawn_own(task),
         };
-        spawned.map_err(|error| Error::new(ErrorKind::Host, Phase::Setup).caused_by(error))
+        let spawned = spawned.map_err(|error| Error::lacking(Phase::Setup, &thread, error));
+        let left = mem::replace(&mut *lock(&handing), Handing::Over);
+        if let Handing::Dropped(mut end) = left {
+            // Now it is known why.
+            let why = spawned.as_ref().err().cloned();
+            end.announce(Some(why.unwrap_or_else(End::not_run)));
+        }
+        spawned
     }
 
     /// A thread of the engine's own, with all signals blocked: they are the embedder's.
     fn spawn_own(&self, task: Task) -> io::Result<()> {
-        let builder = thread::Builder::new().name(task.name.clone());
-        let spawned = with_signals_blocked(|| builder.spawn(|| task.run()));
-        let mut threads = lock(&self.threads);
-        threads.push(spawned?);
+        let name = task.name.clone();
+        let thread = thread::spawn(&name, || task.run())?;
+        lock(&self.threads).push(thread);
         Ok(())
     }
 
@@ -243,15 +236,29 @@ impl fmt::Debug for Crew {
 
 type Ended = Box<dyn FnOnce(Option<Error>) + Send>;
 
+/// Whether a task is being handed to its spawner.
+enum Handing {
+    Under,
+    /// It was dropped meanwhile: the spawner's result says why.
+    Dropped(Box<End>),
+    Over,
+}
+
 /// Announces a task's end, however it comes.
 struct End {
     crew: Arc<Crew>,
     kind: TaskKind,
     ran: bool,
     ended: Option<Ended>,
+    handing: Arc<Mutex<Handing>>,
 }
 
 impl End {
+    fn not_run() -> Error {
+        let kind = ErrorKind::Config("a task was dropped without being run");
+        Error::new(kind, Phase::Setup)
+    }
+
     fn announce(&mut self, error: Option<Error>) {
         if let Some(ended) = self.ended.take() {
             let error = error.map(|error| match &self.kind {
@@ -266,10 +273,20 @@ impl End {
 
 impl Drop for End {
     fn drop(&mut self) {
-        let error = (!self.ran).then(|| {
-            let kind = ErrorKind::Config("a task was dropped without being run");
-            Error::new(kind, Phase::Setup)
-        });
+        if !self.ran && self.ended.is_some() {
+            let mut handing = lock(&self.handing);
+            if matches!(*handing, Handing::Under) {
+                *handing = Handing::Dropped(Box::new(Self {
+                    crew: self.crew.clone(),
+                    kind: self.kind.clone(),
+                    ran: false,
+                    ended: self.ended.take(),
+                    handing: Arc::new(Mutex::new(Handing::Over)),
+                }));
+                return;
+            }
+        }
+        let error = (!self.ran).then(Self::not_run);
         self.announce(error);
         // AcqRel: the last one's notice covers what all did.
         self.crew.at_work.fetch_sub(1, AcqRel);

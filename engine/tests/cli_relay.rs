@@ -1025,7 +1025,7 @@ fn wrong_use_is_said() {
         ("--to 127.0.0.1:1 --channels 0", "--channels"),
         (
             "--to 127.0.0.1:1 --budget 1MiB",
-            "a budget of at least one packet",
+            "budget: at least one packet",
         ),
         ("--to 127.0.0.1:1 --page-size 5", "page"),
     ] {

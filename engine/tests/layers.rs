@@ -21,6 +21,7 @@ const LAYERS: &[&[&str]] = &[
     &["section"],
     &["task", "router", "spill", "wire"],
     &["reorder"],
+    &["host"],
     &["arena", "stats", "trace", "verdict"],
     &["error", "id", "state", "sync"],
 ];
@@ -219,4 +220,43 @@ fn every_module_begins_with_what_it_is_for() {
         let text = fs::read_to_string(root().join(file)).expect("UTF-8");
         assert!(text.starts_with("//! "), "{file}");
     }
+}
+
+/// Endings of names that are times which somebody chooses, or deadlines made of them.
+const TIMES: &[&str] = &[
+    "deadline",
+    "grace",
+    "no_progress",
+    "patience",
+    "timeout",
+    "SLACK",
+    "Instant::now()",
+];
+
+#[test]
+fn a_time_is_added_by_its_helper_alone() {
+    let mut wrong = Vec::new();
+    for (file, code) in sources() {
+        if file == "uring/src/time.rs" {
+            continue;
+        }
+        for line in code.lines() {
+            for (at, operator) in line.match_indices(['+', '*']) {
+                let before = line[..at].trim_end();
+                let after = line[at + operator.len()..].trim_start_matches(['=', ' ']);
+                let name: String = after
+                    .chars()
+                    .take_while(|c| c.is_alphanumeric() || "_.:()".contains(*c))
+                    .collect();
+                let is_time = |text: &str| TIMES.iter().any(|time| text.ends_with(time));
+                if is_time(before) || is_time(&name) {
+                    wrong.push(format!("{file}: {}", line.trim()));
+                }
+            }
+            if line.contains(".checked_add(") && TIMES.iter().any(|time| line.contains(time)) {
+                wrong.push(format!("{file}: {}", line.trim()));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
 }

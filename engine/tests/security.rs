@@ -39,14 +39,14 @@ fn numbers() -> BTreeMap<&'static str, i64> {
         gettid SYS_gettid, ioctl SYS_ioctl, lseek SYS_lseek, io_uring_enter SYS_io_uring_enter,
         io_uring_register SYS_io_uring_register, io_uring_setup SYS_io_uring_setup,
         madvise SYS_madvise, memfd_create SYS_memfd_create, mmap SYS_mmap, mprotect SYS_mprotect, mremap SYS_mremap,
-        munmap SYS_munmap, poll SYS_poll, ppoll SYS_ppoll, preadv2 SYS_preadv2,
-        prctl SYS_prctl, pread64 SYS_pread64, pwrite64 SYS_pwrite64, pwritev2 SYS_pwritev2, read SYS_read, readv SYS_readv,
+        munmap SYS_munmap, openat SYS_openat, poll SYS_poll, ppoll SYS_ppoll, preadv2 SYS_preadv2,
+        prctl SYS_prctl, pread64 SYS_pread64, prlimit64 SYS_prlimit64, pwrite64 SYS_pwrite64, pwritev2 SYS_pwritev2, read SYS_read, readv SYS_readv,
         recvfrom SYS_recvfrom, recvmsg SYS_recvmsg,
         restart_syscall SYS_restart_syscall, rseq SYS_rseq,
         rt_sigprocmask SYS_rt_sigprocmask, sched_yield SYS_sched_yield,
         sched_getaffinity SYS_sched_getaffinity, sendmsg SYS_sendmsg, sendto SYS_sendto,
         set_robust_list SYS_set_robust_list, setsockopt SYS_setsockopt, shutdown SYS_shutdown,
-        sigaltstack SYS_sigaltstack, write SYS_write, writev SYS_writev,
+        sigaltstack SYS_sigaltstack, statx SYS_statx, write SYS_write, writev SYS_writev,
     }
 }
 

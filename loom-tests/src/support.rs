@@ -166,12 +166,13 @@ pub fn take_next(
 /// A pool of `buffers` buffers of `buffer_len` bytes, and `reserves` reserves of 64.
 #[must_use]
 pub fn pool(buffers: u32, buffer_len: usize, reserves: u32) -> Arc<Pool> {
-    Arc::new(Pool::new(PoolLayout {
+    let pool = Pool::new(PoolLayout {
         buffers,
         buffer_len,
         reserves,
         reserve_len: 64,
-    }))
+    });
+    Arc::new(pool.expect("a few KiB"))
 }
 
 /// Leases a whole buffer, if there is one: no packer shares it.

@@ -39,16 +39,16 @@ use std::{
     fmt, io, mem,
     os::fd::AsRawFd,
     sync::{Arc, Condvar, Mutex, MutexGuard},
-    thread::{self, JoinHandle},
+    thread::JoinHandle,
     time::{Duration, Instant},
 };
-
-use nix::sys::signal::{SigSet, SigmaskHow};
 
 use crate::{
     Buffer, Completion, Drained, Link, Op, Rejected, Ring, Token, Waker,
     open::check_capacity,
     syscall::{self, Progress, Step},
+    thread,
+    time::deadline,
 };
 
 /// Plain system calls on threads, behind [`Ring`].
@@ -248,15 +248,7 @@ impl<B: Buffer> BlockingRing<B> {
     fn spawn(&self) -> io::Result<JoinHandle<()>> {
         let interrupt = Waker::new()?;
         let shared = self.shared.clone();
-        // A thread starts with its parent's mask. With the signals blocked here, not there, there
-        // is no moment at which the worker could take one.
-        let mask = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
-        let worker = thread::Builder::new()
-            .name("uring-worker".to_owned())
-            .spawn(move || work(&shared, &interrupt));
-        mask.thread_set_mask()
-            .expect("the mask is the one that was there before");
-        worker
+        thread::spawn("uring-worker", move || work(&shared, &interrupt))
     }
 
     fn reaped(&mut self, completion: Completion<B>) -> Completion<B> {
@@ -355,7 +347,7 @@ impl<B: Buffer> Ring<B> for BlockingRing<B> {
         }
         self.submit()?;
         // A time-out beyond the clock's end is none.
-        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        let deadline = timeout.map(deadline);
         loop {
             if !self.shared.lock().ready.is_empty() {
                 return Ok(self.waker.take());
@@ -389,7 +381,7 @@ impl<B: Buffer> Ring<B> for BlockingRing<B> {
         if mem::replace(&mut self.closed, true) {
             return drained;
         }
-        let deadline = Instant::now().checked_add(grace);
+        let deadline = Some(deadline(grace));
 
         // What nobody has started ends here.
         let mut unstarted = mem::take(&mut self.pending);
@@ -416,7 +408,7 @@ impl<B: Buffer> Ring<B> for BlockingRing<B> {
             let mut polled = [syscall::entry(self.shared.done.as_raw_fd(), libc::POLLIN)];
             if syscall::poll(&mut polled, left).is_err() {
                 // Short of memory, which passes; or else the grace time does.
-                thread::sleep(Duration::from_millis(1));
+                std::thread::sleep(Duration::from_millis(1));
             }
             self.shared.done.take();
         }

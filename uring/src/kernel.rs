@@ -74,6 +74,7 @@ use crate::{
     Buffer, Completion, Drained, Link, Op, Rejected, Ring, Token, Waker,
     open::{MAX_CAPACITY, check_capacity},
     syscall::kind,
+    time::deadline,
 };
 
 /// What the ring asks the kernel to do, and all that the kernel will do for it.
@@ -356,7 +357,7 @@ impl<B: Buffer> KernelRing<B> {
             {
                 self.missed.push(token);
                 self.cancel_again
-                    .get_or_insert_with(|| Instant::now() + CANCEL_AGAIN);
+                    .get_or_insert_with(|| deadline(CANCEL_AGAIN));
             }
         }
     }
@@ -581,7 +582,7 @@ impl<B: Buffer> Ring<B> for KernelRing<B> {
             return Ok(false);
         }
         // A time-out beyond the clock's end is none.
-        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        let deadline = timeout.map(deadline);
         let mut entered = false;
         loop {
             self.collect();
@@ -619,7 +620,7 @@ impl<B: Buffer> Ring<B> for KernelRing<B> {
         if mem::replace(&mut self.closed, true) {
             return drained;
         }
-        let deadline = Instant::now().checked_add(grace);
+        let deadline = Some(deadline(grace));
         if !self.queued.is_empty() {
             self.give_up_queue();
         }

@@ -68,6 +68,8 @@ mod ring;
 #[cfg(feature = "sim")]
 pub mod sim;
 mod syscall;
+pub mod thread;
+mod time;
 
 pub use crate::{
     blocking::BlockingRing,
@@ -76,4 +78,5 @@ pub use crate::{
     op::{Completion, Fd, Link, Op, Rejected, Token},
     open::{Backend, MAX_CAPACITY, UnknownBackend, open},
     ring::{Drained, Ring, Waker},
+    time::{deadline, later},
 };

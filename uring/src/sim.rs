@@ -45,6 +45,7 @@ use crate::{
     Buffer, Completion, Drained, Link, Op, Rejected, Ring, Token, Waker,
     open::check_capacity,
     syscall::{self, Progress, Step},
+    time::deadline,
 };
 
 /// What a [`SimRing`] does. The default does everything right, one operation after the other.
@@ -508,7 +509,7 @@ impl<B: Buffer> Ring<B> for SimRing<B> {
         self.start();
         self.apply_cancels()?;
         // A time-out beyond the clock's end is none.
-        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        let deadline = timeout.map(deadline);
         let mut fresh = true;
         loop {
             let woken = self.waker.take();

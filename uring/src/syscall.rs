@@ -185,6 +185,23 @@ pub(crate) fn poll(entries: &mut [libc::pollfd], timeout: Option<Duration>) -> i
     }
 }
 
+/// Whether `len` bytes of addresses can be had, to be written: maps them, and unmaps them again.
+pub(crate) fn has_room(len: usize) -> io::Result<()> {
+    let access = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    // SAFETY: a new mapping, wherever the kernel likes, touches no memory of ours.
+    let mapping = unsafe { libc::mmap(ptr::null_mut(), len, access, flags, -1, 0) };
+    if mapping == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it was mapped just now, all of it, and nothing refers to it.
+    if unsafe { libc::munmap(mapping, len) } == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
 /// The result of an operation that was cancelled before it moved a byte.
 pub(crate) fn canceled() -> io::Error {
     io::Error::from_raw_os_error(libc::ECANCELED)

@@ -55,7 +55,8 @@ impl Shared {
             buffer_len: BUFFER,
             reserves: plan.devices,
             reserve_len,
-        });
+        })
+        .expect("memory for the pool");
         let inbox = |_| Inbox::new(collector.clone(), 1 << 16);
         Self {
             inboxes: (0..plan.devices).map(inbox).collect(),

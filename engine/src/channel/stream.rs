@@ -32,8 +32,10 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
 };
 
+use vfio_migration_uring::{deadline, thread::spawn_scoped};
+
 use super::Channel;
-use crate::{task, verdict::Hangup};
+use crate::verdict::Hangup;
 
 /// How long the peer may take to end its side of all channels, once they are to be closed.
 pub(super) const DRAIN_TIME: Duration = Duration::from_secs(1);
@@ -327,7 +329,7 @@ impl Finished {
 
 impl Drop for Finished {
     fn drop(&mut self) {
-        let deadline = Instant::now() + DRAIN_TIME;
+        let deadline = deadline(DRAIN_TIME);
         let (mut custom, mut sockets): (Vec<_>, Vec<_>) = std::mem::take(&mut self.0)
             .into_iter()
             .partition(|channel| channel.stream.drains_until_hung_up());
@@ -347,8 +349,7 @@ impl Drop for Finished {
                     hangups.iter().flatten().for_each(|hangup| hangup());
                 }
             };
-            let builder = thread::Builder::new().name("vfio-mig-close".into());
-            if task::with_signals_blocked(|| builder.spawn_scoped(scope, hang_up)).is_ok() {
+            if spawn_scoped(scope, "vfio-mig-close", hang_up).is_ok() {
                 for channel in &mut custom {
                     channel.stream.drain(deadline);
                 }

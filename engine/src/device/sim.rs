@@ -68,11 +68,14 @@ use self::{
     image::{mix, part},
     session::{Loaded, Room, Session},
 };
-use super::{MigrationDevice, StateEvent};
+use super::{MAX_DATA_SIZE, MigrationDevice, StateEvent};
 use crate::state::{DeviceState, MigrationFlags, PrecopyInfo};
 
 /// The longest config that a simulated device loads, in bytes.
 const MAX_CONFIG_LEN: u32 = 16 << 20;
+
+/// The most that a pipe or socket is asked to hold.
+const MAX_BUFFER: usize = 1 << 30;
 
 /// A simulated VFIO device. See the [module](self).
 ///
@@ -119,10 +122,19 @@ impl SimDevice {
     /// # Errors
     ///
     /// `EINVAL` where the config asks for what cannot be: a state that the flags do not have, or
-    /// one in the middle of a session.
+    /// one in the middle of a session; a length above [`MAX_DATA_SIZE`], a config above 16 MiB, a
+    /// buffer above 1 GiB, pieces of nothing.
     pub fn new(config: SimConfig) -> io::Result<Self> {
         let state = config.state;
         if !config.flags.supports(state) || state.is_saving() || state == DeviceState::Resuming {
+            return Err(Errno::EINVAL.into());
+        }
+        if config.len > MAX_DATA_SIZE
+            || config.precopy_initial > MAX_DATA_SIZE
+            || config.config_len > MAX_CONFIG_LEN
+            || config.buffer.is_some_and(|len| len > MAX_BUFFER)
+            || config.piece == Some(0)
+        {
             return Err(Errno::EINVAL.into());
         }
         // Not the same as the image's words, which begin at 0.

@@ -209,7 +209,7 @@ impl LoadInlet {
         }
         let mut found = found.map(|found| found.map(Some));
         if found.is_none() && self.spill.is_some() {
-            let until = Instant::now() + SPILL_AFTER;
+            let until = deadline(SPILL_AFTER);
             let look = || self.look(packet, false);
             found = load
                 .room
@@ -249,7 +249,7 @@ impl LoadInlet {
         let spilled = self.aside.take().expect("a lease has found it space");
         let mut bounce = mem::take(&mut self.bounce);
         if bounce.is_empty() {
-            bounce = vec![0; BOUNCE].into();
+            bounce = zeroed(BOUNCE, "memory to spill through")?.into();
         }
         let len = packet.remaining;
         for at in (0..len).step_by(BOUNCE) {

@@ -11,6 +11,8 @@
 //! A packet that was spilled comes back through the ring too, a part at a time, into a buffer of the
 //! pool or, where there is none, into one of the flow's own: nobody else's packets can keep it out.
 
+use nix::errno::Errno;
+
 use super::*;
 
 /// Packets up to this many bytes are gathered into one write where several are ready: copying them
@@ -34,6 +36,8 @@ pub(crate) struct LoadFlow {
     /// The config packet's data so far, once it is next.
     config: Vec<u8>,
     config_taken: bool,
+    /// Why the config is not kept, where the host has no memory for it.
+    no_room: Option<Error>,
     /// The packet that is being read back. Whatever is behind it waits in its slots.
     read_back: Option<ReadBack>,
     /// A buffer for that where the pool has none. There once it was needed.
@@ -155,6 +159,7 @@ impl LoadFlow {
             cursor: Cursor::new(),
             config: Vec::new(),
             config_taken: false,
+            no_room: None,
             read_back: None,
             own: None,
             ready: Batch::default(),
@@ -207,7 +212,11 @@ impl LoadFlow {
     fn take_config(&mut self, packet: Packet) {
         if let Payload::Piece(piece) = packet.payload {
             let lease = Pool::adopt(&*self.load.pool, piece);
-            self.config.extend_from_slice(lease.bytes());
+            if let Err(error) = keep(&mut self.config, lease.bytes()) {
+                self.no_room = Some(error.on_device(&self.device.id));
+                self.config_taken = true;
+                return;
+            }
         }
         self.config_taken = !packet.more;
     }
@@ -260,7 +269,7 @@ impl LoadFlow {
     }
 
     /// Has the ring read the next part of a spilled packet. The lane is idle, and the batch empty.
-    fn read_on(&mut self, ring: &mut dyn Ring<Buffer>) {
+    fn read_on(&mut self, ring: &mut dyn Ring<Buffer>) -> Result<()> {
         let packet = self.read_back.as_mut().expect("there is one to be read");
         let (offset, run) = packet.spilled.locate(packet.at);
         let most = self.load.pool.layout().buffer_len;
@@ -269,20 +278,20 @@ impl LoadFlow {
         } else {
             None
         };
-        let lease = lease.unwrap_or_else(|| {
-            let own = self.own.get_or_insert_with(|| {
-                Arc::new(Pool::new(PoolLayout {
-                    buffers: 0,
-                    buffer_len: 0,
-                    reserves: 1,
-                    reserve_len: READ_BACK,
-                }))
-            });
-            let lease = Pool::reserve(own.clone(), 0);
-            let mut lease = lease.expect("what was in it before has been written");
-            lease.truncate(run.min(READ_BACK));
-            lease
-        });
+        let lease = match lease {
+            Some(lease) => lease,
+            None => {
+                let own = match self.own.take() {
+                    Some(own) => own,
+                    None => own_buffer()
+                        .map_err(|error| error.on_device(&self.device.id).at_index(packet.index))?,
+                };
+                let lease = Pool::reserve(self.own.insert(own).clone(), 0);
+                let mut lease = lease.expect("what was in it before has been written");
+                lease.truncate(run.min(READ_BACK));
+                lease
+            }
+        };
         packet.reading = true;
         let file = packet.spilled.file().fd().clone();
         self.lane.read_aside(
@@ -291,6 +300,7 @@ impl LoadFlow {
             ring,
             &self.device.counters,
         );
+        Ok(())
     }
 
     /// Puts what has been read of a spilled packet where it goes.
@@ -310,7 +320,8 @@ impl LoadFlow {
             packet.spilled.file().read_back(len);
             packet.at += len;
             if packet.config {
-                self.config.extend_from_slice(buffer.bytes());
+                let kept = keep(&mut self.config, buffer.bytes());
+                kept.map_err(|error| error.on_device(&self.device.id).at_index(index))?;
                 continue;
             }
             let ready = &mut self.ready;
@@ -381,6 +392,27 @@ impl LoadFlow {
     }
 }
 
+/// Adds a part of a config packet to what is kept of it.
+fn keep(config: &mut Vec<u8>, bytes: &[u8]) -> Result<()> {
+    let reserved = config.try_reserve(bytes.len());
+    reserved.map_err(|_| Error::lacking(Phase::Load, "memory for a config", Errno::ENOMEM))?;
+    config.extend_from_slice(bytes);
+    Ok(())
+}
+
+/// A buffer of the flow's own.
+fn own_buffer() -> Result<Arc<Pool>> {
+    let pool = Pool::new(PoolLayout {
+        buffers: 0,
+        buffer_len: 0,
+        reserves: 1,
+        reserve_len: READ_BACK,
+    });
+    let what = "memory to read a spilled packet back";
+    pool.map(Arc::new)
+        .map_err(|error| Error::lacking(Phase::Load, what, error))
+}
+
 impl Flow for LoadFlow {
     fn lane(&mut self) -> &mut Lane {
         &mut self.lane
@@ -436,10 +468,15 @@ impl Flow for LoadFlow {
             return Pump::Busy;
         }
         if self.read_back.is_some() {
-            self.read_on(context.ring);
-            return Pump::Busy;
+            return match self.read_on(context.ring) {
+                Ok(()) => Pump::Busy,
+                Err(error) => Pump::Finished(Err(error)),
+            };
         }
         self.tell();
+        if let Some(error) = self.no_room.take() {
+            return Pump::Finished(Err(error));
+        }
         if self.config_taken {
             let Some(started) = self.started else {
                 // The gate: no config before the switchover.

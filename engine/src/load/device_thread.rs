@@ -52,7 +52,7 @@ fn finish_load(load: &Load, shared: &LoadDevice, device: &mut Device) -> Result<
     let body = wire::config_body(&config).map_err(|error| error.on_device(&shared.id))?;
     if shared.config_waits {
         // A time beyond the clock's end is none.
-        let until = Instant::now().checked_add(load.settings.config_ready_timeout);
+        let until = Some(deadline(load.settings.config_ready_timeout));
         match shared.control.wait_config_ready(until) {
             Some(told) => told.map_err(cancelled)?,
             None => {
@@ -85,7 +85,7 @@ fn finish_load(load: &Load, shared: &LoadDevice, device: &mut Device) -> Result<
 fn wait_for_driver(load: &Load, shared: &LoadDevice) -> Drained {
     if shared.control.wait_drained().is_err() {
         // The driver bounds its own part by the grace time.
-        let until = Instant::now() + load.settings.grace + SLACK;
+        let until = later(deadline(load.settings.grace), SLACK);
         if !shared.control.wait_drained_until(until) {
             return Err(Error::new(ErrorKind::Stuck, Phase::Load).on_device(&shared.id));
         }
@@ -136,8 +136,7 @@ pub(crate) fn wait_written(
 ) -> Result<()> {
     let mut before = 0;
     loop {
-        // A time beyond the clock's end is none.
-        let deadline = Instant::now().checked_add(no_progress);
+        let deadline = Some(deadline(no_progress));
         let mut written = 0;
         let ended = shared.progress.wait(deadline, || {
             // Acquire: with the driver's release.

@@ -93,7 +93,7 @@ impl Room {
 
     /// Waits until `look` finds something, but not longer than patience lasts.
     pub(super) fn wait_patiently<R>(&self, look: impl FnMut() -> Option<R>) -> Option<R> {
-        self.patient.wait(Some(Instant::now() + PATIENCE), look)
+        self.patient.wait(Some(deadline(PATIENCE)), look)
     }
 
     /// Waits until `look` finds something.

@@ -469,7 +469,8 @@ fn decide(devices: &[Realized], terms: &Terms, session: &LoadBuilder) -> Result<
         if devices[..at].iter().any(|other| other.id() == id) {
             return Err(misuse("two devices of one name").on_device(id));
         }
-        let decided = terms.decide(realized.settings.transfer);
+        let checked = realized.settings.check();
+        let decided = checked.and_then(|()| terms.decide(realized.settings.transfer));
         multifd.push(decided.map_err(|error| error.on_device(id))?);
     }
     Ok(multifd)

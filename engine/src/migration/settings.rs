@@ -3,7 +3,10 @@
 //! Plain values, any thread, no waits. The sizes and times of a session are
 //! [`Settings`](crate::Settings).
 
-use crate::error::{Error, ErrorKind, Phase, Result};
+use crate::{
+    error::{Error, ErrorKind, Phase, Result},
+    settings::check_data_len,
+};
 
 /// A switch that can be left to its rule.
 #[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
@@ -33,7 +36,8 @@ pub struct DeviceSettings {
     /// ([`MigrationDevice::event`](crate::MigrationDevice::event)). Off.
     pub events: bool,
     /// Source: the most bytes that are read at once, and so a packet's data. Unless set, the
-    /// device's estimate of its state, but not above 1 MiB nor below 64 KiB.
+    /// device's estimate of its state, but not above 1 MiB nor below 64 KiB. Just below 16 MiB at most:
+    /// checked when a migration is set up, before the device changes its state.
     pub buffer_len: Option<usize>,
     /// Whether its config, where that comes over the channels, waits for its notice on the main
     /// channel. Unless set, what was agreed on for the VM ([`Terms::config_after_iterables`]). Both ends
@@ -51,6 +55,15 @@ impl Default for DeviceSettings {
             buffer_len: None,
             config_after_iterables: None,
         }
+    }
+}
+
+impl DeviceSettings {
+    /// Refuses what no migration can do.
+    pub(super) fn check(&self) -> Result<()> {
+        let what = "DeviceSettings::buffer_len: 1 byte to just below 16 MiB";
+        self.buffer_len
+            .map_or(Ok(()), |len| check_data_len(what, len))
     }
 }
 

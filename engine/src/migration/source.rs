@@ -27,6 +27,7 @@ use super::{Ack, Acks, DeviceSettings, Failed, Realized, Terms, put_back};
 use crate::{
     device::{Device, MAX_DATA_SIZE, buffer_len, stop_copy_estimate},
     error::{Error, ErrorKind, Phase, Result},
+    host::zeroed,
     id::DeviceId,
     section,
     session::SourceChannels,
@@ -151,6 +152,7 @@ impl Source {
 
     fn set_up(&mut self, terms: &Terms, body: impl Write) -> Result<()> {
         terms.prepare()?;
+        self.settings.check()?;
         self.multifd = terms.decide(self.settings.transfer)?;
         self.over_channels = self.multifd && terms.precopy_over_channels;
         let mut writer = section::Writer::new(body);
@@ -162,6 +164,7 @@ impl Source {
         // Once, for the whole migration: packets are as large as this.
         let len = self.settings.buffer_len;
         let len = len.unwrap_or_else(|| buffer_len(self.device.data_size().ok()));
+        self.buffer = zeroed(len, "buffer for the device's data")?;
         if self.over_channels {
             writer.setup_over_channels()?;
         } else {
@@ -177,11 +180,6 @@ impl Source {
                 self.asks = true;
             }
         }
-        if len == 0 {
-            let kind = ErrorKind::Config("a buffer of at least 1 byte: 0 reads like the end");
-            return Err(Error::new(kind, Phase::Setup));
-        }
-        self.buffer = vec![0; len];
         trace::save_setup(self.device.id(), len as u64);
         writer.end()
     }

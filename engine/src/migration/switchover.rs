@@ -21,6 +21,7 @@ use crate::{
     channel::Finished,
     device::Device,
     error::{Error, ErrorKind, Phase, Refusal, Result},
+    host::Growing,
     id::DeviceId,
     section,
     session::{NotStarted, SaveBuilder, SaveSession},
@@ -221,7 +222,8 @@ impl Switchover {
                     }
                     let since = Instant::now();
                     let mut config = Vec::new();
-                    source.device.save_config(&mut config)?;
+                    let mut growing = Growing::new(&mut config, u32::MAX as usize);
+                    source.device.save_config(&mut growing)?;
                     source.counters.phases.config.add_time(since.elapsed());
                     writer.config(&config)
                 }

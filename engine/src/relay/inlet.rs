@@ -22,10 +22,10 @@ pub(super) fn serve(
     let sink = PassOn {
         shared: shared.clone(),
         line: line.clone(),
-        chunk: vec![0; CHUNK].into_boxed_slice(),
+        chunk: zeroed(CHUNK, "memory for a channel")?.into(),
     };
     line.with_sender(|sender| sender.set_timeout(terms.no_progress))?;
-    let receiver = Receiver::new(source.with_ram_sink(sink), line.number(), terms);
+    let receiver = Receiver::new(source.with_ram_sink(sink), line.number(), terms)?;
     let mut inlet = RelayInlet::new(shared.clone(), counters);
     receiver.run(&mut inlet, |hello, bytes| {
         {

@@ -71,7 +71,7 @@ impl Mover<'_> {
             }
             let incomplete = self.moved.iter().any(|moved| !moved.complete);
             let before = (incomplete || shared.queue.waiting() > 0).then(|| shared.activity());
-            let deadline = before.map(|_| Instant::now() + shared.no_progress);
+            let deadline = before.map(|_| deadline(shared.no_progress));
             let found = shared.arrivals.wait(deadline, || self.look().then_some(()));
             if found.is_some() || before != Some(shared.activity()) {
                 still = 0;

@@ -45,7 +45,7 @@ use crossbeam_utils::CachePadded;
 use vfio_migration_uring::Buffer as RingBuffer;
 
 use crate::{
-    arena::{Arena, GRANULE, Touch},
+    arena::{Arena, GRANULE, NoMemory, Touch},
     sync::atomic::{
         AtomicU32, AtomicU64,
         Ordering::{AcqRel, Acquire, Relaxed, Release},
@@ -182,53 +182,63 @@ pub struct Pool {
 impl Pool {
     /// Allocates and touches all of a pool's memory.
     ///
+    /// # Errors
+    ///
+    /// [`NoMemory`], where the host does not have as much.
+    ///
     /// # Panics
     ///
     /// Where the layout is beyond [`PoolLayout::MAX_BUFFERS`] or [`PoolLayout::MAX_BUFFER_LEN`], or
     /// a size is not a multiple of [`ALIGN`].
-    #[must_use]
-    pub fn new(layout: PoolLayout) -> Self {
+    pub fn new(layout: PoolLayout) -> Result<Self, NoMemory> {
         Self::with(layout, Touch::AtOnce)
     }
 
     /// As [`Pool::new`], but each page is touched by its first user.
     ///
+    /// # Errors
+    ///
+    /// As for [`Pool::new`].
+    ///
     /// # Panics
     ///
     /// As [`Pool::new`].
-    #[must_use]
-    pub fn untouched(layout: PoolLayout) -> Self {
+    pub fn untouched(layout: PoolLayout) -> Result<Self, NoMemory> {
         Self::with(layout, Touch::Lazily)
     }
 
-    fn with(layout: PoolLayout, touch: Touch) -> Self {
+    fn with(layout: PoolLayout, touch: Touch) -> Result<Self, NoMemory> {
         assert!(layout.buffers + layout.reserves <= PoolLayout::MAX_BUFFERS);
         for len in [layout.buffer_len, layout.reserve_len] {
             assert!(len <= PoolLayout::MAX_BUFFER_LEN && len.is_multiple_of(ALIGN));
         }
-        let buffers = (0..layout.buffers + layout.reserves)
-            .map(|index| {
-                CachePadded::new(Buffer {
-                    holders: AtomicU32::new(0),
-                    next: AtomicU32::new(if index + 1 < layout.buffers {
-                        index + 1
-                    } else {
-                        Head::NIL
-                    }),
-                })
+        let arena = Arena::new(layout.size(), touch)?;
+        let count = layout.buffers + layout.reserves;
+        let mut buffers = Vec::new();
+        let bytes = count as usize * size_of::<CachePadded<Buffer>>();
+        let reserved = buffers.try_reserve_exact(count as usize);
+        reserved.map_err(|_| NoMemory(bytes))?;
+        buffers.extend((0..count).map(|index| {
+            CachePadded::new(Buffer {
+                holders: AtomicU32::new(0),
+                next: AtomicU32::new(if index + 1 < layout.buffers {
+                    index + 1
+                } else {
+                    Head::NIL
+                }),
             })
-            .collect();
+        }));
         let first = if layout.buffers > 0 { 0 } else { Head::NIL };
-        Self {
+        Ok(Self {
             head: CachePadded::new(AtomicU64::new(Head::new(0, first).0)),
             in_use: CachePadded::new(AtomicU32::new(0)),
             in_use_high: AtomicU32::new(0),
-            buffers,
+            buffers: buffers.into(),
             layout,
-            arena: Arena::new(layout.size(), touch),
+            arena,
             #[cfg(feature = "faults")]
             refusals: std::sync::OnceLock::new(),
-        }
+        })
     }
 
     /// Has it refuse leases by a plan, from now on. Once.
@@ -639,6 +649,7 @@ mod tests {
             reserves,
             reserve_len: 64,
         })
+        .unwrap()
     }
 
     #[test]

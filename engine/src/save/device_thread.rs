@@ -4,7 +4,10 @@
 //!   STOP_COPY ─▶ attach the flow ─▶ save the config meanwhile ─▶ wait for the driver
 //! ```
 
+use std::io::Write;
+
 use super::*;
+use crate::host::Growing;
 
 /// The device's thread: everything of a save but the bytes. Returns once all of the device is in
 /// the queue, or it is put back, or given up.
@@ -58,17 +61,26 @@ fn set_up_device(save: &Arc<Save>, shared: &Arc<SaveDevice>, device: &mut Device
     attached.map_err(|_flow| cancelled())
 }
 
+/// The largest config packet's data: with its headers its length fits 32 bits.
+const MAX_CONFIG: usize = u32::MAX as usize - wire::DEVICE_PACKET_LEN;
+
 /// Saves the config while the driver reads: a device in STOP_COPY does not change.
 fn save_config(save: &Save, shared: &SaveDevice, device: &mut Device) -> Result<()> {
     let since = Instant::now();
-    let mut config = Vec::new();
-    device.save_config(&mut config)?;
+    let mut packet = Vec::new();
+    let mut growing = Growing::new(&mut packet, MAX_CONFIG);
+    let framing = |error| {
+        let error = Error::lacking(Phase::Config, "memory for a config", error);
+        error.on_device(&shared.id)
+    };
+    growing
+        .write_all(&wire::Tag::Config.encode())
+        .map_err(framing)?;
+    device.save_config(&mut growing)?;
+    growing
+        .write_all(&wire::Tag::EndOfState.encode())
+        .map_err(framing)?;
     shared.counters.phases.config.add_time(since.elapsed());
-    let packet = wire::wrap_config(&config);
-    if u32::try_from(packet.len() + wire::DEVICE_PACKET_LEN).is_err() {
-        let kind = ErrorKind::Config("a config is below 4 GiB");
-        return Err(Error::new(kind, Phase::Config).on_device(&shared.id));
-    }
     shared
         .config
         .set(packet)
@@ -82,7 +94,7 @@ fn save_config(save: &Save, shared: &SaveDevice, device: &mut Device) -> Result<
 fn wait_for_driver(save: &Save, shared: &SaveDevice) -> Result<()> {
     if shared.control.wait_drained().is_err() {
         // The driver bounds its own part by the grace time.
-        let until = Instant::now() + save.grace + SLACK;
+        let until = later(deadline(save.grace), SLACK);
         if !shared.control.wait_drained_until(until) {
             return Err(Error::new(ErrorKind::Stuck, Phase::Save).on_device(&shared.id));
         }

@@ -8,7 +8,7 @@ use std::{
     time::Instant,
 };
 
-use vfio_migration_uring::Waker;
+use vfio_migration_uring::{Waker, deadline};
 
 use super::{
     Canceller, Common, DeviceReport, Ferry, NotStarted, Parts, Report, Returned, builder_methods,
@@ -19,6 +19,7 @@ use crate::{
     device::Device,
     driver::{Driver, Handle},
     error::{Error, ErrorKind, Phase, Result, Violation},
+    host::no_budget,
     id::DeviceId,
     load::{self, Load, LoadDevice, LoadFlow, LoadInlet, LoadSettings, Route, Spilling},
     reorder::control::SLACK,
@@ -171,15 +172,17 @@ impl LoadSession {
         others: Vec<DeviceId>,
         devices: usize,
     ) -> Result<(Self, Driver<LoadFlow>)> {
+        parts.settings.check()?;
         let limit = parts.settings.device_limit(devices)?;
         let memory = parts.settings.load_memory(limit)?;
         let given = u32::try_from(parts.channels.len()).unwrap_or(u32::MAX);
+        parts.settings.check_channels(given)?;
         let expected = parts.settings.channels.max(given);
         let waker = Waker::new().map_err(host)?;
         let (ring, backend) = parts.ring(limit, waker.clone())?;
         let settings = &parts.settings;
         let handle = Arc::new(Handle::new(waker));
-        let load = Arc::new(Load::new(
+        let load = Load::new(
             memory.pool,
             memory.staging,
             handle.clone(),
@@ -198,7 +201,8 @@ impl LoadSession {
                 grace: settings.grace,
                 config_ready_timeout: settings.config_ready_timeout,
             },
-        ));
+        );
+        let load = Arc::new(load.map_err(no_budget)?);
         #[cfg(feature = "faults")]
         if let Some(plan) = parts.refusals.take() {
             load.pool.refuse_by(plan.clone());
@@ -365,7 +369,7 @@ impl LoadSession {
         let shared = self.device(id)?;
         shared.unplug();
         self.load.remove(&shared);
-        let deadline = Instant::now() + 2 * self.common.grace + 2 * SLACK;
+        let deadline = self.common.end_of_grace(Instant::now());
         let ended = shared.control.wait_end(Some(deadline));
         let returned = lock(&self.common.returned).remove(&shared.ordinal);
         lock(&self.ids)
@@ -428,11 +432,13 @@ impl LoadSession {
             TaskKind::Channel(number),
             format!("vfio-mig-ch{number}"),
             move || {
-                let receiver = Receiver::new(channel, number, terms);
                 let mut inlet = LoadInlet::new(load.clone(), counters, spill);
-                let result = receiver.run(&mut inlet, |hello, _| {
-                    hello.check(&terms.uuid, terms.channels)?;
-                    greet(&greeted, hello.id)
+                let receiver = Receiver::new(channel, number, terms);
+                let result = receiver.and_then(|receiver| {
+                    receiver.run(&mut inlet, |hello, _| {
+                        hello.check(&terms.uuid, terms.channels)?;
+                        greet(&greeted, hello.id)
+                    })
                 });
                 drop(inlet);
                 if let Err(error) = result {
@@ -624,7 +630,7 @@ impl LoadSession {
         let failed_at = || self.load.verdict.failed_at();
         self.common.wait_for_end(failed_at, || self.devices_ended());
         // The channels end by themselves where the source has closed them.
-        let patience = Instant::now() + self.common.no_progress;
+        let patience = deadline(self.common.no_progress);
         let crew = &self.common.crew;
         let ended = || (crew.at_work() <= 1 || failed_at().is_some()).then_some(());
         if crew.wait(Some(patience), ended).is_none() {
@@ -635,7 +641,7 @@ impl LoadSession {
             });
         }
         self.load.verdict.hang_up();
-        let short = Some(Instant::now() + SLACK);
+        let short = Some(deadline(SLACK));
         crew.wait(short, || (crew.at_work() <= 1).then_some(()));
         self.load.driver.close();
         crew.wait(short, || crew.is_idle().then_some(()));

@@ -4,6 +4,7 @@ use std::fmt;
 
 use crate::{
     error::{Error, Result, Violation},
+    host::zeroed,
     id::DeviceId,
     lane::Buffer,
     load::{Incoming, LoadInlet},
@@ -123,7 +124,7 @@ impl Publisher {
             found => {
                 drop(found);
                 self.inlet.put_off();
-                Memory::Own(vec![0; len])
+                Memory::Own(self.fail_with(zeroed(len, "memory for a packet"))?)
             }
         };
         Ok(PacketLease::new(self, incoming, memory))

@@ -5,10 +5,9 @@ use std::{
     fmt,
     os::fd::{AsFd, BorrowedFd},
     sync::mpsc,
-    time::Instant,
 };
 
-use vfio_migration_uring::Waker;
+use vfio_migration_uring::{Waker, deadline};
 
 use super::{
     Canceller, Common, Ferry, NotStarted, Parts, Report, SourceChannels, builder_methods, host,
@@ -18,10 +17,11 @@ use crate::{
     device::{Device, buffer_len},
     driver::{Driver, Handle},
     error::{Error, ErrorKind, Phase, Result},
+    host::no_budget,
     id::DeviceId,
     reorder::control::SLACK,
     save::{self, Save, SaveDevice, SaveFlow},
-    settings::Settings,
+    settings::{Settings, check_data_len},
     stats::{ChannelCounters, Stats},
     sync::{Arc, Mutex, lock},
     task::{Crew, Task, TaskKind},
@@ -133,6 +133,7 @@ impl SaveSession {
             let kind = ErrorKind::Config("a save has 1 to 255 channels");
             return Err(Error::new(kind, Phase::Setup));
         }
+        parts.settings.check()?;
         let limit = parts.settings.device_limit(devices.len())?;
         let mut sized: Vec<(DeviceId, usize, u32)> = Vec::with_capacity(devices.len());
         for device in devices {
@@ -142,6 +143,10 @@ impl SaveSession {
             }
             let known = parts.data_lens.iter().find(|(id, _)| id == device.id());
             let len = known.map(|(_, len)| *len).or(parts.settings.data_len);
+            if let Some(len) = len {
+                let what = "a device's data_len: 1 byte to just below 16 MiB";
+                check_data_len(what, len).map_err(|error| error.on_device(device.id()))?;
+            }
             let len = len.unwrap_or_else(|| buffer_len(device.data_size().ok()));
             let first = parts.first.iter().find(|(id, _)| id == device.id());
             let first = first.map_or(0, |(_, first)| *first);
@@ -153,7 +158,8 @@ impl SaveSession {
         let (ring, backend) = parts.ring(limit, waker.clone())?;
         let handle = Arc::new(Handle::new(waker));
         let grace = parts.settings.grace;
-        let save = Arc::new(Save::new(sized, memory.pool, handle.clone(), grace));
+        let save =
+            Arc::new(Save::new(sized, memory.pool, handle.clone(), grace).map_err(no_budget)?);
         #[cfg(feature = "faults")]
         if let Some(plan) = parts.refusals.take() {
             save.pool.refuse_by(plan);
@@ -366,7 +372,7 @@ impl SaveSession {
         let failed_at = || self.save.verdict.failed_at();
         self.common.wait_for_end(failed_at, || crew.at_work() <= 1);
         self.save.driver.close();
-        let short = Some(Instant::now() + SLACK);
+        let short = Some(deadline(SLACK));
         crew.wait(short, || crew.is_idle().then_some(()));
         let leaked = self.save.driver.leaked.get() > 0;
         let left_behind = crew.join(leaked);

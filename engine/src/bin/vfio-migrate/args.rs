@@ -6,7 +6,7 @@ use std::{path::Path, time::Duration};
 
 use clap::ValueEnum;
 use vfio_migration::{
-    Backend, Settings, Spill,
+    Backend, MAX_DATA_SIZE, Settings, Spill,
     migration::{OnOffAuto, Terms},
     wire::PageSize,
 };
@@ -118,6 +118,14 @@ pub(crate) fn size(text: &str) -> Result<u64, String> {
         .map_err(|error| format!("{error}; a size is like 4096, 64KiB, 1.5GiB"))
 }
 
+/// Reads the size of a device's state.
+pub(crate) fn state(text: &str) -> Result<u64, String> {
+    match size(text)? {
+        len if len <= MAX_DATA_SIZE => Ok(len),
+        _ => Err("a device's state has at most 1024 TiB".into()),
+    }
+}
+
 /// Reads a size of something that is held in memory, and is not empty.
 pub(crate) fn memory(text: &str) -> Result<usize, String> {
     match usize::try_from(size(text)?) {
@@ -173,6 +181,8 @@ mod tests {
         for wrong in ["", "x", "-1", "1ZB", "17179869184GiB", "1 kg"] {
             assert!(size(wrong).is_err(), "{wrong}");
         }
+        assert_eq!(state("1024TiB"), Ok(1 << 50));
+        assert!(state("1125899906842625").is_err());
         assert!(memory("0").is_err());
         assert!(packet("16MiB").is_err());
     }

@@ -54,7 +54,7 @@ pub(crate) struct Options {
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=1024))]
     devices: u32,
     /// The size of each device's state (at least the 24 bytes of its header)
-    #[arg(long, value_name = "SIZE", default_value = "256MiB", value_parser = args::size)]
+    #[arg(long, value_name = "SIZE", default_value = "256MiB", value_parser = args::state)]
     state: u64,
     /// How many connections
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=255))]

@@ -105,12 +105,12 @@ impl Spec {
                 Some(("id", value)) => id = Some(value),
                 Some(("instance", value)) => instance = number("instance", value)?,
                 Some(("size", value)) => {
-                    size = args::size(value).map_err(|error| format!("size={value}: {error}"))?;
+                    size = args::state(value).map_err(|error| format!("size={value}: {error}"))?;
                 }
                 Some(("seed", value)) => seed = number("seed", value)?,
                 Some(("precopy", value)) => {
                     precopy =
-                        args::size(value).map_err(|error| format!("precopy={value}: {error}"))?;
+                        args::state(value).map_err(|error| format!("precopy={value}: {error}"))?;
                 }
                 _ => {
                     return Err(format!(

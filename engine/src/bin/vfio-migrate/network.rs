@@ -30,6 +30,7 @@ use nix::{
     sys::socket::{MsgFlags, recv, setsockopt, sockopt},
 };
 use vfio_migration::Channel;
+use vfio_migration_uring::deadline;
 
 use crate::{Interrupted, interrupt};
 
@@ -185,7 +186,7 @@ impl Connection {
     /// a connection that is closed with bytes unread loses them on the way.
     pub(crate) fn linger(&mut self, patience: Duration) {
         self.shutdown(Shutdown::Write);
-        let deadline = Instant::now() + patience;
+        let deadline = deadline(patience);
         let mut buffer = [0; 4096];
         while let left = deadline.saturating_duration_since(Instant::now())
             && !left.is_zero()
@@ -248,7 +249,7 @@ pub(crate) fn connect(
     patience: Duration,
     timeout: Duration,
 ) -> anyhow::Result<Connection> {
-    let deadline = Instant::now() + patience;
+    let deadline = deadline(patience);
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         match connect_once(address, left.max(TICK)) {

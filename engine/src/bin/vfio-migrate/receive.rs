@@ -29,6 +29,7 @@ use vfio_migration::{
     section::Tag,
     stream::{Command, Event, MainChannelOrder, Reader, Reply, SectionKind},
 };
+use vfio_migration_uring::deadline;
 
 use crate::{
     Interrupted,
@@ -117,7 +118,7 @@ struct Hall<'a> {
 impl Hall<'_> {
     /// Waits for the main channel.
     fn main(&mut self) -> anyhow::Result<Connection> {
-        let deadline = Instant::now() + self.options.accept_timeout;
+        let deadline = deadline(self.options.accept_timeout);
         loop {
             match self.door.answer()? {
                 Some(Caller::Main(connection)) => return Ok(connection),
@@ -185,9 +186,9 @@ impl MainChannel<'_> {
             let loading = self.switched.get().is_some() && !self.incoming.is_finished();
             let times = if loading { 2 } else { 1 };
             ensure!(
-                since.elapsed() < self.options.timeout * times,
+                since.elapsed() < self.options.timeout.saturating_mul(times),
                 "nothing was heard from the source for {} s",
-                (self.options.timeout * times).as_secs_f64()
+                self.options.timeout.saturating_mul(times).as_secs_f64()
             );
         }
         Ok(())
@@ -444,7 +445,7 @@ fn load(
         path,
         hall,
         channels: 0,
-        deadline: Instant::now() + options.timeout,
+        deadline: deadline(options.timeout),
         said: Instant::now(),
     };
     let names: Vec<_> = subjects
@@ -459,7 +460,7 @@ fn load(
             incoming.fail(main_failed());
         }
         let ends_within = |patience| {
-            let until = Instant::now() + patience;
+            let until = deadline(patience);
             while !reading.is_finished() && Instant::now() < until {
                 thread::sleep(Duration::from_millis(5));
             }

@@ -26,6 +26,7 @@ use vfio_migration::{
     },
     stream::{Command, SectionKind},
 };
+use vfio_migration_uring::deadline;
 
 use crate::{
     Interrupted,
@@ -116,7 +117,7 @@ fn greet(
         sources.push(source);
     }
     words.command(Command::Ping(PING))?;
-    let deadline = Instant::now() + options.timeout;
+    let deadline = deadline(options.timeout);
     while !replies.ponged {
         replies.wait()?;
         if interrupt::requested() {
@@ -257,7 +258,7 @@ fn send_all(
         }
     }
     // Its peer may know why.
-    let until = Instant::now() + EXPLANATION;
+    let until = deadline(EXPLANATION);
     while main.is_none()
         && save.failure().as_ref().is_some_and(is_the_peers)
         && Instant::now() < until
@@ -411,7 +412,7 @@ fn talk(
 /// A broken connection is explained by what the destination has said before.
 fn explain(error: anyhow::Error, replies: &mut Replies<'_>) -> anyhow::Error {
     let broken = error.downcast_ref::<Error>().is_some_and(is_the_peers);
-    let until = Instant::now() + EXPLANATION;
+    let until = deadline(EXPLANATION);
     while broken && Instant::now() < until {
         if let Err(reason) = replies.wait() {
             return main_channel::both(error, &reason);

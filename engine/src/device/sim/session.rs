@@ -24,7 +24,7 @@ use std::{
         unix::{fs::FileExt, net::UnixStream},
     },
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
-    thread::{self, JoinHandle},
+    thread::JoinHandle,
 };
 
 use nix::{
@@ -37,6 +37,7 @@ use nix::{
     },
     unistd::pipe2,
 };
+use vfio_migration_uring::thread;
 use xxhash_rust::xxh3::Xxh3Default;
 
 use super::{
@@ -130,9 +131,7 @@ impl Session {
         }
         let control = Control::new(limit, None)?;
         let mut worker = Worker::new(config, ours, &control);
-        let thread = thread::Builder::new()
-            .name("sim-save".into())
-            .spawn(move || worker.save(image))?;
+        let thread = thread::spawn("sim-save", move || worker.save(image))?;
         Ok((Self::of_thread(control, thread), theirs))
     }
 
@@ -143,9 +142,7 @@ impl Session {
                 let (ours, theirs) = wire(config, Direction::Load)?;
                 let control = Control::new(0, None)?;
                 let mut worker = Worker::new(config, ours, &control);
-                let thread = thread::Builder::new()
-                    .name("sim-load".into())
-                    .spawn(move || worker.load())?;
+                let thread = thread::spawn("sim-load", move || worker.load())?;
                 Ok((Self::of_thread(control, thread), theirs))
             }
             Room::Memory(mapping) => {
