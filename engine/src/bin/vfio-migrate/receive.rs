@@ -25,7 +25,7 @@ use std::{
 use anyhow::{Context, anyhow, bail, ensure};
 use vfio_migration::{
     Device, DeviceId, Error, ErrorKind, LoadSession, Phase, Settings, Stats, Violation,
-    migration::{DeviceSettings, Incoming, OnOffAuto, Realized, vm},
+    migration::{DeviceSettings, Incoming, Loaded, OnOffAuto, Realized, vm},
     section::Tag,
     stream::{Command, Event, MainChannelOrder, Reader, Reply, SectionKind},
 };
@@ -172,6 +172,8 @@ struct MainChannel<'a> {
     subjects: &'a [Subject],
     /// When the switchover started.
     switched: &'a OnceLock<Instant>,
+    /// Set when the source has said that it has made as many channels as are expected.
+    announced: &'a OnceLock<()>,
     /// Set when nobody wants to know any more.
     enough: &'a OnceLock<()>,
 }
@@ -268,11 +270,30 @@ impl MainChannel<'_> {
                     self.switched.get().is_some(),
                     "the main channel has ended, and the switchover was never started"
                 ),
+                Some(Event::Description(description)) => {
+                    return self.count_channels(&description);
+                }
                 // A source that is gone now does not hear that all is loaded.
-                Some(Event::Description(_)) | None => return Ok(()),
+                None => return Ok(()),
                 other => bail!("the main channel has {other:?} where it cannot be"),
             }
         }
+    }
+
+    /// The source says how many channels it has made. Behind a relay they may come later than that.
+    fn count_channels(&self, description: &[u8]) -> anyhow::Result<()> {
+        let json = serde_json::from_slice::<serde_json::Value>(description);
+        let made = json.ok().and_then(|json| json["channels"].as_u64());
+        let expected = self.options.channels;
+        if let Some(made) = made {
+            ensure!(
+                made == u64::from(expected),
+                "the source has made {made} multifd channels, not {expected}: --channels must be \
+                 the same on both sides"
+            );
+            self.announced.get_or_init(|| ());
+        }
+        Ok(())
     }
 
     /// Why a connection failed: a time-out of its own is the source's silence.
@@ -317,6 +338,7 @@ struct Watch<'a> {
     incoming: &'a Incoming,
     path: &'a ReturnPath,
     hall: Hall<'a>,
+    announced: &'a OnceLock<()>,
     channels: u32,
     deadline: Instant,
     said: Instant,
@@ -378,9 +400,12 @@ impl Watch<'_> {
             if self.incoming.is_finished() {
                 ended.get_or_insert_with(Instant::now);
                 if is_read() && self.incoming.failure().is_none() {
-                    // The source has said that all is sent: all its connections are made.
-                    self.admit(true)?;
-                    return Ok(ended);
+                    // The source has said that all is sent: all its connections are made. What it has
+                    // announced is on its way.
+                    self.admit(self.announced.get().is_none())?;
+                    if self.channels == self.options.channels {
+                        return Ok(ended);
+                    }
                 }
             }
             if interrupt::requested() {
@@ -415,7 +440,7 @@ fn load(
     subjects: &[Subject],
     main: &Connection,
     path: &ReturnPath,
-) -> anyhow::Result<(Stats, Duration)> {
+) -> anyhow::Result<(Loaded, Duration)> {
     let options = hall.options;
     let mut settings = DeviceSettings::default();
     settings.transfer = OnOffAuto::On;
@@ -429,7 +454,7 @@ fn load(
         Box::new(|| Ok(())),
     )
     .map_err(Error::from)?;
-    let (switched, enough) = (OnceLock::new(), OnceLock::new());
+    let (switched, enough, announced) = (OnceLock::new(), OnceLock::new(), OnceLock::new());
     let reader = MainChannel {
         options,
         connection: main,
@@ -437,6 +462,7 @@ fn load(
         incoming: &incoming,
         subjects,
         switched: &switched,
+        announced: &announced,
         enough: &enough,
     };
     let mut watch = Watch {
@@ -444,6 +470,7 @@ fn load(
         incoming: &incoming,
         path,
         hall,
+        announced: &announced,
         channels: 0,
         deadline: deadline(options.timeout),
         said: Instant::now(),
@@ -491,7 +518,10 @@ fn load(
     if interrupt::requested() && read.is_none() && loaded.is_err() {
         bail!(Interrupted);
     }
-    let failure = loaded.as_ref().err().cloned();
+    let (loaded, failure) = match loaded {
+        Ok(loaded) => (Some(loaded), None),
+        Err(error) => (None, Some(error)),
+    };
     let differs = failure.as_ref().and_then(|error| match error.kind() {
         ErrorKind::Protocol(Violation::ChannelId { .. }) => Some("--channels"),
         ErrorKind::Protocol(Violation::PrecopyOverChannels { .. }) => {
@@ -513,16 +543,15 @@ fn load(
     let took = switched
         .get()
         .map_or(Duration::ZERO, |at| ended.saturating_duration_since(*at));
-    Ok((loaded?, took))
+    Ok((loaded.context("what was loaded has its devices")?, took))
 }
 
-/// Waits until all is loaded, starts the devices, and waits for the channels' end.
-fn finish(incoming: Incoming) -> vfio_migration::Result<Stats> {
+/// Waits until all is loaded, and starts the devices. The channels need not have ended: a source, or
+/// a relay on the way, may end them only when it knows that all is loaded.
+fn finish(incoming: Incoming) -> vfio_migration::Result<Loaded> {
     let mut loaded = incoming.finish()?;
     vm::start(loaded.devices_mut())?;
-    let stats = loaded.stats();
-    let _running = loaded.join()?;
-    Ok(stats)
+    Ok(loaded)
 }
 
 /// Does everything that can still fail, before the source is told that all is loaded. Meanwhile the
@@ -566,8 +595,10 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     };
     let mut main = hall.main()?;
     let path = ReturnPath::new(main.try_clone()?);
-    let loaded = load(hall, devices, &subjects, &main, &path)
-        .and_then(|(stats, took)| Ok((keep(&subjects, &stats, &path)?, stats, took)));
+    let loaded = load(hall, devices, &subjects, &main, &path).and_then(|(loaded, took)| {
+        let stats = loaded.stats();
+        Ok((keep(&subjects, &stats, &path)?, stats, took, loaded))
+    });
     match &loaded {
         Ok(_) => {
             if path.reply(&Reply::Shut(0)).is_err() {
@@ -580,7 +611,13 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         Err(error) => path.refuse(error),
     }
     main.linger(LINGER);
-    let (checked, stats, took) = loaded?;
+    let (checked, stats, took, loaded) = loaded?;
+    if let Err(failed) = loaded.join() {
+        let error = anyhow!(failed.error);
+        say(&format!(
+            "warning: all is loaded, but afterwards: {error:#}"
+        ));
+    }
     let devices = device::describe(checked);
     let bytes = devices.iter().map(|device| device.state_bytes).sum();
     Transfer {

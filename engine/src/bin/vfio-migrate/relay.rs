@@ -12,6 +12,10 @@
 //! made to the destination. The main channel may also go another way: then the number of multifd
 //! channels has to be given, for its end is what says that no more will come.
 //!
+//! Whether the migration has passed is the destination's to say. On the return path it says SHUT with
+//! 0 or another number, and a `receive` says why it has failed: [`Verdict`] reads that on the way. A
+//! main channel that carries no replies leaves it open.
+//!
 //! # Threads
 //!
 //! Two pump the main channel, one for each direction, and end when their side ends it, when the
@@ -24,14 +28,14 @@ use std::{
     net::Shutdown,
     os::fd::AsFd,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
-use anyhow::{anyhow, bail, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 use serde::Serialize;
 use vfio_migration::{Channel, Relay, Settings, Stats, wire::PageSize};
 
@@ -39,7 +43,7 @@ use crate::{
     Interrupted, args,
     door::{self, Caller, Door},
     interrupt,
-    main_channel::main_failed,
+    main_channel::{REASON, main_failed, show_reason},
     network::{self, Address, Connection, Listener},
     output::{self, say},
 };
@@ -52,7 +56,8 @@ use crate::{
 /// put in their idx's order, and sent on by whichever channel is free.
 ///
 /// It ends when the source has ended all its connections, and then prints the packets of each device
-/// and channel. Whoever can connect can send: let it listen where only the source can connect.
+/// and channel. It fails where the destination says that the migration has failed, or has replied and
+/// never says that all is loaded. Whoever can connect can send: let it listen where only the source can connect.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
     /// Where to listen: HOST:PORT (port 0: any that is free) or unix:PATH
@@ -61,7 +66,8 @@ pub(crate) struct Options {
     /// Where the destination listens: HOST:PORT or unix:PATH
     #[arg(long, value_name = "ADDR")]
     to: Address,
-    /// How many multifd channels will come [default: as many as do before the main channel ends]
+    /// How many multifd channels will come [default: as many as do before the destination says that all
+    /// is loaded, or the main channel ends]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=255))]
     channels: Option<u32>,
     /// The memory that packets may wait in [default: 64MiB]
@@ -97,6 +103,9 @@ pub(crate) struct Options {
     json: bool,
 }
 
+/// As many multifd channels as a migration can have: a channel's id is a byte.
+const MOST_CHANNELS: u32 = 256;
+
 impl Options {
     fn settings(&self) -> Settings {
         let mut settings = Settings::default();
@@ -117,6 +126,69 @@ impl Options {
 
 // ------------------------------------------------------------------------------- main channel
 
+/// What the return path has said, read as it passes. Each message is a be16 kind, a be16 length, and
+/// that many bytes.
+#[derive(Debug, Default)]
+struct Verdict {
+    header: Vec<u8>,
+    payload: Vec<u8>,
+    /// Bytes of the payload that are still to come.
+    left: usize,
+    /// Of SHUT: 0 where all is loaded.
+    shut: Option<u32>,
+    reason: Option<String>,
+}
+
+impl Verdict {
+    const HEADER: usize = 4;
+    const SHUT: u16 = 1;
+
+    fn pass(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            if self.header.len() < Self::HEADER {
+                self.header.push(bytes[0]);
+                bytes = &bytes[1..];
+                if let [_, _, high, low] = self.header[..] {
+                    self.left = u16::from_be_bytes([high, low]).into();
+                }
+            } else {
+                let (payload, rest) = bytes.split_at(bytes.len().min(self.left));
+                self.payload.extend_from_slice(payload);
+                self.left -= payload.len();
+                bytes = rest;
+            }
+            if self.header.len() == Self::HEADER && self.left == 0 {
+                self.message();
+            }
+        }
+    }
+
+    fn message(&mut self) {
+        let kind = u16::from_be_bytes([self.header[0], self.header[1]]);
+        match (kind, <[u8; 4]>::try_from(&self.payload[..])) {
+            (Self::SHUT, Ok(value)) => self.shut = Some(u32::from_be_bytes(value)),
+            (REASON, _) => self.reason = Some(show_reason(&self.payload)),
+            _ => {}
+        }
+        self.header.clear();
+        self.payload.clear();
+    }
+
+    /// Fails where the destination has said that it failed, or has ended with part of its replies.
+    fn check(&self, replied: bool) -> anyhow::Result<()> {
+        match (&self.reason, self.shut) {
+            (Some(reason), _) => bail!("the destination has failed: {reason}"),
+            (None, Some(0)) => Ok(()),
+            (None, Some(_)) => bail!("the destination has failed: it says why itself"),
+            (None, None) if replied => {
+                bail!("the destination has ended without the word that all is loaded")
+            }
+            // There is no return path.
+            (None, None) => Ok(()),
+        }
+    }
+}
+
 /// One direction of the main channel.
 struct Pump {
     from: Connection,
@@ -124,6 +196,8 @@ struct Pump {
     /// Who reads what it brings.
     reader: &'static str,
     bytes: Arc<AtomicU64>,
+    /// On the return path.
+    verdict: Option<Arc<Mutex<Verdict>>>,
 }
 
 impl Pump {
@@ -148,6 +222,9 @@ impl Pump {
                 }
                 Err(error) => return Err(self.failed(error)),
             };
+            if let Some(verdict) = &self.verdict {
+                lock(verdict).pass(&buffer[..count]);
+            }
             if let Err(error) = self.to.write_all(&buffer[..count]) {
                 return Err(self.failed(error));
             }
@@ -166,21 +243,28 @@ impl Pump {
     }
 }
 
+fn lock(verdict: &Mutex<Verdict>) -> MutexGuard<'_, Verdict> {
+    verdict.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// The main channel, both ways.
 struct MainChannel {
     ends: [Connection; 2],
-    pumps: Vec<JoinHandle<anyhow::Result<()>>>,
     /// To the destination, to the source.
+    pumps: [Option<JoinHandle<anyhow::Result<()>>>; 2],
     bytes: [Arc<AtomicU64>; 2],
+    verdict: Arc<Mutex<Verdict>>,
 }
 
 impl MainChannel {
     fn start(source: Connection, destination: Connection) -> anyhow::Result<Self> {
         let bytes: [Arc<AtomicU64>; 2] = Default::default();
+        let verdict = Arc::default();
         let mut main = Self {
-            pumps: Vec::new(),
+            pumps: [None, None],
             bytes: bytes.clone(),
             ends: [source.try_clone()?, destination.try_clone()?],
+            verdict: Arc::clone(&verdict),
         };
         let [there, back] = bytes;
         let pumps = [
@@ -189,30 +273,47 @@ impl MainChannel {
                 to: destination.try_clone()?,
                 reader: "destination",
                 bytes: there,
+                verdict: None,
             },
             Pump {
                 from: destination,
                 to: source,
                 reader: "source",
                 bytes: back,
+                verdict: Some(verdict),
             },
         ];
-        for pump in pumps {
+        for (pump, place) in pumps.into_iter().zip(&mut main.pumps) {
             let thread = thread::Builder::new().name("main".into());
-            main.pumps.push(thread.spawn(|| pump.run())?);
+            let thread = thread.spawn(|| pump.run());
+            *place = Some(thread.context("cannot start a thread")?);
         }
         Ok(main)
     }
 
+    /// Whether the source has ended, and whether the destination has.
+    fn ended(&self) -> [bool; 2] {
+        let ended =
+            |pump: &Option<JoinHandle<_>>| pump.as_ref().is_none_or(JoinHandle::is_finished);
+        self.pumps.each_ref().map(ended)
+    }
+
     fn is_ended(&self) -> bool {
-        self.pumps.iter().all(JoinHandle::is_finished)
+        self.ended() == [true, true]
     }
 
     /// What has failed, of the pumps that have ended.
     fn failure(&mut self) -> Option<anyhow::Error> {
-        let ended = self.pumps.extract_if(.., |pump| pump.is_finished());
+        let pumps = self.pumps.iter_mut();
+        let ended = pumps.filter_map(|pump| pump.take_if(|pump| pump.is_finished()));
         let joined = ended.map(|pump| pump.join().unwrap_or_else(|_| Err(anyhow!("a panic"))));
         joined.filter_map(Result::err).next()
+    }
+
+    /// Whether the migration has passed, as far as the destination has said so.
+    fn check(&self) -> anyhow::Result<()> {
+        let replied = self.bytes[1].load(Relaxed) > 0;
+        lock(&self.verdict).check(replied)
     }
 
     /// Ends both ways, and waits for the pumps.
@@ -220,7 +321,7 @@ impl MainChannel {
         for end in &self.ends {
             end.shutdown(Shutdown::Both);
         }
-        for pump in self.pumps.drain(..) {
+        for pump in self.pumps.iter_mut().filter_map(Option::take) {
             // What it says now is our own doing.
             let _closed = pump.join();
         }
@@ -255,10 +356,11 @@ impl Watch<'_> {
                 }
                 Caller::Channel(source) => {
                     let (count, _) = self.relay.channels();
-                    let expected = self.options.channels.map(|count| count as usize);
+                    // A channel's id is a byte.
+                    let most = self.options.channels.unwrap_or(MOST_CHANNELS) as usize;
                     ensure!(
-                        expected.is_none_or(|expected| count < expected),
-                        "the source makes more than {count} multifd channels: see --channels"
+                        count < most,
+                        "the source makes more than {most} multifd channels: see --channels"
                     );
                     let destination = self.options.connect()?;
                     let page_size = self.options.page_size.bytes();
@@ -274,7 +376,11 @@ impl Watch<'_> {
     fn all_have_come(&self) -> bool {
         match self.options.channels {
             Some(expected) => self.relay.channels().0 >= expected as usize,
-            None => self.main_ended.is_some() && self.door.is_empty(),
+            None => {
+                let main = self.main.as_ref();
+                let loaded = main.is_some_and(|main| lock(&main.verdict).shut == Some(0));
+                (loaded || self.main_ended.is_some()) && self.door.is_empty()
+            }
         }
     }
 
@@ -283,38 +389,69 @@ impl Watch<'_> {
     }
 
     /// Nothing may be waited for that does not come.
+    ///
+    /// | waits for | no longer than |
+    /// |---|---|
+    /// | the first connection; the channels, where no main channel has come | `--accept-timeout` |
+    /// | the channels that were announced, once the main channel has ended | `--timeout` |
+    /// | the channels' ends, once the main channel has ended | `--timeout` |
+    /// | the other end of the main channel, once its one end and all channels have ended | `--timeout` |
     fn check_patience(&mut self) -> anyhow::Result<()> {
         let (count, open) = self.relay.channels();
-        if open > 0 || !self.main_is_over() {
+        let timeout = self.options.timeout;
+        let expected = self
+            .options
+            .channels
+            .filter(|expected| count < *expected as usize);
+        let ended = self.main.as_ref().map(MainChannel::ended);
+        if open > 0 || ended == Some([false, false]) {
             self.idle_since = Instant::now();
-        }
-        let patience = self.options.accept_timeout;
-        if self.idle_since.elapsed() > patience {
-            let seconds = patience.as_secs_f64();
-            match (self.options.channels, &self.main) {
-                (Some(expected), _) => {
-                    bail!("{count} of {expected} multifd channels have come within {seconds} s")
-                }
-                (None, None) if count == 0 => bail!("no source has connected within {seconds} s"),
-                (None, None) => bail!(
-                    "no main channel has come within {seconds} s: without one, --channels says how \
-                     many multifd channels there are"
-                ),
-                // All is over, and the last of it is under way.
-                (None, Some(_)) => {}
-            }
         }
         if self
             .main_ended
-            .is_some_and(|at| at.elapsed() > self.options.timeout)
-            && open > 0
+            .is_some_and(|since| since.elapsed() > timeout)
         {
-            bail!(
-                "the main channel has ended, but {open} multifd channels have not within {} s",
-                self.options.timeout.as_secs_f64()
+            let seconds = timeout.as_secs_f64();
+            if let Some(expected) = expected {
+                bail!(
+                    "the main channel has ended, and {count} of {expected} multifd channels have \
+                     come within {seconds} s"
+                );
+            }
+            ensure!(
+                open == 0,
+                "the main channel has ended, but {open} multifd channels have not within {seconds} s"
             );
         }
-        Ok(())
+        let idle = self.idle_since.elapsed();
+        match ended {
+            Some([source, destination]) if source != destination && idle > timeout => {
+                let (gone, there) = if source {
+                    ("source", "destination")
+                } else {
+                    ("destination", "source")
+                };
+                bail!(
+                    "the {gone} has ended everything, and the {there} has not ended its main \
+                     channel within {} s",
+                    timeout.as_secs_f64()
+                )
+            }
+            None if idle > self.options.accept_timeout => {
+                let seconds = self.options.accept_timeout.as_secs_f64();
+                match self.options.channels {
+                    Some(expected) => {
+                        bail!("{count} of {expected} multifd channels have come within {seconds} s")
+                    }
+                    None if count == 0 => bail!("no source has connected within {seconds} s"),
+                    None => bail!(
+                        "no main channel has come within {seconds} s: without one, --channels says \
+                         how many multifd channels there are"
+                    ),
+                }
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Until all is over.
@@ -338,8 +475,12 @@ impl Watch<'_> {
             if let Some(error) = self.main.as_mut().and_then(MainChannel::failure) {
                 return Err(error);
             }
-            if self.relay.is_finished() && self.main_is_over() {
-                return Ok(());
+            if self.main_is_over() {
+                // A migration that has failed brings no more channels.
+                self.main.as_ref().map_or(Ok(()), MainChannel::check)?;
+                if self.relay.is_finished() {
+                    return Ok(());
+                }
             }
             self.check_patience()?;
             network::tick(&[self.relay.as_fd()], &self.door.fds())?;
@@ -466,11 +607,22 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     if watched.is_err() {
         relay.fail(main_failed());
     }
+    let verdict = main.as_ref().map_or(Ok(()), MainChannel::check);
     let main = main.map(MainChannel::close);
     let report = relay.join();
-    watched?;
-    if let Err(error) = report.result {
-        bail!(error);
+    // The destination knows why, if anybody does.
+    if watched
+        .as_ref()
+        .is_err_and(|error| !error.is::<Interrupted>())
+    {
+        verdict?;
+        watched?;
+    } else {
+        watched?;
+        if let Err(error) = report.result {
+            bail!(error);
+        }
+        verdict?;
     }
     Output::new(&report.stats, main).print(options.json)
 }

@@ -374,7 +374,7 @@ fn description(subjects: &[Subject], stats: &Stats) -> anyhow::Result<Vec<u8>> {
     });
     let devices: Vec<_> = devices.collect();
     Ok(serde_json::to_vec(
-        &serde_json::json!({ "devices": devices }),
+        &serde_json::json!({ "channels": stats.channels.len(), "devices": devices }),
     )?)
 }
 

@@ -1,0 +1,153 @@
+//! A migration through the command's relay: `send`, `relay` and `receive` with their defaults, and what
+//! the relay says where one of its sides fails, vanishes or stands still.
+#![cfg(feature = "cli")]
+#![allow(missing_docs, reason = "a test")]
+
+mod command;
+
+use std::{
+    io::{Read, Write},
+    net::Shutdown,
+    os::unix::net::{UnixListener, UnixStream},
+    thread,
+};
+
+use command::{Directory, Ended, Running, listen, start, words};
+
+/// Where all listen: TCP, or a unix socket.
+fn address(directory: &Directory, unix: bool, name: &str) -> String {
+    if unix {
+        format!("unix:{}", directory.file(name))
+    } else {
+        "127.0.0.1:0".into()
+    }
+}
+
+/// A whole chain: how the source, the relay and the destination have ended.
+fn chain(unix: bool, source: &str, relay: &str, destination: &str) -> [Ended; 3] {
+    let directory = Directory::new();
+    let at = address(&directory, unix, "destination");
+    let (receiving, to) = listen(words(&format!("receive --listen {at} {destination}")));
+    let at = address(&directory, unix, "relay");
+    let (relaying, to) = listen(words(&format!("relay --listen {at} --to {to} {relay}")));
+    let sent = start(words(&format!("send --to {to} {source}"))).end();
+    [sent, relaying.end(), receiving.end()]
+}
+
+#[test]
+fn a_migration_passes_with_every_default() {
+    for unix in [false, true] {
+        for round in 0..2 {
+            for channels in [1, 2, 4, 16, 64] {
+                let size = format!("--device sim:id=a,size={}KiB,seed={round}", 64 << round);
+                let given = format!("--channels {channels}");
+                for (all, relay) in [(&*given, ""), (&*given, &*given), ("", "")] {
+                    let source = format!("{all} {size}");
+                    let destination = format!("{all} --device sim:id=a");
+                    let ended = chain(unix, &source, relay, &destination);
+                    let statuses = ended.each_ref().map(|ended| ended.status);
+                    assert_eq!(statuses, [Some(0); 3], "{source}, {relay}: {ended:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_migration_that_fails_is_a_failure_of_the_relay_too() {
+    for relay in ["", "--channels 4"] {
+        let [sent, relayed, received] =
+            chain(true, "--device sim:id=a", relay, "--device sim:id=another");
+        assert!(received.why().contains("device a"), "{received:?}");
+        assert!(sent.why().contains("device a"), "{sent:?}");
+        assert!(
+            relayed.why().contains("the destination has failed"),
+            "{relayed:?}"
+        );
+    }
+}
+
+/// A relay, and the destination's listener.
+fn relay(directory: &Directory, rest: &str) -> (Running, UnixListener, String) {
+    let destination = UnixListener::bind(directory.file("destination")).unwrap();
+    let (relaying, to) = listen(words(&format!(
+        "relay --listen unix:{} --to unix:{} --timeout 1 {rest}",
+        directory.file("relay"),
+        directory.file("destination")
+    )));
+    let path = to.strip_prefix("unix:").unwrap().to_owned();
+    (relaying, destination, path)
+}
+
+#[test]
+fn a_destination_that_keeps_its_main_channel_open_is_waited_for_no_longer_than_said() {
+    let directory = Directory::new();
+    let (relaying, destination, path) = relay(&directory, "");
+    let mut source = UnixStream::connect(&path).unwrap();
+    source.write_all(b"QEVM, and what a VM is").unwrap();
+    let (mut main, _) = destination.accept().unwrap();
+    drop(source);
+    main.read_to_end(&mut Vec::new()).unwrap();
+    let ended = relaying.end();
+    assert!(
+        ended
+            .why()
+            .contains("the destination has not ended its main channel"),
+        "{ended:?}"
+    );
+}
+
+#[test]
+fn a_source_that_is_gone_before_its_channels_came_is_noticed() {
+    for (said, why) in [
+        (&b""[..], "0 of 2 multifd channels have come"),
+        // PONG 1: there is a return path, and it ended without a word on the load.
+        (
+            &[0, 2, 0, 4, 0, 0, 0, 1],
+            "without the word that all is loaded",
+        ),
+        // SHUT 1.
+        (&[0, 1, 0, 4, 0, 0, 0, 1], "the destination has failed"),
+    ] {
+        let directory = Directory::new();
+        let (relaying, destination, path) = relay(&directory, "--channels 2");
+        let mut source = UnixStream::connect(&path).unwrap();
+        source.write_all(b"QEVM").unwrap();
+        let (mut main, _) = destination.accept().unwrap();
+        main.write_all(said).unwrap();
+        // In pieces, and read by the source before it is gone.
+        source.read_exact(&mut vec![0; said.len()]).unwrap();
+        drop(source);
+        main.read_to_end(&mut Vec::new()).unwrap();
+        drop(main);
+        let ended = relaying.end();
+        assert!(ended.why().contains(why), "{ended:?}");
+    }
+}
+
+/// Each connection says that it is a channel, and no more.
+#[test]
+fn no_more_channels_come_than_an_id_can_name() {
+    let directory = Directory::new();
+    let (relaying, destination, path) = relay(&directory, "--budget 8MiB");
+    let taking = thread::spawn(move || {
+        let taken = destination.incoming().take(256).map(Result::unwrap);
+        taken.collect::<Vec<_>>()
+    });
+    let mut channels = Vec::new();
+    for _ in 0..257 {
+        let mut channel = UnixStream::connect(&path).unwrap();
+        // The last may be refused before it has said a word.
+        let _said = channel.write_all(&0x1122_3344_u32.to_be_bytes());
+        channels.push(channel);
+    }
+    let ended = relaying.end();
+    assert!(
+        ended.why().contains("more than 256 multifd channels"),
+        "{ended:?}"
+    );
+    for channel in channels {
+        let _gone = channel.shutdown(Shutdown::Both);
+    }
+    assert_eq!(taking.join().unwrap().len(), 256);
+}
