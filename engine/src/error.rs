@@ -510,7 +510,7 @@ impl fmt::Display for Violation {
             Self::MultifdNotInUse => f.write_str("this device does not use multifd transfer"),
             Self::RamPacket => f.write_str("RAM or SYNC packet on a channel without a sink for it"),
             Self::RamLayout(what) => write!(f, "RAM packet: {what}"),
-            Self::ConfigFraming(what) => write!(f, "config: {what}"),
+            Self::ConfigFraming(what) => write!(f, "the config has {what}"),
             Self::ConfigTrailing(len) => write!(f, "{len} bytes after the config's end"),
             Self::SectionTag(tag) => write!(f, "unexpected tag {tag:#018x} in a device's section"),
             Self::PrecopyOverChannels { here: true } => f.write_str(

@@ -2,7 +2,10 @@
 
 use std::{fmt, sync::Arc};
 
-use crate::error::{Error, ErrorKind, Phase};
+use crate::{
+    error::{Error, ErrorKind, Phase},
+    text::Printable,
+};
 
 /// Names a device on the wire and in every error: the `idstr` of its section and the instance id.
 ///
@@ -59,12 +62,7 @@ impl DeviceId {
 impl fmt::Display for DeviceId {
     /// A name may be a peer's: what would steer a terminal is escaped.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let parts = self.idstr.split_inclusive(char::is_control);
-        for part in parts {
-            let text = part.trim_end_matches(char::is_control);
-            f.write_str(text)?;
-            write!(f, "{}", part[text.len()..].escape_default())?;
-        }
+        write!(f, "{}", Printable(&self.idstr))?;
         if self.instance != 0 {
             write!(f, "#{}", self.instance)?;
         }

@@ -47,6 +47,7 @@ mod stats;
 pub mod stream;
 mod sync;
 mod task;
+pub mod text;
 mod trace;
 mod verdict;
 pub mod wire;

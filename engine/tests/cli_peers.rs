@@ -542,6 +542,7 @@ fn names_what_is_missing(wrong: impl FnOnce(&mut False), index: u32) {
     let why = ended.why();
     assert!(why.contains(FALSE_ID), "{why}");
     assert!(why.contains(&format!("idx {index}")), "{why}");
+    assert!(!why.contains("any before"), "some came: {why}");
     assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
 }
 

@@ -23,7 +23,7 @@ const LAYERS: &[&[&str]] = &[
     &["reorder"],
     &["host"],
     &["arena", "stats", "trace", "verdict"],
-    &["error", "id", "state", "sync"],
+    &["error", "id", "state", "sync", "text"],
 ];
 
 /// Which files may say what.

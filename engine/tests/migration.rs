@@ -619,6 +619,23 @@ fn each_request_is_approved_by_itself_where_acks_are_reusable() {
 }
 
 #[test]
+fn what_comes_after_a_failure_reports_that_and_no_other_device() {
+    let _watchdog = Watchdog::new();
+    let setup = Setup::default();
+    let devices = [1, 2].map(|number| setup.realize(number, setup.config(9)).0);
+    let session = LoadSession::builder().settings(quick());
+    let approve = Box::new(|| Ok(()));
+    let incoming = Incoming::setup(devices.into(), &setup.terms(), session, approve).unwrap();
+    let first = load(&incoming, &[Tag::InitDataSent], b"").unwrap_err();
+    assert_eq!(first.device(), Some(&id(1)));
+    let body = Tag::EndOfState.encode();
+    let second = incoming.device(&id(2)).unwrap();
+    let second = second.load_state(&mut &body[..]).unwrap_err();
+    assert_eq!(second.to_string(), first.to_string());
+    assert!(incoming.finish().is_err());
+}
+
+#[test]
 fn a_tag_that_was_not_asked_for_fails_the_load_and_resets_the_device() {
     let _watchdog = Watchdog::new();
     let stop_copy = MigrationFlags::STOP_COPY;

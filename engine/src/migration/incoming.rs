@@ -239,7 +239,7 @@ impl Incoming {
         let found = self.members.iter().find(|member| member.id == *id);
         let member = found.ok_or_else(|| {
             let violation = Violation::UnknownDevice {
-                idstr: id.idstr().escape_debug().to_string(),
+                idstr: id.idstr().to_owned(),
                 instance: id.instance(),
             };
             Error::protocol(violation).in_phase(Phase::Section)

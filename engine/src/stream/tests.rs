@@ -170,6 +170,19 @@ fn broken_framing_is_refused() {
 }
 
 #[test]
+fn an_error_says_once_where_it_is() {
+    for bytes in [&b"QEVN\0\0\0\x03"[..], b"QEVM\0\0\0\x03\x08\0\x01\0\x01\0"] {
+        let text = read(bytes).expect_err("broken").to_string();
+        assert_eq!(text.matches("section").count(), 1, "{text}");
+    }
+    for phase in [Phase::Section, Phase::Config] {
+        let error = broken(Violation::ConfigFraming("no END_OF_STATE")).in_phase(phase);
+        assert!(!error.to_string().contains(": config:"), "{error}");
+        assert!(!error.to_string().contains("config: config"), "{error}");
+    }
+}
+
+#[test]
 fn an_id_has_one_owner_and_there_are_so_many() {
     let twice = [
         section(SectionKind::Start, 1, "a"),

@@ -26,14 +26,13 @@ tests! {
         garbage_is_no_main_channel,
         a_channel_of_another_vm_or_twice_is_named,
         a_slow_drip_before_the_switchover_ends,
-    ],
-    root: [],
-    later: [
         a_cut_is_told_wherever_it_is,
         what_is_right_is_loaded,
         a_damaged_byte_never_loads_another_state,
         what_is_out_of_order_is_named,
     ],
+    root: [],
+    later: [],
 }
 
 const STATE: &[u8] = b"first, second";
@@ -65,6 +64,10 @@ fn eof() -> Say {
     Say::Event(Event::Eof)
 }
 
+fn description() -> Say {
+    Say::Event(Event::Description(b"{}".to_vec()))
+}
+
 /// What a right source says.
 fn right() -> Vec<Say> {
     vec![
@@ -73,6 +76,7 @@ fn right() -> Vec<Say> {
         part(SectionKind::End),
         part(SectionKind::Full),
         eof(),
+        description(),
     ]
 }
 
@@ -296,7 +300,7 @@ fn what_is_out_of_order_is_named() {
             ],
         ),
         (
-            "nic",
+            "other",
             vec![
                 part(Start),
                 start(),
@@ -357,6 +361,11 @@ fn what_is_out_of_order_is_named() {
                 Bytes(vec![0x55; 40]),
             ],
         ),
+        (
+            "behind its end",
+            [right(), vec![Bytes(vec![0x55])]].concat(),
+        ),
+        ("behind its end", [right(), vec![description()]].concat()),
     ];
     for (named, says) in all {
         let (ended, rig) = load(&bytes(&says), &channels(), true);

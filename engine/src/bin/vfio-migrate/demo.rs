@@ -16,7 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 use serde::Serialize;
 use vfio_migration::{
     Backend, Device, DeviceId, DeviceStats, Error, ErrorKind, LoadSession, SaveSession, Settings,
@@ -28,6 +28,7 @@ use vfio_migration::{
 use crate::{
     Interrupted, Usage,
     args::{self, BackendArg, SpillArgs, TermsArgs, show},
+    failure::{About, Failure},
     interrupt, network,
     output::{self, Downtime, rate, time},
     progress::Progress,
@@ -75,7 +76,7 @@ pub(crate) struct Options {
     backend: BackendArg,
     /// Print one JSON object
     #[arg(long)]
-    json: bool,
+    pub(crate) json: bool,
 }
 
 impl Default for Options {
@@ -224,6 +225,9 @@ struct Output {
     devices: Vec<Row>,
     totals: Totals,
     verified: bool,
+    /// Why it is not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<Failure>,
 }
 
 impl Output {
@@ -449,21 +453,27 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         late_wakeups: saved.late_wakeups + loaded.late_wakeups,
     };
     let verified = rows.len() == pairs.len() && rows.iter().all(|row| row.verified);
+    let differs = pairs.iter().zip(&rows).find_map(|(pair, row)| {
+        Some(About {
+            device: pair.id.clone(),
+            what: format!("not verified: device {} {}", pair.id, row.difference?),
+        })
+    });
+    let differs = differs.map(|about| anyhow!(about));
     let output = Output {
         backend: loaded.backend,
         devices: rows,
         totals,
         verified,
+        error: differs.as_ref().map(Failure::new),
     };
     if options.json {
         output::print_json(&output)?;
     } else {
         output::print(&output.text())?;
     }
-    for row in &output.devices {
-        if let Some(difference) = row.difference {
-            bail!("not verified: device {} {difference}", row.device);
-        }
+    if let Some(error) = differs {
+        return Err(error);
     }
     if !options.json {
         output::print("verified\n")?;

@@ -13,7 +13,10 @@ use std::{
 };
 
 use anyhow::bail;
-use vfio_migration::wire::{FLAG_DEVICE_STATE, FLAG_SYNC, PACKET_FLAG_CONFIG, PageSize};
+use vfio_migration::{
+    text::Printable,
+    wire::{FLAG_DEVICE_STATE, FLAG_SYNC, PACKET_FLAG_CONFIG, PageSize},
+};
 
 use crate::{
     args,
@@ -91,7 +94,8 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     for path in &options.files {
         let mut walker = Walker::open(path, options.page_size)?;
         if options.files.len() > 1 {
-            writeln!(output, "{}:", path.display()).map_err(Stdout)?;
+            let name = path.display().to_string();
+            writeln!(output, "{}:", Printable(&name)).map_err(Stdout)?;
         }
         loop {
             match walker.step() {

@@ -51,7 +51,7 @@ pub(crate) fn watch() -> anyhow::Result<()> {
             match *state {
                 State::Busy => *state = State::Asked,
                 State::Idle | State::Asked => {
-                    crate::output::say("interrupted");
+                    crate::failure::tell_interrupted_at_once();
                     std::process::exit(STATUS.into());
                 }
             }

@@ -18,7 +18,8 @@
 //! | `state_files` | the files that a migration leaves: together, or not at all |
 //! | `kernel` | the kernel's own devices: opened, or refused with a reason |
 //! | `capture`, `contents` | a captured channel's packets and where they stand; what all together hold |
-//! | `output`, `progress`, `args`, `interrupt` | tables and JSON, bars, sizes and times, Ctrl-C |
+//! | `output`, `failure`, `progress` | tables and JSON; exit statuses; bars |
+//! | `args`, `interrupt` | sizes and times; Ctrl-C |
 //!
 //! # Threads
 //!
@@ -30,7 +31,8 @@
 //! # How it ends
 //!
 //! Status 0: done. 1: it failed, and one line on stderr says why. 2: it was used wrongly. 130: it
-//! was interrupted. What went through is on stdout, everything else on stderr.
+//! was interrupted. What went through is on stdout, everything else on stderr; with `--json` a failure
+//! is on stdout as well (`failure`).
 
 mod args;
 mod capture;
@@ -38,6 +40,7 @@ mod contents;
 mod demo;
 mod device;
 mod door;
+mod failure;
 mod file;
 mod inspect;
 mod interrupt;
@@ -56,8 +59,8 @@ mod state_files;
 
 use std::{fmt, io, process::ExitCode};
 
+use anyhow::anyhow;
 use clap::{Parser, Subcommand};
-use vfio_migration::{Error, ErrorKind, Phase};
 
 /// Moves the migration state of VFIO devices, in QEMU's wire format.
 ///
@@ -79,6 +82,21 @@ enum Command {
     Probe(probe::Options),
     Replay(replay::Options),
     Inspect(inspect::Options),
+}
+
+impl Command {
+    /// Whether its result is to be JSON, and its failure then too.
+    const fn is_json(&self) -> bool {
+        match self {
+            Self::Demo(options) => options.json,
+            Self::Send(options) => options.json,
+            Self::Receive(options) => options.json,
+            Self::Relay(options) => options.json,
+            Self::Probe(options) => options.json,
+            Self::Replay(options) => options.json,
+            Self::Inspect(_) => false,
+        }
+    }
 }
 
 const EXAMPLES: &str = "\
@@ -106,6 +124,10 @@ Sizes are like 4096, 64KiB, 1.5GiB; K, M, G are powers of 1024 too. Times are in
 `vfio-migrate COMMAND --help` explains a command.
 
 Exit status: 0 done, 1 failed (one line on stderr says why), 2 wrong use, 130 interrupted.
+With --json there is one JSON object on stdout in each case. Of a failure it has \"error\": an object
+with \"message\" (that line), \"chain\" (its parts), \"status\", and where they are known \"kind\"
+(usage, interrupted, protocol, device, stalled, ...), \"phase\", \"device\" (\"idstr\", \"instance\"),
+\"channel\", \"idx\" and \"errno\".
 VFIO_MIGRATE_LOG=vfio_migration=debug (or =trace) logs the engine's events to stderr.";
 
 /// Arguments that cannot be, found when they were looked at together.
@@ -131,16 +153,6 @@ impl fmt::Display for Interrupted {
 }
 
 impl std::error::Error for Interrupted {}
-
-/// Whether it was the user's arguments that the engine refused.
-fn is_usage(error: &anyhow::Error) -> bool {
-    error.chain().any(|cause| {
-        cause.is::<Usage>()
-            || cause.downcast_ref().is_some_and(|error: &Error| {
-                error.phase() == Phase::Setup && matches!(error.kind(), ErrorKind::Config(_))
-            })
-    })
-}
 
 /// Whether whoever reads our output has gone: `inspect … | head`.
 fn is_closed_pipe(error: &anyhow::Error) -> bool {
@@ -180,21 +192,26 @@ fn run(command: Command) -> anyhow::Result<()> {
 }
 
 fn main() -> ExitCode {
-    let command = Cli::parse()
+    let cli = Cli::try_parse().unwrap_or_else(|error| {
+        if error.use_stderr() && std::env::args_os().any(|argument| argument == "--json") {
+            failure::want_json();
+            failure::print(&anyhow!(Usage(error.to_string())));
+        }
+        error.exit()
+    });
+    let command = cli
         .command
         .unwrap_or_else(|| Command::Demo(demo::Options::default()));
+    if command.is_json() {
+        failure::want_json();
+    }
     let Err(error) = run(command) else {
         return ExitCode::SUCCESS;
     };
     if is_closed_pipe(&error) {
         return ExitCode::SUCCESS;
     }
+    failure::print(&error);
     output::say(&format!("{error:#}"));
-    ExitCode::from(if is_usage(&error) {
-        2
-    } else if error.downcast_ref::<Interrupted>().is_some() {
-        interrupt::STATUS
-    } else {
-        1
-    })
+    ExitCode::from(failure::status(&error))
 }

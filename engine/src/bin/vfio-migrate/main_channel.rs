@@ -42,7 +42,11 @@ use vfio_migration::{
     stream::{Command, Event, Reply, Section, SectionKind, Writer},
 };
 
-use crate::network::{Connection, TICK};
+use crate::{
+    failure::Both,
+    network::{Connection, TICK},
+    output,
+};
 
 /// The number of the command, and of the reply, whose payload says why a side has failed.
 pub(crate) const REASON: u16 = 0x7666;
@@ -68,9 +72,7 @@ fn reason(error: &anyhow::Error) -> Vec<u8> {
 /// A peer's reason: whatever it is, printable and on one line.
 pub(crate) fn show_reason(payload: &[u8]) -> String {
     let text = String::from_utf8_lossy(&payload[..payload.len().min(MAX_REASON)]);
-    text.chars()
-        .map(|char| if char.is_control() { ' ' } else { char })
-        .collect()
+    output::one_line(&text)
 }
 
 /// Whether an engine's error is one that its peer may know more about.
@@ -100,10 +102,13 @@ pub(crate) fn join(engine: Option<Error>, main: Option<anyhow::Error>) -> anyhow
 /// An error, and what was heard besides; unless that is the same again, told by the peer.
 pub(crate) fn both(error: anyhow::Error, besides: &anyhow::Error) -> anyhow::Error {
     let (text, more) = (format!("{error:#}"), format!("{besides:#}"));
-    if more.contains(&text) {
+    if more.contains(&text) || text.contains(&more) {
         error
     } else {
-        anyhow!("{text}; {more}")
+        anyhow!(Both {
+            first: error,
+            besides: more
+        })
     }
 }
 
@@ -274,7 +279,8 @@ pub(crate) fn listen(mut connection: Connection, timeout: Duration, to: &Heard) 
 
 /// Whether the connection stood still for its time-out.
 pub(crate) fn timed_out(error: &Error) -> bool {
-    error.raw_os_error() == Some(nix::errno::Errno::EAGAIN as i32)
+    *error.kind() == ErrorKind::Channel
+        && error.raw_os_error() == Some(nix::errno::Errno::EAGAIN as i32)
 }
 
 /// What the main thread knows of what the destination has said.

@@ -14,9 +14,12 @@ use std::{
 };
 
 use serde::Serialize;
-use vfio_migration::Phases;
+use vfio_migration::{
+    Phases,
+    text::{self, Printable},
+};
 
-use crate::args::show;
+use crate::{args::show, failure};
 
 /// stdout could not be written to.
 #[derive(Debug)]
@@ -36,6 +39,13 @@ impl std::error::Error for Stdout {
 
 /// Prints a text, whole lines.
 pub(crate) fn print(text: &str) -> anyhow::Result<()> {
+    let lines = text.split('\n').map(|line| Printable(line).to_string());
+    let text: Vec<_> = lines.collect();
+    print_raw(&text.join("\n"))
+}
+
+/// As [`print`], what nobody has to look through.
+pub(crate) fn print_raw(text: &str) -> anyhow::Result<()> {
     let mut stdout = io::stdout().lock();
     stdout
         .write_all(text.as_bytes())
@@ -44,19 +54,50 @@ pub(crate) fn print(text: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A text on one line, without what would steer a terminal.
+pub(crate) fn one_line(text: &str) -> String {
+    text.replace(|char| !text::is_printable(char), " ")
+}
+
 /// Says something on stderr: one line, whatever a peer's bytes or a path may hold, and in one piece,
 /// for two processes often share a terminal.
 pub(crate) fn say(text: &str) {
-    let line = format!("vfio-migrate: {}\n", text.replace(char::is_control, " "));
+    let line = format!("vfio-migrate: {}\n", one_line(text));
     // Who does not listen misses it.
     let _lost = io::stderr().write_all(line.as_bytes());
 }
 
-/// Prints one JSON object.
+/// Prints the one JSON object of a command, unless that has been printed.
 pub(crate) fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
-    let mut text = serde_json::to_string_pretty(value)?;
+    let text = json_text(value)?;
+    if failure::take_object() {
+        print_raw(&text)?;
+    }
+    Ok(())
+}
+
+/// A value as lines of JSON.
+pub(crate) fn json_text(value: &impl Serialize) -> anyhow::Result<String> {
+    let mut text = escape_json(&serde_json::to_string_pretty(value)?);
     text.push('\n');
-    print(&text)
+    Ok(text)
+}
+
+/// JSON that says the same, and steers no terminal.
+fn escape_json(json: &str) -> String {
+    let mut text = String::with_capacity(json.len());
+    for char in json.chars() {
+        if char == '\n' || text::is_printable(char) {
+            text.push(char);
+        } else {
+            // It stands within a string: all that stands outside is ASCII.
+            let mut units = [0; 2];
+            for unit in char.encode_utf16(&mut units) {
+                text.push_str(&format!("\\u{unit:04x}"));
+            }
+        }
+    }
+    text
 }
 
 /// Aligns rows under their header: the first column to the left, all others to the right.

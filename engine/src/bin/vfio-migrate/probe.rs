@@ -23,7 +23,7 @@ pub(crate) struct Options {
     path: PathBuf,
     /// Prints JSON.
     #[arg(long)]
-    json: bool,
+    pub(crate) json: bool,
 }
 
 /// What it found.

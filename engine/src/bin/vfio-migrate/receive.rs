@@ -36,6 +36,7 @@ use crate::{
     args::{self, BackendArg, SpillArgs, TermsArgs},
     device::{self, Checked, Spec, Subject},
     door::{self, Caller, Door},
+    failure::About,
     interrupt,
     main_channel::{
         self, EXPLANATION, HEARTBEAT, LINGER, REASON, ReturnPath, STILL_HERE, is_the_peers,
@@ -87,7 +88,7 @@ pub(crate) struct Options {
     accept_timeout: Duration,
     /// Print one JSON object
     #[arg(long)]
-    json: bool,
+    pub(crate) json: bool,
 }
 
 impl Options {
@@ -203,9 +204,10 @@ impl MainChannel<'_> {
             .iter()
             .find(|subject| !named.contains(&subject.id));
         match lacking {
-            Some(Subject { id, .. }) => {
-                bail!("device {id} is on the destination, but the source does not have it")
-            }
+            Some(Subject { id, .. }) => bail!(About {
+                device: id.clone(),
+                what: format!("device {id} is on the destination, but the source does not have it"),
+            }),
             None => Ok(()),
         }
     }
@@ -213,8 +215,12 @@ impl MainChannel<'_> {
     fn device(&self, owner: &DeviceId) -> anyhow::Result<&DeviceId> {
         let mut ids = self.subjects.iter().map(|subject| &subject.id);
         let found = ids.find(|id| *id == owner);
-        found.with_context(|| {
-            format!("device {owner} is on the source, but the destination does not have it")
+        found.ok_or_else(|| {
+            let what = "is on the source, but the destination does not have it";
+            anyhow!(About {
+                device: owner.clone(),
+                what: format!("device {owner} {what}"),
+            })
         })
     }
 

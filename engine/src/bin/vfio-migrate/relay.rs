@@ -100,7 +100,7 @@ pub(crate) struct Options {
     connect_timeout: Duration,
     /// Print one JSON object
     #[arg(long)]
-    json: bool,
+    pub(crate) json: bool,
 }
 
 /// As many multifd channels as a migration can have: a channel's id is a byte.

@@ -34,6 +34,7 @@ use sha2::{Digest, Sha256};
 use vfio_migration::{
     Channel, Device, DeviceId, DeviceState, LoadSession, MigrationDevice, MigrationFlags,
     PrecopyInfo, RamSink, Report,
+    text::is_printable,
     wire::{self, DeviceKey, PageSize},
 };
 
@@ -64,7 +65,7 @@ pub(crate) struct Options {
     files: Vec<PathBuf>,
     /// Write each device's state and config to DIR/<idstr>-<instance>.state and .config
     ///
-    /// Every / and control character of an idstr becomes _. A name that is too long, or that two
+    /// Every / of an idstr, and what a terminal would not show, becomes _. A name that is too long, or that two
     /// devices would have, ends in a part of the idstr's sha256 instead. The output says which file is
     /// whose. The files appear together, when all has been loaded; their mode is 0600. The directory
     /// is made where it is not there.
@@ -75,7 +76,7 @@ pub(crate) struct Options {
     force: bool,
     /// Print one JSON object
     #[arg(long)]
-    json: bool,
+    pub(crate) json: bool,
     /// The page size of the VM's architecture, on which the size of RAM and SYNC packets depends
     #[arg(long, value_name = "SIZE", default_value = "4KiB", value_parser = args::page_size)]
     page_size: PageSize,
@@ -220,7 +221,7 @@ fn stem(key: &DeviceKey, taken: &mut HashSet<String>) -> String {
     /// Of the 255 bytes that a name can have: room for what follows, and for the endings.
     const LONGEST: usize = 200;
     let idstr = String::from_utf8_lossy(key.idstr());
-    let safe = |c: char| if c == '/' || c.is_control() { '_' } else { c };
+    let safe = |c: char| if c == '/' || !is_printable(c) { '_' } else { c };
     let mut name: String = idstr.chars().map(safe).collect();
     let plain = name.len() <= LONGEST && !taken.contains(&format!("{name}-{}", key.instance()));
     if !plain {
@@ -368,9 +369,10 @@ fn subjects(scans: &[Scan], out: Option<&Path>, force: bool) -> anyhow::Result<V
     let mut subjects = Vec::new();
     let mut names = HashSet::new();
     for (DeviceKeyOrder(key), _) in by_device(scans) {
-        let id = key
-            .id()
-            .with_context(|| format!("device {}: this idstr is no name", show_key(&key)))?;
+        let id = key.id().with_context(|| {
+            let (place, key) = (contents::first_place(scans, &key), show_key(&key));
+            format!("{place}: device {key}: this idstr is no name")
+        })?;
         let files = out.map(|directory| Files::new(directory, &stem(&key, &mut names), force));
         subjects.push(Subject {
             key,

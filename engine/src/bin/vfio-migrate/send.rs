@@ -35,7 +35,7 @@ use crate::{
     interrupt,
     main_channel::{
         self, EXPLANATION, HEARTBEAT, Heard, LINGER, PING, Replies, STILL_HERE, Words,
-        is_the_peers, main_failed,
+        is_the_peers, main_failed, timed_out,
     },
     network::{self, Address, Connection, TICK},
     output::{Transfer, rate, say},
@@ -79,7 +79,7 @@ pub(crate) struct Options {
     connect_timeout: Duration,
     /// Print one JSON object
     #[arg(long)]
-    json: bool,
+    pub(crate) json: bool,
 }
 
 impl Options {
@@ -400,7 +400,7 @@ fn talk(
                 result.inspect_err(|error| words.give_up(error))
             })
             // What the destination said last may be why the words did not get through.
-            .map_err(|error| explain(error, &mut replies));
+            .map_err(|error| explain(error, options.timeout, &mut replies));
         if result.is_err() {
             last.linger(LINGER);
         }
@@ -410,8 +410,16 @@ fn talk(
 }
 
 /// A broken connection is explained by what the destination has said before.
-fn explain(error: anyhow::Error, replies: &mut Replies<'_>) -> anyhow::Error {
+fn explain(error: anyhow::Error, timeout: Duration, replies: &mut Replies<'_>) -> anyhow::Error {
     let broken = error.downcast_ref::<Error>().is_some_and(is_the_peers);
+    let error = if error.downcast_ref::<Error>().is_some_and(timed_out) {
+        anyhow!(
+            "the destination has taken nothing for {} s",
+            timeout.as_secs_f64()
+        )
+    } else {
+        error
+    };
     let until = deadline(EXPLANATION);
     while broken && Instant::now() < until {
         if let Err(reason) = replies.wait() {
