@@ -104,7 +104,7 @@ pub(crate) trait Flow: Send {
         Ok(())
     }
 
-    /// The batch is through; a read's buffers are in `progress`.
+    /// The batch is through; `filled` are a read's buffers, and none of a write's.
     ///
     /// # Errors
     ///
@@ -263,9 +263,9 @@ impl<F: Flow> Driver<F> {
         }
     }
 
-    /// Runs until it is closed and its last flow has finished. `progressed` is called after each
-    /// round in which something moved.
-    /// `broken` is told where the ring cannot be waited for any more, before any flow is.
+    /// Runs until it is closed and its last flow has finished. `progressed` is called in each round,
+    /// before the wait, also where nothing has moved. `broken` is told where the ring cannot be waited
+    /// for any more, before any flow is.
     pub(crate) fn run(
         mut self,
         collector: &Collector,

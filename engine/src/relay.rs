@@ -66,8 +66,8 @@
 //! An inlet that waits for bytes: the source's, or its end; within a packet, the connection's
 //! time-out. One that waits for room: a packet sent, or taken by the mover; the end of all. The mover:
 //! a packet, the inputs' end, and while a device's state is incomplete or unsent, the time without
-//! progress; with [`Settings::precopy_over_channels`], while something that came is not passed on. An outlet: a packet that it may send, the queue's end; in a write, the connection's
-//! time-out.
+//! progress; with [`Settings::precopy_over_channels`], while something that came is not passed on.
+//! An outlet: a packet that it may send, the queue's end; in a write, the connection's time-out.
 //! Every failure hangs up all connections of both sides, and ends them all.
 
 use std::{

@@ -343,7 +343,7 @@ struct Common {
 }
 
 impl Common {
-    /// Runs one device's thread.
+    /// Hands a device back from its thread, with its result, and wakes whoever waits for that.
     fn give_back(&self, ordinal: u32, device: Device, result: Result<()>) {
         lock(&self.returned).insert(ordinal, Returned { device, result });
         self.crew.notify();

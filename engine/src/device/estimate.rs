@@ -1,12 +1,13 @@
 //! A driver's estimate of its state's size, made safe to use. Pure functions, any thread.
 
-/// What [`Device::data_size`](super::Device::data_size) is believed at most, in bytes: 1 PiB. Drivers have been seen to
-/// estimate near 2^64; below this, the estimates of thousands of devices add up without overflow.
+/// What [`Device::data_size`](super::Device::data_size) is believed at most, in bytes: 1 PiB.
+/// Drivers have been seen to estimate near 2^64; below this, the estimates of thousands of devices
+/// add up without overflow.
 pub const MAX_DATA_SIZE: u64 = 1 << 50;
 
 /// The length of a buffer for this device's data, in bytes: the size of the state as
-/// [`Device::data_size`](super::Device::data_size) has it, between 64 KiB (a buffer of 0 would make every read look like the
-/// end) and 1 MiB; 1 MiB where the device could not tell.
+/// [`Device::data_size`](super::Device::data_size) has it, between 64 KiB (a buffer of 0 would make
+/// every read look like the end) and 1 MiB; 1 MiB where the device could not tell.
 ///
 /// ```
 /// assert_eq!(vfio_migration::buffer_len(Some(0)), 64 << 10);
@@ -24,9 +25,9 @@ pub fn buffer_len(data_size: Option<u64>) -> usize {
         .clamp(MIN, MAX)
 }
 
-/// What STOP_COPY is thought to stream, in bytes: the size of the state as [`Device::data_size`](super::Device::data_size)
-/// has it, believed up to [`MAX_DATA_SIZE`]; 100 GiB where the device could not tell, so that no
-/// limit on downtime is broken by accident.
+/// What STOP_COPY is thought to stream, in bytes: the size of the state as
+/// [`Device::data_size`](super::Device::data_size) has it, believed up to [`MAX_DATA_SIZE`]; 100
+/// GiB where the device could not tell, so that no limit on downtime is broken by accident.
 ///
 /// ```
 /// use vfio_migration::{MAX_DATA_SIZE, stop_copy_estimate};

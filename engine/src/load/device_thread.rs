@@ -25,8 +25,9 @@ pub(crate) fn serve_device(
     {
         // Where the switchover never began the main channel's side still has the fd.
         drop(lock(&shared.iterable).take());
-        // A RESUMING session is ended only so, and so is the doubt after a panic. The first error is the one to report; a reset that
-        // fails makes the device lost, and it says so from now on.
+        // Only a reset leaves RESUMING, and only a reset makes the state known again after a panic. The
+        // first error is the one to report; where the reset fails the device is lost, and says so from
+        // now on.
         let _lost = device.reset();
     }
     trace::load_bufs_thread_end(id);

@@ -246,8 +246,9 @@ impl Source {
     }
 
     /// As [`Source::iterate`], of a VM that has channels: of a device that uses them it fails where
-    /// they have been ended ([`SourceChannels::failure`]). Where [`Terms::precopy_over_channels`] says that the device's
-    /// PRE_COPY data goes over them, what was read is sent as a packet, and the body has the end alone.
+    /// they have been ended ([`SourceChannels::failure`]). Where [`Terms::precopy_over_channels`]
+    /// says that the device's PRE_COPY data goes over them, what was read is sent as a packet, and
+    /// the body has the end alone.
     ///
     /// Blocks while the destination takes nothing; a cancellation of `channels` ends that.
     ///

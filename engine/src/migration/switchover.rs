@@ -83,9 +83,9 @@ impl Switchover {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Config`]: no device, channels that have not been greeted, several without P2P, a switchover ack that has not come, a
-    /// device whose session has ended since it was iterated; what
-    /// [`SaveBuilder::start`] says. The devices are given back, RUNNING.
+    /// [`ErrorKind::Config`]: no device, channels that have not been greeted, several without P2P,
+    /// a switchover ack that has not come, a device whose session has ended since it was iterated;
+    /// what [`SaveBuilder::start`] says. The devices are given back, RUNNING.
     pub fn begin(
         sources: Vec<Source>,
         session: SaveBuilder,

@@ -255,7 +255,8 @@ impl Table {
         }
     }
 
-    /// Whether anything can still be published at `index` and above: for tests and assertions.
+    /// Whether the table is closed: nothing more can be published, at any index. What a taker finds
+    /// there already stays to be taken.
     #[must_use]
     pub fn is_closed(&self, guard: &Guard) -> bool {
         let (_, mut segment) = self.head(guard);

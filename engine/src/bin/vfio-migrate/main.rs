@@ -25,8 +25,8 @@
 //!
 //! Each subcommand runs on the main thread, which watches over its sessions and over Ctrl-C; the
 //! sessions have threads of their own. `send` and `receive` have one more, which reads the main
-//! channel, `relay` has two; one waits for signals. Every wait ends with what it is for, a time that an option sets,
-//! or Ctrl-C.
+//! channel, `relay` has two; one waits for signals. Every wait ends with what it is for, a time
+//! that an option sets, or Ctrl-C.
 //!
 //! # How it ends
 //!

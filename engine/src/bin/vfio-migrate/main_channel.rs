@@ -18,10 +18,11 @@
 //! ```
 //!
 //! Everything is in QEMU's framing, and the destination takes the sections in this order alone
-//! (`MainChannelOrder`); behind the description the source says nothing. The pings and pongs are for one thing besides: a peer that
-//! says nothing for the time-out has stopped. Whoever fails says why, in a command or a reply of
-//! its own number ([`REASON`]), before it closes; a destination then says shut 1. Such a number is
-//! unknown to a QEMU, which takes it for a failure: and so it is.
+//! (`MainChannelOrder`); behind the description the source says nothing. The pings and pongs are
+//! for one thing besides: a peer that says nothing for the time-out has stopped. Whoever fails says
+//! why, in a command or a reply of its own number ([`REASON`]), before it closes; a destination
+//! then says shut 1. Such a number is unknown to a QEMU, which takes it for a failure: and so it
+//! is.
 //!
 //! # Threads
 //!

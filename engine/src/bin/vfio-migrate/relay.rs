@@ -57,7 +57,8 @@ use crate::{
 ///
 /// It ends when the source has ended all its connections, and then prints the packets of each device
 /// and channel. It fails where the destination says that the migration has failed, or has replied and
-/// never says that all is loaded. Whoever can connect can send: let it listen where only the source can connect.
+/// never says that all is loaded. Whoever can connect can send: let it listen where only the source
+/// can connect.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
     /// Where to listen: HOST:PORT (port 0: any that is free) or unix:PATH

@@ -65,10 +65,10 @@ pub(crate) struct Options {
     files: Vec<PathBuf>,
     /// Write each device's state and config to DIR/<idstr>-<instance>.state and .config
     ///
-    /// Every / of an idstr, and what a terminal would not show, becomes _. A name that is too long, or that two
-    /// devices would have, ends in a part of the idstr's sha256 instead. The output says which file is
-    /// whose. The files appear together, when all has been loaded; their mode is 0600. The directory
-    /// is made where it is not there.
+    /// Every / of an idstr, and what a terminal would not show, becomes _. A name that is too long,
+    /// or that two devices would have, ends in a part of the idstr's sha256 instead. The output
+    /// says which file is whose. The files appear together, when all has been loaded; their mode is
+    /// 0600. The directory is made where it is not there.
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
     /// Replace files that are there already

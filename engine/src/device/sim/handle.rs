@@ -58,8 +58,8 @@ pub(super) struct Shared {
     pub(super) events: Vec<StateEvent>,
 }
 
-/// Looks at a [`SimDevice`](super::SimDevice) from outside, on any thread, also when it has moved into a `Device` or
-/// is gone. Clones look at the same device.
+/// Looks at a [`SimDevice`](super::SimDevice) from outside, on any thread, also when it has moved
+/// into a `Device` or is gone. Clones look at the same device.
 #[derive(Clone, Debug)]
 pub struct SimHandle(pub(super) Arc<Mutex<Shared>>);
 
@@ -150,8 +150,8 @@ impl SimHandle {
         self.expose(len, false)
     }
 
-    /// As [`SimHandle::dirty`], but as new initial bytes, of which [`PrecopyInfo::reinit`](crate::PrecopyInfo::reinit) tells
-    /// once.
+    /// As [`SimHandle::dirty`], but as new initial bytes, of which
+    /// [`PrecopyInfo::reinit`](crate::PrecopyInfo::reinit) tells once.
     #[expect(clippy::must_use_candidate, reason = "called for its effect")]
     pub fn reinit(&self, len: u64) -> u64 {
         self.expose(len, true)
