@@ -8,7 +8,7 @@ mod command;
 use std::{
     fs,
     io::{Read, Write},
-    net::TcpStream,
+    net::{TcpListener, TcpStream},
     path::PathBuf,
 };
 
@@ -120,12 +120,12 @@ fn an_interruption_is_one_json_object() {
         .0
     };
     let demo = || start(words("demo --json --devices 1 --state 1024GiB"));
-    for signals in [1, 2] {
+    for signals in [&["INT"][..], &["INT", "INT"], &["TERM"], &["TERM", "INT"]] {
         for run in [&receiving as &dyn Fn() -> Running, &demo] {
             let running = run();
             std::thread::sleep(std::time::Duration::from_millis(300));
-            for _ in 0..signals {
-                running.signal("INT");
+            for signal in signals {
+                running.signal(signal);
             }
             let ended = running.end();
             assert_eq!(ended.status, Some(130), "{ended:?}");
@@ -202,6 +202,26 @@ fn a_source_that_is_silent_within_an_event_has_said_nothing() {
     let ended = receiving.end();
     let why = ended.why();
     assert!(why.contains("the source has said nothing for 1 s"), "{why}");
+    assert!(!why.contains("os error"), "{why}");
+}
+
+#[test]
+fn a_destination_that_takes_nothing_is_no_errno() {
+    let destination = TcpListener::bind("127.0.0.1:0").unwrap();
+    let to = destination.local_addr().unwrap();
+    let line = format!("relay --listen 127.0.0.1:0 --timeout 1 --to {to}");
+    let (relaying, at) = listen(words(&line));
+    let mut main = TcpStream::connect(&at).unwrap();
+    main.write_all(b"QEVM\0\0\0\x03").unwrap();
+    let _silent = destination.accept().unwrap();
+    // More than the sockets on the way hold; it ends when the relay gives up.
+    while main.write_all(&[0; 1 << 16]).is_ok() {}
+    let ended = relaying.end();
+    let why = ended.why();
+    assert!(
+        why.contains("the main channel to the destination failed"),
+        "{why}"
+    );
     assert!(!why.contains("os error"), "{why}");
 }
 

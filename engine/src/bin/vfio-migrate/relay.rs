@@ -240,7 +240,14 @@ impl Pump {
         // Neither side may wait for what cannot come.
         self.from.shutdown(Shutdown::Both);
         self.to.shutdown(Shutdown::Both);
-        anyhow!(error).context(format!("the main channel to the {} failed", self.reader))
+        let reader = self.reader;
+        match error.kind() {
+            // The connection's own time-out.
+            io::ErrorKind::WouldBlock => {
+                anyhow!("the main channel to the {reader} failed: nothing was taken in time")
+            }
+            _ => anyhow!(error).context(format!("the main channel to the {reader} failed")),
+        }
     }
 }
 
