@@ -219,6 +219,16 @@ fn is_timeout(error: &io::Error) -> bool {
 
 // --------------------------------------------------------------------------------- receive
 
+/// Where the rest of a packet goes.
+pub(crate) enum Space {
+    /// Into memory: this much of it.
+    Memory(Buffer),
+    /// It is to be spilled, all of it.
+    Aside,
+    /// Nowhere: its device is gone, and it is to be read past.
+    Nowhere,
+}
+
 /// Where a channel's packets go: announce, lease, fill, publish; and announce again.
 pub(crate) trait Inlet {
     /// A packet on its way in.
@@ -238,9 +248,8 @@ pub(crate) trait Inlet {
     /// How many bytes of its data have not been published.
     fn remaining(&self, packet: &Self::Packet) -> usize;
 
-    /// Memory for those, or for the first of them. Waits for it. `None` where they are to be spilled
-    /// instead, all of them.
-    fn lease(&mut self, packet: &Self::Packet) -> Result<Option<Buffer>>;
+    /// Space for those, or for the first of them. Waits for it.
+    fn lease(&mut self, packet: &mut Self::Packet) -> Result<Space>;
 
     /// Spills what [`Inlet::lease`] said is to be, and publishes it. `receive` fills the bytes that it
     /// is given with the next ones of the packet, and is told whether they are its last.
@@ -249,6 +258,9 @@ pub(crate) trait Inlet {
         packet: &mut Self::Packet,
         receive: &mut dyn FnMut(&mut [u8], bool) -> Result<()>,
     ) -> Result<()>;
+
+    /// Hears that the rest has been read past.
+    fn passed(&mut self, packet: &mut Self::Packet);
 
     /// Publishes what a lease was filled with.
     fn publish(&mut self, packet: &mut Self::Packet, filled: Buffer) -> Result<()>;
@@ -490,22 +502,56 @@ impl Receiver {
         if inlet.remaining(&packet) == 0 {
             return inlet.publish_empty(&mut packet);
         }
-        // Each round publishes a byte at least.
+        // Each round publishes a byte at least, or reads past the rest.
         while inlet.remaining(&packet) > 0 {
-            let Some(mut lease) = inlet.lease(&packet)? else {
-                let ahead = self.ahead;
-                let mut receive =
-                    |bytes: &mut [u8], last| self.receive(bytes, if last { ahead } else { 0 });
-                inlet.spill(&mut packet, &mut receive)?;
-                continue;
+            let received = match inlet.lease(&mut packet)? {
+                Space::Memory(mut lease) => {
+                    let last = lease.size() == inlet.remaining(&packet);
+                    let ahead = if last { self.ahead } else { 0 };
+                    match self.receive(lease.bytes_mut(), ahead) {
+                        Ok(()) => {
+                            inlet.publish(&mut packet, lease)?;
+                            continue;
+                        }
+                        broken => broken,
+                    }
+                }
+                Space::Aside => {
+                    let ahead = self.ahead;
+                    let mut receive =
+                        |bytes: &mut [u8], last| self.receive(bytes, if last { ahead } else { 0 });
+                    inlet.spill(&mut packet, &mut receive)?;
+                    continue;
+                }
+                Space::Nowhere => self.skip(inlet.remaining(&packet)),
             };
-            let last = lease.size() == inlet.remaining(&packet);
-            self.receive(lease.bytes_mut(), if last { self.ahead } else { 0 })
-                .map_err(|error| {
-                    let (device, index) = I::place(&packet);
-                    error.on_device(device).at_index(index)
-                })?;
-            inlet.publish(&mut packet, lease)?;
+            received.map_err(|error| {
+                let (device, index) = I::place(&packet);
+                error.on_device(device).at_index(index)
+            })?;
+            inlet.passed(&mut packet);
+        }
+        Ok(())
+    }
+
+    /// Reads past so many bytes, over the staging area.
+    fn skip(&mut self, mut left: usize) -> Result<()> {
+        let staged = self.filled.len().min(left);
+        self.filled.start += staged;
+        left -= staged;
+        // Each round reads a byte at least, or ends. Nothing is staged while bytes are left.
+        while left > 0 {
+            let most = left.min(self.staging.len());
+            let since = Instant::now();
+            match self.channel.stream.read(&mut self.staging[..most]) {
+                Ok(0) => return Err(self.truncated()),
+                Ok(count) => {
+                    left -= count;
+                    self.waited_since(since)?;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(self.broken(error)),
+            }
         }
         Ok(())
     }

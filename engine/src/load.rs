@@ -42,7 +42,7 @@ pub(crate) use self::{
 };
 use crate::{
     arena::NoMemory,
-    channel::Inlet,
+    channel::{Inlet, Space},
     device::{Device, Recover, write_all},
     driver::{Context, Flow, Handle, Pump},
     error::{Error, ErrorKind, Phase, Result, Violation},
@@ -60,7 +60,7 @@ use crate::{
     router::Router,
     spill::{SpillFile, Spilled},
     state::DeviceState,
-    stats::{ChannelCounters, DeviceCounters, SpillStats},
+    stats::{ChannelCounters, Counter, DeviceCounters, SpillStats},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU32, Ordering, fence},
@@ -95,8 +95,8 @@ pub(crate) struct LoadDevice {
 
 impl LoadDevice {
     /// Says that the device goes away, and that its end is no failure.
-    pub(crate) fn unplug(&self) {
-        // Relaxed: the stop that follows carries it.
+    fn unplug(&self) {
+        // Relaxed: the route and the stop that follow carry it.
         self.unplugged.store(true, Ordering::Relaxed);
     }
 
@@ -130,6 +130,9 @@ pub(crate) enum Route {
     Device(Arc<LoadDevice>),
     /// A device of this VM whose data comes another way.
     NotMultifd(DeviceId),
+    /// A device that was in this session, and was taken out: what still comes for it is read past. There are
+    /// no more of these than devices that a session may have.
+    Unplugged(Arc<LoadDevice>),
 }
 
 /// What all threads of a load share.
@@ -146,9 +149,18 @@ pub(crate) struct Load {
     spill: Mutex<Option<Arc<SpillFile>>>,
     /// Channels and publishers that may still bring packets.
     inputs: AtomicU32,
+    /// What has been read past: it came for devices that were taken out.
+    dropped: Dropped,
     /// Channels that were announced and have not come. For messages.
     awaited: AtomicU32,
     pub(crate) verdict: Verdict,
+}
+
+/// See [`Load::dropped`].
+#[derive(Default)]
+struct Dropped {
+    packets: Counter,
+    bytes: Counter,
 }
 
 /// Who may spill, and where to.
@@ -194,6 +206,7 @@ impl Load {
             driver,
             settings,
             inputs: AtomicU32::new(0),
+            dropped: Dropped::default(),
             awaited: AtomicU32::new(0),
             verdict: Verdict::default(),
         })
@@ -205,7 +218,7 @@ impl Load {
         let routes = self.router.all(&handle.pin());
         let device = |route: &Arc<Route>| match &**route {
             Route::Device(device) => Some(device.clone()),
-            Route::NotMultifd(_) => None,
+            Route::NotMultifd(_) | Route::Unplugged(_) => None,
         };
         routes.iter().filter_map(device).collect()
     }
@@ -245,9 +258,10 @@ impl Load {
         let handle = self.router.register();
         let idstr = id.idstr().as_bytes();
         let guard = handle.pin();
+        let is_unplugged = |route: &Route| matches!(route, Route::Unplugged(_));
         if self
             .router
-            .insert(idstr, id.instance(), Arc::new(route), &guard)
+            .put(idstr, id.instance(), Arc::new(route), is_unplugged, &guard)
         {
             Ok(())
         } else {
@@ -256,13 +270,17 @@ impl Load {
         }
     }
 
-    /// Takes a device out: its packets are refused from now on, and its load ends.
-    pub(crate) fn remove(&self, device: &LoadDevice) {
+    /// Takes a device out: its packets are read past from now on, and its load ends.
+    pub(crate) fn remove(&self, device: &Arc<LoadDevice>) {
+        device.unplug();
         let handle = self.router.register();
         let idstr = device.id.idstr().as_bytes();
-        let _gone = self
+        let route = Arc::new(Route::Unplugged(device.clone()));
+        let is_this =
+            |old: &Route| matches!(old, Route::Device(other) if Arc::ptr_eq(other, device));
+        let _first = self
             .router
-            .remove(idstr, device.id.instance(), &handle.pin());
+            .put(idstr, device.id.instance(), route, is_this, &handle.pin());
         device.control.quit();
         device.progress.notify_all();
         self.driver.wake();
@@ -315,6 +333,11 @@ impl Load {
         }
     }
 
+    /// Packets and bytes of data that have been read past.
+    pub(crate) fn dropped(&self) -> (u64, u64) {
+        (self.dropped.packets.get(), self.dropped.bytes.get())
+    }
+
     /// Bytes for gathering small packets.
     pub(crate) fn staging_len(&self) -> usize {
         self.staging.layout().size()
@@ -342,8 +365,8 @@ impl Load {
     }
 
     /// Waits until it is known why the load has failed. For a channel that found a device closed: the
-    /// driver closes it, and the device's thread says why. Ends with that; or, where nothing has
-    /// failed (a device was taken out), soon.
+    /// driver closes it, and the device's thread says why. Ends with that; or soon, should nothing have
+    /// failed.
     pub(crate) fn wait_for_reason(&self) {
         let soon = deadline(SLACK);
         let _reason = self.room.wait_until(soon, || self.failure());

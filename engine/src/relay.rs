@@ -87,7 +87,7 @@ mod outlet;
 
 use self::line::Line;
 use crate::{
-    channel::{Channel, Finished, Inlet, RamSink, Receiver, Sender, Terms},
+    channel::{Channel, Finished, Inlet, RamSink, Receiver, Sender, Space, Terms},
     error::{Error, ErrorKind, Phase, Result, Violation},
     host::{no_budget, zeroed},
     id::DeviceId,
@@ -617,6 +617,8 @@ impl Relay {
             budget: self.budget as u64,
             held: u64::from(held) * layout.buffer_len as u64,
             spill: SpillStats::default(),
+            dropped_packets: 0,
+            dropped_bytes: 0,
             held_high: (high as usize * layout.buffer_len + layout.reserve_len) as u64,
             backend: "none",
             ring_calls: 0,

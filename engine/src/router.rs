@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!   map ──▶ [ (idstr, instance) → Arc<T>, sorted ]      a snapshot, never changed
-//!               ▲ insert, remove: copy, change, exchange; the old one is freed when no
+//!               ▲ insert, put: copy, change, exchange; the old one is freed when no
 //!                 channel can be looking at it
 //! ```
 //!
@@ -18,7 +18,7 @@
 //!
 //! | edge | release side               | acquire side    | what it carries          |
 //! |------|----------------------------|-----------------|--------------------------|
-//! | map  | [`Router::insert`], [`Router::remove`] | [`Router::get`] | the snapshot's contents |
+//! | map  | [`Router::insert`], [`Router::put`] | [`Router::get`] | the snapshot's contents |
 #![expect(unsafe_code, reason = "dereferences an epoch-protected snapshot")]
 
 use std::fmt;
@@ -107,31 +107,36 @@ impl<T> Router<T> {
     /// Adds a device. Returns whether the name was free.
     #[must_use = "a name that is taken was not added"]
     pub fn insert(&self, idstr: &[u8], instance: u32, value: Arc<T>, guard: &Guard) -> bool {
-        let _changes = lock(&self.changes);
-        let mut map = self.snapshot(guard).to_vec();
-        let Err(at) = map.binary_search_by(|entry| entry.key().cmp(&(idstr, instance))) else {
-            return false;
-        };
-        let entry = Entry {
-            idstr: idstr.into(),
-            instance,
-            value,
-        };
-        map.insert(at, entry);
-        self.replace(map, guard);
-        true
+        self.put(idstr, instance, value, |_taken| false, guard)
     }
 
-    /// Takes a device out. Channels that have looked it up may still hold it.
-    pub fn remove(&self, idstr: &[u8], instance: u32, guard: &Guard) -> Option<Arc<T>> {
+    /// Adds a device; in the place of the one that has its name, where `may_replace` says so of that one.
+    /// Channels that have looked the old one up may still hold it. Returns whether it was added.
+    #[must_use = "a name that is taken was not added"]
+    pub fn put(
+        &self,
+        idstr: &[u8],
+        instance: u32,
+        value: Arc<T>,
+        may_replace: impl FnOnce(&T) -> bool,
+        guard: &Guard,
+    ) -> bool {
         let _changes = lock(&self.changes);
         let mut map = self.snapshot(guard).to_vec();
-        let at = map
-            .binary_search_by(|entry| entry.key().cmp(&(idstr, instance)))
-            .ok()?;
-        let entry = map.remove(at);
+        match map.binary_search_by(|entry| entry.key().cmp(&(idstr, instance))) {
+            Ok(at) if may_replace(&map[at].value) => map[at].value = value,
+            Ok(_taken) => return false,
+            Err(at) => {
+                let entry = Entry {
+                    idstr: idstr.into(),
+                    instance,
+                    value,
+                };
+                map.insert(at, entry);
+            }
+        }
         self.replace(map, guard);
-        Some(entry.value)
+        true
     }
 
     /// All devices, in the order of their names.
@@ -175,11 +180,11 @@ mod tests {
         };
         assert_eq!(get("a", 1), Some(2));
         assert_eq!(get("b", 1), None);
-        assert_eq!(router.remove(b"a", 1, &guard).as_deref(), Some(&2));
-        assert_eq!(get("a", 1), None);
+        let put = |value, may| router.put(b"a", 1, Arc::new(value), |_| may, &guard);
+        assert!(put(4, true) && !put(5, false));
+        assert_eq!(get("a", 1), Some(4));
         assert_eq!(get("a", 0), Some(3));
-        assert!(router.remove(b"a", 1, &guard).is_none());
         let all: Vec<_> = router.all(&guard).iter().map(|value| **value).collect();
-        assert_eq!(all, [3, 1]);
+        assert_eq!(all, [3, 4, 1]);
     }
 }

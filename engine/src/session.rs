@@ -455,6 +455,8 @@ impl Common {
             budget: self.budget as u64,
             held: u64::from(now) * layout.buffer_len as u64,
             spill: SpillStats::default(),
+            dropped_packets: 0,
+            dropped_bytes: 0,
             held_high: (high as usize * layout.buffer_len + reserves) as u64,
             backend: self.backend,
             ring_calls: driver.ring_calls.get(),

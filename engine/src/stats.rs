@@ -213,6 +213,10 @@ pub struct Stats {
     pub held_high: u64,
     /// Load: packets that went to a file.
     pub spill: SpillStats,
+    /// Load: packets that were read past, whole or in part: they came for devices that had been unplugged.
+    pub dropped_packets: u64,
+    /// Load: the bytes of data of those that were read past.
+    pub dropped_bytes: u64,
     /// The backend in use: `uring` or `blocking`; `main channel` where no device uses the channels.
     pub backend: &'static str,
     /// Calls that the driver made into its ring: each submits what is queued and waits.
@@ -241,6 +245,8 @@ impl Stats {
                 held: 0,
                 held_high: 0,
             },
+            dropped_packets: 0,
+            dropped_bytes: 0,
             backend: "main channel",
             leaked_transfers: 0,
             ring_calls: 0,

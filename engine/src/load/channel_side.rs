@@ -4,16 +4,18 @@
 //!   announce ─▶ admit ─▶ lease (waits for room) ─▶ the caller fills it ─▶ publish ─▶ ring the bell
 //!                          └─▶ spill (where it must not wait for long) ─────▲
 //! ```
+//!
+//! A device may be unplugged at each of these steps. From then on the packet is *dropped*: what was had for
+//! it goes back, the caller reads past the rest, and that is counted. Nobody else hears of it.
 
 use super::*;
+
+mod elsewhere;
 
 /// How long a packet waits for the budget before it is spilled: as long as devices that get on are
 /// unlikely to need, and little next to a downtime. Those behind it do not wait again before one has
 /// found room at once.
 const SPILL_AFTER: Duration = Duration::from_millis(20);
-
-/// How much of a packet is in memory on its way to the spill file.
-const BOUNCE: usize = 64 << 10;
 
 /// A packet that has been announced: its header, and the device that it is for.
 pub(crate) struct Incoming {
@@ -24,6 +26,8 @@ pub(crate) struct Incoming {
     remaining: usize,
     /// Whether nothing of it has been published yet.
     first: bool,
+    /// Whether its device has been unplugged: the rest is read past.
+    dropped: bool,
 }
 
 /// What a thread that brings packets has of its own: `!Sync`, one for each.
@@ -73,20 +77,22 @@ impl LoadInlet {
         }
     }
 
-    fn device(&mut self, idstr: &[u8], instance: u32) -> Result<Arc<LoadDevice>> {
+    /// The device of that name, and whether it has been unplugged.
+    fn device(&mut self, idstr: &[u8], instance: u32) -> Result<(Arc<LoadDevice>, bool)> {
         if let Some(recent) = &self.recent
             && recent.id.idstr().as_bytes() == idstr
             && recent.id.instance() == instance
             && recent.control.stop().is_none()
         {
-            return Ok(recent.clone());
+            return Ok((recent.clone(), false));
         }
         let route = self.load.router.get(idstr, instance, &self.routes.pin());
         match route.as_deref() {
             Some(Route::Device(device)) => {
                 self.recent = Some(device.clone());
-                Ok(device.clone())
+                Ok((device.clone(), false))
             }
+            Some(Route::Unplugged(device)) => Ok((device.clone(), true)),
             Some(Route::NotMultifd(id)) => {
                 Err(Error::protocol(Violation::MultifdNotInUse).on_device(id))
             }
@@ -110,7 +116,7 @@ impl LoadInlet {
         data_len: usize,
     ) -> Result<Incoming> {
         let wire::PacketHeader { index, config } = header;
-        let device = self
+        let (device, dropped) = self
             .device(idstr, instance)
             .map_err(|error| error.at_index(index))?;
         let max = self.load.settings.max_packet;
@@ -126,6 +132,7 @@ impl LoadInlet {
             config,
             remaining: data_len,
             first: true,
+            dropped,
         })
     }
 
@@ -134,19 +141,31 @@ impl LoadInlet {
     /// # Errors
     ///
     /// The rule that it breaks.
-    pub(crate) fn admit(&self, packet: &Incoming) -> Result<()> {
+    pub(crate) fn admit(&self, packet: &mut Incoming) -> Result<()> {
+        if packet.dropped {
+            return Ok(());
+        }
         let (device, index) = (&packet.device, packet.index);
         let admitted = device.inbox.admit(index, packet.config);
-        admitted.map_err(|violation| device.refuse(violation, index))?;
-        trace::load_state_device_buffer_incoming(&device.id, index);
-        Ok(())
+        let admitted = admitted.map_err(|violation| device.refuse(violation, index));
+        if admitted.is_ok() {
+            trace::load_state_device_buffer_incoming(&device.id, index);
+        }
+        self.unless_unplugged(packet, admitted).map(drop)
     }
 
     /// Memory for the rest of a packet, or for as much of it as can be had: at most a
     /// buffer, and for the packet that the device needs next at the least its reserve. `None` where
     /// there is none now.
-    pub(crate) fn try_lease(&mut self, packet: &Incoming) -> Result<Option<Buffer>> {
-        self.find(packet, false)
+    pub(crate) fn try_lease(&mut self, packet: &mut Incoming) -> Result<Option<Space>> {
+        if packet.dropped {
+            return Ok(Some(Space::Nowhere));
+        }
+        let found = self.find(packet, false);
+        Ok(match self.unless_unplugged(packet, found)? {
+            Some(found) => found.map(Space::Memory),
+            None => Some(Space::Nowhere),
+        })
     }
 
     /// Where the packet's memory may come from.
@@ -184,9 +203,22 @@ impl LoadInlet {
         }))
     }
 
-    /// As [`LoadInlet::try_lease`], waiting for it. Ends with memory, or the packet's or the load's end;
-    /// or with `None`, where the packet is to be spilled, and has space for that.
-    pub(crate) fn lease(&mut self, packet: &Incoming) -> Result<Option<Buffer>> {
+    /// As [`LoadInlet::try_lease`], waiting for it. Ends with memory, with space to spill it to, or with the
+    /// packet's, its device's or the load's end.
+    pub(crate) fn lease(&mut self, packet: &mut Incoming) -> Result<Space> {
+        if packet.dropped {
+            return Ok(Space::Nowhere);
+        }
+        let found = self.wait_for_space(packet);
+        Ok(match self.unless_unplugged(packet, found)? {
+            Some(Some(lease)) => Space::Memory(lease),
+            Some(None) => Space::Aside,
+            None => Space::Nowhere,
+        })
+    }
+
+    /// Memory; or `None`, where the packet is to be spilled, and has space for that.
+    fn wait_for_space(&mut self, packet: &Incoming) -> Result<Option<Buffer>> {
         if let Some(lease) = self.find(packet, true)? {
             self.patient = true;
             self.spilling = false;
@@ -228,57 +260,6 @@ impl LoadInlet {
         found
     }
 
-    /// Has space for a packet in the spill file, if it may be spilled and there is any.
-    fn set_aside(&mut self, packet: &Incoming) -> bool {
-        if let Some(file) = &self.spill
-            && self.ways(packet, false).spill
-        {
-            self.aside = SpillFile::allocate(file, packet.remaining);
-            self.spilling = self.aside.is_some();
-        }
-        self.aside.is_some()
-    }
-
-    /// Spills a packet for which [`LoadInlet::lease`] found no memory, and publishes it. `receive`
-    /// fills what it is given with the packet's next bytes, and is told whether they are the last.
-    pub(crate) fn spill(
-        &mut self,
-        packet: &mut Incoming,
-        receive: &mut dyn FnMut(&mut [u8], bool) -> Result<()>,
-    ) -> Result<()> {
-        let spilled = self.aside.take().expect("a lease has found it space");
-        let mut bounce = mem::take(&mut self.bounce);
-        if bounce.is_empty() {
-            bounce = zeroed(BOUNCE, "memory to spill through")?.into();
-        }
-        let len = packet.remaining;
-        for at in (0..len).step_by(BOUNCE) {
-            let end = len.min(at + BOUNCE);
-            let bytes = &mut bounce[..end - at];
-            receive(bytes, end == len)?;
-            spilled.write(at, bytes).map_err(|error| {
-                Error::new(ErrorKind::Spill, Phase::Receive)
-                    .on_device(&packet.device.id)
-                    .at_index(packet.index)
-                    .caused_by(error)
-            })?;
-        }
-        self.bounce = bounce;
-        let filled = Packet {
-            payload: Payload::Aside(spilled.into_number()),
-            config: packet.config,
-            more: false,
-        };
-        self.hand_over(packet, filled, len)
-    }
-
-    /// Forgets that the packet was to be spilled: its bytes are not there yet.
-    pub(crate) fn put_off(&mut self) {
-        if self.aside.take().is_some() {
-            self.load.room.notify_all();
-        }
-    }
-
     /// What a channel that waits looks for.
     fn look(&mut self, packet: &Incoming, patient: bool) -> Option<Result<Buffer>> {
         let device = &packet.device;
@@ -301,7 +282,15 @@ impl LoadInlet {
     /// # Errors
     ///
     /// The load's end, or the device's.
-    pub(crate) fn is_near(&self, packet: &Incoming) -> Result<bool> {
+    pub(crate) fn is_near(&self, packet: &mut Incoming) -> Result<bool> {
+        if packet.dropped {
+            return Ok(true);
+        }
+        let near = self.look_near(packet);
+        Ok(self.unless_unplugged(packet, near)?.unwrap_or(true))
+    }
+
+    fn look_near(&self, packet: &Incoming) -> Result<bool> {
         match self.stopped(&packet.device) {
             Some(error) => Err(error),
             None => Ok(packet.device.inbox.in_window(packet.index)),
@@ -311,7 +300,7 @@ impl LoadInlet {
     /// Waits until a packet without data can be published. Ends with that, or the packet's or the
     /// load's end.
     fn come_near(&mut self, packet: &Incoming) -> Result<()> {
-        if self.is_near(packet)? {
+        if self.look_near(packet)? {
             return Ok(());
         }
         self.rest();
@@ -319,7 +308,7 @@ impl LoadInlet {
         let load = self.load.clone();
         let found = load.room.wait(|| {
             packet.device.inbox.wait_for(packet.index);
-            match self.is_near(packet) {
+            match self.look_near(packet) {
                 // What the driver tells of, and nothing else.
                 Ok(near) if near && self.is_told(packet, false) => Some(Ok(())),
                 Ok(_) => None,
@@ -339,23 +328,47 @@ impl LoadInlet {
     /// Publishes what a lease of this packet was filled with.
     pub(crate) fn publish(&mut self, packet: &mut Incoming, lease: Buffer) -> Result<()> {
         let len = lease.size();
+        if packet.dropped {
+            self.count_dropped(packet, len);
+            return Ok(());
+        }
         let filled = Packet {
             payload: Payload::Piece(lease.into_piece()),
             config: packet.config,
             more: len < packet.remaining,
         };
-        self.hand_over(packet, filled, len)
+        self.hand_over_or_drop(packet, filled, len)
     }
 
     /// Publishes a packet without data. Waits for it to come near enough.
     pub(crate) fn publish_empty(&mut self, packet: &mut Incoming) -> Result<()> {
-        self.come_near(packet)?;
+        if !packet.dropped {
+            let near = self.come_near(packet);
+            self.unless_unplugged(packet, near)?;
+        }
+        if packet.dropped {
+            self.count_dropped(packet, 0);
+            return Ok(());
+        }
         let filled = Packet {
             payload: Payload::Empty,
             config: packet.config,
             more: false,
         };
-        self.hand_over(packet, filled, 0)
+        self.hand_over_or_drop(packet, filled, 0)
+    }
+
+    fn hand_over_or_drop(
+        &mut self,
+        packet: &mut Incoming,
+        filled: Packet,
+        len: usize,
+    ) -> Result<()> {
+        let handed_over = self.hand_over(packet, filled, len);
+        if self.unless_unplugged(packet, handed_over)?.is_none() {
+            self.count_dropped(packet, len);
+        }
+        Ok(())
     }
 
     fn hand_over(&mut self, packet: &mut Incoming, filled: Packet, len: usize) -> Result<()> {
@@ -448,8 +461,8 @@ impl Inlet for LoadInlet {
         header: wire::PacketHeader,
         data_len: usize,
     ) -> Result<Incoming> {
-        let packet = self.announce(name, header, data_len)?;
-        self.admit(&packet)?;
+        let mut packet = self.announce(name, header, data_len)?;
+        self.admit(&mut packet)?;
         Ok(packet)
     }
 
@@ -461,7 +474,7 @@ impl Inlet for LoadInlet {
         packet.remaining
     }
 
-    fn lease(&mut self, packet: &Incoming) -> Result<Option<Buffer>> {
+    fn lease(&mut self, packet: &mut Incoming) -> Result<Space> {
         self.lease(packet)
     }
 
@@ -471,6 +484,11 @@ impl Inlet for LoadInlet {
         receive: &mut dyn FnMut(&mut [u8], bool) -> Result<()>,
     ) -> Result<()> {
         self.spill(packet, receive)
+    }
+
+    fn passed(&mut self, packet: &mut Incoming) {
+        let rest = packet.remaining;
+        self.count_dropped(packet, rest);
     }
 
     fn publish(&mut self, packet: &mut Incoming, filled: Buffer) -> Result<()> {

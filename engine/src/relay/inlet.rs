@@ -255,10 +255,10 @@ impl Inlet for RelayInlet {
         packet.remaining
     }
 
-    fn lease(&mut self, packet: &Arriving) -> Result<Option<Buffer>> {
+    fn lease(&mut self, packet: &mut Arriving) -> Result<Space> {
         let mut lease = self.lease_all(packet)?;
         lease.advance(HEADROOM);
-        Ok(Some(lease))
+        Ok(Space::Memory(lease))
     }
 
     fn spill(
@@ -267,6 +267,10 @@ impl Inlet for RelayInlet {
         _receive: &mut dyn FnMut(&mut [u8], bool) -> Result<()>,
     ) -> Result<()> {
         unreachable!("a relay spills nothing: its leases are never refused")
+    }
+
+    fn passed(&mut self, _packet: &mut Arriving) {
+        unreachable!("a relay reads past nothing: no device is unplugged from it")
     }
 
     fn publish(&mut self, packet: &mut Arriving, mut filled: Buffer) -> Result<()> {

@@ -358,8 +358,9 @@ impl LoadSession {
         self.set_up(&results, vec![name])
     }
 
-    /// Takes a device out while the session runs: an unplug. Its packets are refused from now on,
-    /// its load is cancelled, and the device comes back, reset.
+    /// Takes a device out while the session runs: an unplug. Its load is cancelled, and the device comes
+    /// back, reset. Packets that are under way for it, or come later, are read past: they cost no memory of
+    /// the budget, disturb no other device, and are counted as dropped ([`Stats::dropped_packets`]).
     ///
     /// # Errors
     ///
@@ -367,7 +368,6 @@ impl LoadSession {
     /// does not give a transfer back.
     pub fn remove_device(&self, id: &DeviceId) -> Result<Device> {
         let shared = self.device(id)?;
-        shared.unplug();
         self.load.remove(&shared);
         let deadline = self.common.end_of_grace(Instant::now());
         let ended = shared.control.wait_end(Some(deadline));
@@ -585,6 +585,7 @@ impl LoadSession {
             .common
             .stats(devices.collect(), &self.load.pool, &self.load.driver);
         stats.spill = self.load.spilled();
+        (stats.dropped_packets, stats.dropped_bytes) = self.load.dropped();
         stats.held_high += self.load.staging_len() as u64;
         stats.late_wakeups += late + devices_late;
         stats

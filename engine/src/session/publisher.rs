@@ -3,6 +3,7 @@
 use std::fmt;
 
 use crate::{
+    channel::Space,
     error::{Error, Result, Violation},
     host::zeroed,
     id::DeviceId,
@@ -44,7 +45,8 @@ impl Publisher {
     }
 
     /// Publishes a packet, by a copy: its payload as it is on the wire, 12-byte header first. Waits
-    /// while the budget is spent, unless the device needs just this packet.
+    /// while the budget is spent, unless the device needs just this packet. That of a device that was
+    /// unplugged is dropped, and counted ([`Stats::dropped_packets`](crate::Stats::dropped_packets)).
     ///
     /// # Errors
     ///
@@ -87,23 +89,24 @@ impl Publisher {
         header: wire::PacketHeader,
         len: usize,
     ) -> Result<Option<PacketLease<'_>>> {
-        let incoming = self.announce(id, header, len)?;
+        let mut incoming = self.announce(id, header, len)?;
         if len == 0 {
-            let near = self.inlet.is_near(&incoming);
+            let near = self.inlet.is_near(&mut incoming);
             let near = self.fail_with(near)?;
             return Ok(near.then(|| PacketLease::new(self, incoming, Memory::None)));
         }
-        let found = self.inlet.try_lease(&incoming);
-        Ok(match self.fail_with(found)? {
-            Some(lease) if lease.size() == len => {
-                Some(PacketLease::new(self, incoming, Memory::Pool(lease)))
-            }
-            _ => None,
-        })
+        let found = self.inlet.try_lease(&mut incoming);
+        let memory = match self.fail_with(found)? {
+            Some(Space::Memory(lease)) if lease.size() == len => Memory::Pool(lease),
+            Some(Space::Nowhere) => Memory::Own(zeroed(len, "memory for a packet")?),
+            _ => return Ok(None),
+        };
+        Ok(Some(PacketLease::new(self, incoming, memory)))
     }
 
     /// As [`Publisher::try_lease`], waiting for it. A packet that can only pass in pieces is filled
-    /// in memory of its own, once it is next: one packet for each publisher at most.
+    /// in memory of its own, once it is next; so is one whose device was unplugged: one packet for each
+    /// publisher at most.
     ///
     /// # Errors
     ///
@@ -114,13 +117,13 @@ impl Publisher {
         header: wire::PacketHeader,
         len: usize,
     ) -> Result<PacketLease<'_>> {
-        let incoming = self.announce(id, header, len)?;
+        let mut incoming = self.announce(id, header, len)?;
         if len == 0 {
             return Ok(PacketLease::new(self, incoming, Memory::None));
         }
-        let found = self.inlet.lease(&incoming);
+        let found = self.inlet.lease(&mut incoming);
         let memory = match self.fail_with(found)? {
-            Some(lease) if lease.size() == len => Memory::Pool(lease),
+            Space::Memory(lease) if lease.size() == len => Memory::Pool(lease),
             found => {
                 drop(found);
                 self.inlet.put_off();
@@ -157,20 +160,27 @@ impl Publisher {
     }
 
     fn push_data(&mut self, mut incoming: Incoming, mut data: &[u8]) -> Result<()> {
-        self.inlet.admit(&incoming)?;
+        self.inlet.admit(&mut incoming)?;
         if data.is_empty() {
             return self.inlet.publish_empty(&mut incoming);
         }
         // Each round publishes a byte at least.
         while !data.is_empty() {
-            let Some(mut lease) = self.inlet.lease(&incoming)? else {
-                let mut fill = |bytes: &mut [u8], _last| {
-                    let (first, rest) = data.split_at(bytes.len());
-                    bytes.copy_from_slice(first);
-                    data = rest;
-                    Ok(())
-                };
-                return self.inlet.spill(&mut incoming, &mut fill);
+            let mut lease = match self.inlet.lease(&mut incoming)? {
+                Space::Memory(lease) => lease,
+                Space::Aside => {
+                    let mut fill = |bytes: &mut [u8], _last| {
+                        let (first, rest) = data.split_at(bytes.len());
+                        bytes.copy_from_slice(first);
+                        data = rest;
+                        Ok(())
+                    };
+                    return self.inlet.spill(&mut incoming, &mut fill);
+                }
+                Space::Nowhere => {
+                    self.inlet.count_dropped(&mut incoming, data.len());
+                    return Ok(());
+                }
             };
             let (piece, rest) = data.split_at(lease.size());
             lease.bytes_mut().copy_from_slice(piece);
@@ -238,7 +248,7 @@ impl<'a> PacketLease<'a> {
         let published = match memory {
             Memory::Pool(lease) => publisher
                 .inlet
-                .admit(&incoming)
+                .admit(&mut incoming)
                 .and_then(|()| publisher.inlet.publish(&mut incoming, lease)),
             Memory::Own(bytes) => publisher.push_data(incoming, &bytes),
             Memory::None => publisher.push_data(incoming, &[]),

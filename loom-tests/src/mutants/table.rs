@@ -524,10 +524,10 @@ pub(super) const HAND_WRITTEN: &[HandWritten] = &[
     ),
     mutant(
         "router",
-        "insert takes no lock",
-        "guard: &Guard) -> bool {
+        "a change takes no lock",
+        "    ) -> bool {
         let _changes = lock(&self.changes);",
-        "guard: &Guard) -> bool {",
+        "    ) -> bool {",
     ),
     // The statistics.
     mutant(

@@ -1,0 +1,92 @@
+//! Packets that do not go to memory: to the spill file, or nowhere where their device has been unplugged.
+
+use super::*;
+
+/// How much of a packet is in memory on its way to the spill file.
+const BOUNCE: usize = 64 << 10;
+
+impl LoadInlet {
+    /// Has space for a packet in the spill file, if it may be spilled and there is any.
+    pub(super) fn set_aside(&mut self, packet: &Incoming) -> bool {
+        if let Some(file) = &self.spill
+            && self.ways(packet, false).spill
+        {
+            self.aside = SpillFile::allocate(file, packet.remaining);
+            self.spilling = self.aside.is_some();
+        }
+        self.aside.is_some()
+    }
+
+    /// Spills a packet for which [`LoadInlet::lease`] found no memory, and publishes it. `receive`
+    /// fills what it is given with the packet's next bytes, and is told whether they are the last.
+    pub(crate) fn spill(
+        &mut self,
+        packet: &mut Incoming,
+        receive: &mut dyn FnMut(&mut [u8], bool) -> Result<()>,
+    ) -> Result<()> {
+        let spilled = self.aside.take().expect("a lease has found it space");
+        let mut bounce = mem::take(&mut self.bounce);
+        if bounce.is_empty() {
+            bounce = zeroed(BOUNCE, "memory to spill through")?.into();
+        }
+        let len = packet.remaining;
+        for at in (0..len).step_by(BOUNCE) {
+            let end = len.min(at + BOUNCE);
+            let bytes = &mut bounce[..end - at];
+            receive(bytes, end == len)?;
+            if packet.dropped {
+                continue;
+            }
+            let written = spilled.write(at, bytes).map_err(|error| {
+                Error::new(ErrorKind::Spill, Phase::Receive)
+                    .on_device(&packet.device.id)
+                    .at_index(packet.index)
+                    .caused_by(error)
+            });
+            self.unless_unplugged(packet, written)?;
+        }
+        self.bounce = bounce;
+        if packet.dropped {
+            self.count_dropped(packet, len);
+            return Ok(());
+        }
+        let filled = Packet {
+            payload: Payload::Aside(spilled.into_number()),
+            config: packet.config,
+            more: false,
+        };
+        self.hand_over_or_drop(packet, filled, len)
+    }
+
+    /// Forgets that the packet was to be spilled: its bytes are not there yet.
+    pub(crate) fn put_off(&mut self) {
+        if self.aside.take().is_some() {
+            self.load.room.notify_all();
+        }
+    }
+
+    /// Drops the packet where an error is its device's unplugging, and that error with it.
+    pub(super) fn unless_unplugged<T>(
+        &self,
+        packet: &mut Incoming,
+        result: Result<T>,
+    ) -> Result<Option<T>> {
+        if result.is_err() && packet.device.is_unplugged() && self.load.failure().is_none() {
+            packet.dropped = true;
+            // What was had for it is free again.
+            self.load.room.notify_all();
+            return Ok(None);
+        }
+        result.map(Some)
+    }
+
+    /// Counts the next `len` bytes of a dropped packet, which have been read past.
+    pub(crate) fn count_dropped(&self, packet: &mut Incoming, len: usize) {
+        packet.remaining -= len;
+        self.counters.bytes.add(len as u64);
+        self.load.dropped.bytes.add(len as u64);
+        if packet.remaining == 0 {
+            self.load.dropped.packets.add(1);
+        }
+    }
+}
