@@ -34,6 +34,7 @@
 
 mod callbacks;
 mod estimate;
+pub(crate) mod set;
 #[cfg(feature = "sim")]
 pub mod sim;
 #[cfg(feature = "vfio")]
@@ -59,6 +60,7 @@ use crate::{
     error::{Error, ErrorKind, Phase, Result},
     id::DeviceId,
     state::{DeviceState, MigrationFlags, PrecopyInfo},
+    task::{self, Spawner, Task},
     trace,
 };
 
@@ -174,6 +176,7 @@ pub struct Device {
     health: Health,
     events: bool,
     config_after_iterables: Option<bool>,
+    spawner: Option<Spawner>,
 }
 
 impl Device {
@@ -201,6 +204,7 @@ impl Device {
             health: Health::Good,
             events: true,
             config_after_iterables: None,
+            spawner: None,
         };
         match device.ask() {
             Ok(()) => Ok(device),
@@ -230,6 +234,25 @@ impl Device {
     /// [`DeviceSettings`](crate::migration::DeviceSettings).
     pub const fn set_config_after_iterables(&mut self, waits: Option<bool>) {
         self.config_after_iterables = waits;
+    }
+
+    /// Has this device's changes of state run on threads of the embedder's, where several devices
+    /// change theirs at once ([`TaskKind::State`](crate::TaskKind::State)): see
+    /// [`SaveBuilder::spawn_with`](crate::SaveBuilder::spawn_with), of which a device keeps what its first
+    /// session has.
+    pub fn spawn_with(&mut self, spawn: impl Fn(Task) -> io::Result<()> + Send + Sync + 'static) {
+        self.spawner = Some(task::spawner(spawn));
+    }
+
+    /// Keeps a session's, where it has none of its own.
+    pub(crate) fn adopt_spawner(&mut self, spawner: Option<&Spawner>) {
+        if self.spawner.is_none() {
+            self.spawner = spawner.cloned();
+        }
+    }
+
+    pub(crate) const fn spawner(&self) -> Option<&Spawner> {
+        self.spawner.as_ref()
     }
 
     /// See [`Device::set_config_after_iterables`].

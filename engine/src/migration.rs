@@ -73,7 +73,7 @@ mod source;
 mod switchover;
 pub mod vm;
 
-use std::{fmt, thread, time::Duration};
+use std::{fmt, io, time::Duration};
 
 pub use self::{
     acks::Acks,
@@ -85,10 +85,11 @@ pub use self::{
     switchover::Switchover,
 };
 use crate::{
-    device::{Device, Recover},
+    device::{Device, Recover, set::for_all},
     error::{Error, Phase, Result},
     id::DeviceId,
     state::{DeviceState, MigrationFlags},
+    task::Task,
     trace,
 };
 
@@ -177,6 +178,11 @@ impl Realized {
         &mut self.settings
     }
 
+    /// Has its changes of state run on threads of the embedder's: see [`Device::spawn_with`].
+    pub fn spawn_with(&mut self, spawn: impl Fn(Task) -> io::Result<()> + Send + Sync + 'static) {
+        self.device.spawn_with(spawn);
+    }
+
     /// The device alone.
     pub fn into_device(self) -> Device {
         self.device
@@ -210,45 +216,9 @@ fn put_back(device: &mut Device) -> Result<()> {
     running.map_err(|error| error.in_phase(Phase::Cleanup))
 }
 
-/// Does something with all of a set at once, a thread for each, and returns when all have returned.
-/// One alone, and one for which there is no thread, is done on the caller's.
-fn at_once<T: Send, R: Send>(all: &mut [T], f: impl Fn(&mut T) -> R + Sync) -> Vec<R> {
-    if let [only] = all {
-        return vec![f(only)];
-    }
-    let f = &f;
-    thread::scope(|scope| {
-        let tasks: Vec<_> =
-            all.iter_mut()
-                .map(|one| {
-                    // Handed over, not captured: it must still be there where there is no thread.
-                    let place = std::sync::Mutex::new(Some(one));
-                    let place = std::sync::Arc::new(place);
-                    let theirs = place.clone();
-                    let take = |place: &std::sync::Mutex<Option<_>>| {
-                        let mut place = place
-                            .lock()
-                            .unwrap_or_else(std::sync::PoisonError::into_inner);
-                        place.take()
-                    };
-                    let name = "vfio-mig-state".to_owned();
-                    let task = thread::Builder::new()
-                        .name(name)
-                        .spawn_scoped(scope, move || {
-                            f(take(&theirs)
-                                .expect("the spawner took it only where there is no thread"))
-                        });
-                    task.map_err(|_no_thread| f(take(&place).expect("no thread has taken it")))
-                })
-                .collect();
-        let result = |task: Result<thread::ScopedJoinHandle<'_, R>, R>| match task {
-            Ok(task) => task
-                .join()
-                .unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
-            Err(result) => result,
-        };
-        tasks.into_iter().map(result).collect()
-    })
+/// See [`for_all`].
+fn at_once<M: vm::Member, R: Send>(all: &mut [M], f: impl Fn(&mut M) -> R + Sync) -> Vec<R> {
+    for_all(all, vm::Member::device, f)
 }
 
 /// Takes all devices of a migration that is off back to work, all at once.

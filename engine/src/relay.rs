@@ -109,7 +109,7 @@ use crate::{
         atomic::{AtomicBool, AtomicU32, Ordering},
         lock, lock_across_waits,
     },
-    task::{Crew, Spawner, Task, TaskKind},
+    task::{self, Crew, Spawner, Task, TaskKind},
     trace,
     verdict::Verdict,
     wire,
@@ -396,7 +396,7 @@ impl Relay {
         settings: &Settings,
         spawn: impl Fn(Task) -> io::Result<()> + Send + Sync + 'static,
     ) -> Result<Self> {
-        Self::start_on(settings, Some(Box::new(spawn)))
+        Self::start_on(settings, Some(task::spawner(spawn)))
     }
 
     fn start_on(settings: &Settings, spawner: Option<Spawner>) -> Result<Self> {
@@ -654,7 +654,7 @@ impl Relay {
         if result.is_ok() {
             let lines = std::mem::take(&mut *lock(&self.shared.lines));
             // A task that was left behind may hold one.
-            let lines = lines.into_iter().filter_map(Arc::into_inner);
+            let lines = lines.into_iter().filter_map(|it| Arc::try_unwrap(it).ok());
             lines.for_each(|line| channels.push(line.into_channel()));
         }
         RelayReport {

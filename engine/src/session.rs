@@ -57,7 +57,7 @@ pub use self::{
 use crate::reorder::refusals::LeasePlan;
 use crate::{
     channel::{Channel, Finished, Terms},
-    device::{Device, Recover},
+    device::{Device, Recover, set::for_all},
     driver::{Driver, Flow, Handle, Limits},
     error::{Error, ErrorKind, Phase, Result},
     id::DeviceId,
@@ -189,6 +189,13 @@ macro_rules! builder_methods {
             &mut self.0.settings
         }
 
+        /// Has these devices' changes of state go where the session's tasks do.
+        pub(crate) fn lend_spawner<'a>(&self, devices: impl IntoIterator<Item = &'a mut Device>) {
+            for device in devices {
+                device.adopt_spawner(self.0.spawner.as_ref());
+            }
+        }
+
         /// How many devices it has.
         pub(crate) const fn device_count(&self) -> usize {
             self.0.devices.len()
@@ -207,12 +214,14 @@ macro_rules! builder_methods {
         }
 
         /// Has the session's tasks run on threads of the embedder's: `spawn` is called once for
-        /// each, must have it run on a thread of its own soon, and must not wait for its end.
+        /// each, must have it run on a thread of its own soon, and must not wait for its end. The
+        /// session's devices keep it, for their changes of state outside of the session
+        /// ([`Device::spawn_with`]).
         pub fn spawn_with(
             mut self,
             spawn: impl Fn(Task) -> std::io::Result<()> + Send + Sync + 'static,
         ) -> Self {
-            self.0.spawner = Some(Box::new(spawn));
+            self.0.spawner = Some(crate::task::spawner(spawn));
             self
         }
 
@@ -270,32 +279,39 @@ impl Report {
     /// Sets every device that is still in a saving state to STOP, all at once, and returns when
     /// all are. This can be slow, and belongs after the migration: out of downtime.
     pub fn stop_devices(&mut self) {
-        std::thread::scope(|scope| {
-            for report in &mut self.devices {
-                if let Some(device) = &mut report.device
-                    && device.state().is_saving()
-                {
-                    scope.spawn(|| {
-                        trace::save_cleanup(&report.id);
-                        let stopped = device.set_state(DeviceState::Stop, Recover::Reset);
-                        if report.result.is_ok() {
-                            report.result = stopped.map_err(|error| error.in_phase(Phase::Cleanup));
-                        }
-                    });
+        let mut saving: Vec<_> = self
+            .devices
+            .iter_mut()
+            .filter_map(|report| {
+                let device = report.device.as_mut()?;
+                let saving = device.state().is_saving();
+                saving.then_some((device, &report.id, &mut report.result))
+            })
+            .collect();
+        for_all(
+            &mut saving,
+            |(device, ..)| device,
+            |(device, id, result)| {
+                trace::save_cleanup(id);
+                let stopped = device.set_state(DeviceState::Stop, Recover::Reset);
+                if result.is_ok() {
+                    **result = stopped.map_err(|error| error.in_phase(Phase::Cleanup));
                 }
-            }
-        });
+            },
+        );
     }
 }
 
 impl Report {
     /// Takes every device of a failed save back to work, all at once.
     fn put_back(&mut self) {
-        std::thread::scope(|scope| {
-            for device in self.devices.iter_mut().filter_map(|r| r.device.as_mut()) {
-                scope.spawn(|| crate::save::put_back(device));
-            }
-        });
+        let back = self.devices.iter_mut().filter_map(|r| r.device.as_mut());
+        let mut back: Vec<_> = back.collect();
+        for_all(
+            &mut back,
+            |device| device,
+            |device| crate::save::put_back(device),
+        );
     }
 }
 

@@ -12,6 +12,8 @@
 //! announced by the task itself, so nobody waits in a join for a thread that the kernel holds.
 
 use std::{fmt, io, mem, panic, panic::AssertUnwindSafe, thread::JoinHandle, time::Instant};
+// Loom's takes no `dyn`.
+use std::sync::Arc as SharedFn;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use vfio_migration_uring::thread;
@@ -42,6 +44,9 @@ pub enum TaskKind {
     Channel(u32),
     /// Sets one device's states and runs its callbacks.
     Device(DeviceId),
+    /// Changes one device's state outside of a session, while others' are changed too. Where it is
+    /// refused, dropped or late, the thread that waits for it does the work.
+    State(DeviceId),
 }
 
 impl fmt::Display for TaskKind {
@@ -50,6 +55,7 @@ impl fmt::Display for TaskKind {
             Self::Driver => f.write_str("driver"),
             Self::Channel(number) => write!(f, "channel {number}"),
             Self::Device(id) => write!(f, "device {id}"),
+            Self::State(id) => write!(f, "a state of device {id}"),
         }
     }
 }
@@ -93,7 +99,31 @@ impl fmt::Debug for Task {
 pub(crate) const DRIVER: &str = "vfio-mig-driver";
 
 /// Puts a task on a thread.
-pub(crate) type Spawner = Box<dyn Fn(Task) -> io::Result<()> + Send + Sync>;
+pub(crate) type Spawner = SharedFn<dyn Fn(Task) -> io::Result<()> + Send + Sync>;
+
+/// The embedder's.
+pub(crate) fn spawner(spawn: impl Fn(Task) -> io::Result<()> + Send + Sync + 'static) -> Spawner {
+    SharedFn::new(spawn)
+}
+
+/// Starts a task that belongs to no session: on a thread of the embedder's, or of the engine's. Nobody
+/// is told of its end; the engine's own thread is to be joined.
+pub(crate) fn start(
+    kind: TaskKind,
+    spawner: Option<&Spawner>,
+    work: impl FnOnce() + Send + 'static,
+) -> io::Result<Option<JoinHandle<()>>> {
+    let name = "vfio-mig-state";
+    match spawner {
+        Some(spawner) => spawner(Task {
+            kind,
+            name: name.into(),
+            body: Box::new(work),
+        })
+        .map(|()| None),
+        None => thread::spawn(name, work).map(Some),
+    }
+}
 
 /// All threads of one session.
 pub(crate) struct Crew {
@@ -169,6 +199,11 @@ impl Crew {
         let thread = thread::spawn(&name, || task.run())?;
         lock(&self.threads).push(thread);
         Ok(())
+    }
+
+    /// What puts its tasks on threads, where that is the embedder's.
+    pub(crate) const fn spawner(&self) -> Option<&Spawner> {
+        self.spawner.as_ref()
     }
 
     /// Whether every task has ended.
@@ -264,7 +299,7 @@ impl End {
             let error = error.map(|error| match &self.kind {
                 TaskKind::Driver => error,
                 TaskKind::Channel(number) => error.on_channel(*number),
-                TaskKind::Device(id) => error.on_device(id),
+                TaskKind::Device(id) | TaskKind::State(id) => error.on_device(id),
             });
             ended(error);
         }

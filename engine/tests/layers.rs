@@ -44,6 +44,7 @@ const HOMES: &[(&str, &[&str])] = &[
 /// Where `unsafe` is opened.
 const UNSAFE: &[&str] = &[
     "engine/src/arena.rs",
+    "engine/src/device/set.rs",
     "engine/src/device/sim/mapping.rs",
     "engine/src/device/vfio/ioctl.rs",
     "engine/src/device/vfio/open.rs",

@@ -30,7 +30,7 @@ use nix::errno::Errno;
 use super::{Ack, DeviceSettings, Failed, Realized, Terms, at_once};
 use crate::{
     channel::Channel,
-    device::{Device, Recover},
+    device::{Device, Recover, set::for_all},
     error::{Error, ErrorKind, Phase, Result, Violation},
     id::DeviceId,
     section::{Piece, SectionSink, Tag, load_state},
@@ -122,8 +122,9 @@ impl Incoming {
             Ok(multifd) => multifd,
             Err(error) => return Err(Failed::new(error, devices)),
         };
+        session.lend_spawner(devices.iter_mut().map(|realized| &mut realized.device));
         let mut both: Vec<_> = devices.iter_mut().zip(&multifd).collect();
-        let resumed = at_once(&mut both, |(realized, multifd)| {
+        let resume = |(realized, multifd): &mut (&mut Realized, &bool)| {
             if **multifd {
                 return Ok(Duration::ZERO);
             }
@@ -132,7 +133,8 @@ impl Incoming {
             let before = realized.state();
             let set = realized.device.set_state(DeviceState::Resuming, before);
             set.map(|()| since.elapsed())
-        });
+        };
+        let resumed = for_all(&mut both, |(realized, _)| &mut realized.device, resume);
         let resumed: Vec<Duration> = match resumed.into_iter().collect() {
             Ok(times) => times,
             Err(error) => {

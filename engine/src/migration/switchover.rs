@@ -99,6 +99,7 @@ impl Switchover {
             return failed(error, sources);
         }
         let mut sources = sources;
+        session.lend_spawner(sources.iter_mut().map(|source| &mut *source.device));
         let stopped = at_once(&mut sources, |source| {
             if source.multifd {
                 return Ok(());

@@ -297,6 +297,8 @@ impl LoadSession {
         };
         let (load, common) = (self.load.clone(), self.common.clone());
         let ending = (self.load.clone(), self.common.clone(), shared.clone());
+        let mut device = device;
+        device.adopt_spawner(self.common.crew.spawner());
         let ferry = Ferry::new(device);
         let left = ferry.clone();
         Crew::spawn(

@@ -81,6 +81,9 @@ impl SaveBuilder {
     pub fn try_start(self) -> Result<SaveSession, NotStarted> {
         let mut parts = self.0;
         let mut devices = std::mem::take(&mut parts.devices);
+        for device in &mut devices {
+            device.adopt_spawner(parts.spawner.as_ref());
+        }
         match SaveSession::prepare(&mut parts, &mut devices) {
             Ok((mut session, driver, terms)) => match session.launch(parts, devices, driver, terms)
             {
