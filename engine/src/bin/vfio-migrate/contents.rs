@@ -98,16 +98,6 @@ fn lacking(scans: &[Scan]) -> String {
     }
 }
 
-/// Where a device is first named.
-pub(crate) fn first_place(scans: &[Scan], key: &DeviceKey) -> String {
-    let mut named = scans.iter().filter_map(|scan| {
-        let places = scan.places.iter();
-        let place = { places }.find(|place| scan.keys[place.device] == *key)?;
-        Some(format!("{} byte {}", scan.name(), place.offset))
-    });
-    named.next().unwrap_or_default()
-}
-
 /// Where all files end.
 fn ends(scans: &[Scan]) -> String {
     let ends = scans

@@ -365,12 +365,22 @@ impl Output {
 
 // ----------------------------------------------------------------------------------------- run
 
+/// Where a device is first named.
+fn first_place(scans: &[Scan], key: &DeviceKey) -> String {
+    let mut named = scans.iter().filter_map(|scan| {
+        let places = scan.places.iter();
+        let place = { places }.find(|place| scan.keys[place.device] == *key)?;
+        Some(format!("{} byte {}", scan.name(), place.offset))
+    });
+    named.next().unwrap_or_default()
+}
+
 fn subjects(scans: &[Scan], out: Option<&Path>, force: bool) -> anyhow::Result<Vec<Subject>> {
     let mut subjects = Vec::new();
     let mut names = HashSet::new();
     for (DeviceKeyOrder(key), _) in by_device(scans) {
         let id = key.id().with_context(|| {
-            let (place, key) = (contents::first_place(scans, &key), show_key(&key));
+            let (place, key) = (first_place(scans, &key), show_key(&key));
             format!("{place}: device {key}: this idstr is no name")
         })?;
         let files = out.map(|directory| Files::new(directory, &stem(&key, &mut names), force));
