@@ -156,6 +156,32 @@ pub fn listen_under<S: AsRef<OsStr>>(
     }
 }
 
+/// As [`start`], with another stdout and stderr than pipes that are read.
+pub fn start_with<S: AsRef<OsStr>>(
+    arguments: impl IntoIterator<Item = S>,
+    stdout: Stdio,
+    stderr: Stdio,
+) -> Running {
+    start_under_with("", arguments, stdout, stderr)
+}
+
+/// As [`start_with`], under what a shell does first.
+pub fn start_under_with<S: AsRef<OsStr>>(
+    under: &str,
+    arguments: impl IntoIterator<Item = S>,
+    stdout: Stdio,
+    stderr: Stdio,
+) -> Running {
+    let mut command = command_under(under, arguments);
+    let mut child = command.stdout(stdout).stderr(stderr).spawn().unwrap();
+    Running {
+        stdout: child.stdout.take().map(rest),
+        stderr: child.stderr.take().map(rest),
+        child,
+        first: String::new(),
+    }
+}
+
 /// A process that has its stdout and stderr still to be read: pipes, and nobody reads them.
 pub fn start_unread<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Running {
     Running {

@@ -17,7 +17,7 @@ use vfio_migration::{stream::MAIN_MAGIC, wire::MULTIFD_MAGIC};
 
 use crate::{
     network::{Connection, Listener, Peek},
-    output::say,
+    output::say_of_stranger,
 };
 
 /// What a connection is.
@@ -92,7 +92,7 @@ impl Door {
                     match u32::from_be_bytes(magic) {
                         MAIN_MAGIC => return Ok(Some(Caller::Main(connection))),
                         MULTIFD_MAGIC => return Ok(Some(Caller::Channel(connection))),
-                        magic => say(&format!(
+                        magic => say_of_stranger(&format!(
                             "a connection that began with {magic:#010x} was closed: neither a \
                              main channel nor a multifd channel"
                         )),
@@ -104,7 +104,7 @@ impl Door {
                     if guest.since.elapsed() > hello_timeout(self.timeout) =>
                 {
                     self.guests.remove(at);
-                    say("a connection that said nothing was closed");
+                    say_of_stranger("a connection that said nothing was closed");
                 }
                 Ok(seen) => {
                     guest.begun = matches!(seen, Peek::Part);

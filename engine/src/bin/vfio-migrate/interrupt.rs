@@ -1,25 +1,35 @@
 //! Ctrl-C: at once where nothing is under way, in order where something is.
 //!
 //! ```text
-//!               SIGINT, SIGTERM
+//!          SIGINT, SIGTERM, SIGHUP
 //!   Idle ───────────────────────────────▶ the process ends, status 130
 //!    │ ▲
 //!    ▼ │ in_order(), its end
 //!   Busy ──────────────▶ Asked ─────────▶ the process ends, status 130
-//!                          │
-//!                          ▼
-//!        the command sees requested(), cancels, tells its peer, ends with Interrupted
+//!    │                     │
+//!    │ settled()           ▼
+//!    ▼   the command sees requested(), cancels, tells its peer, ends with Interrupted
+//!   Settled ────────────────────────────▶ the process ends, status 0
 //! ```
 //!
-//! Both signals are blocked in every thread; one thread takes them with `sigwait`, for as long as
-//! the process lives, and so no code runs in a signal handler. Any thread may ask.
+//! Settled is a migration that has passed on both sides, where only the printing is left: its status
+//! stays that of its peer.
+//!
+//! The signals are blocked in every thread; one thread takes them with `sigwait`, for as long as
+//! the process lives, and so no code runs in a signal handler. That thread waits for nobody: not for
+//! who reads stdout or stderr, nor for a lock that is held over a wait. Any thread may ask. SIGHUP is left
+//! alone where it is ignored from the start, as `nohup` has it. SIGXFSZ is blocked too, for good: a write
+//! beyond the limit of a file's size is then an `EFBIG`, as any other error of a write.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::{
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use anyhow::Context;
 use nix::sys::signal::{SigSet, Signal};
 
-/// The exit status of who was interrupted: 128 and the number of SIGINT.
+/// The exit status of who was interrupted, by whichever signal: 128 and the number of SIGINT.
 pub(crate) const STATUS: u8 = 130;
 
 /// Where the command is.
@@ -31,6 +41,8 @@ enum State {
     Busy,
     /// And the user has asked for its end.
     Asked,
+    /// Nothing but the printing is left. What is said where that is cut short.
+    Settled(&'static str),
 }
 
 static STATE: Mutex<State> = Mutex::new(State::Idle);
@@ -44,15 +56,21 @@ pub(crate) fn watch() -> anyhow::Result<()> {
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGINT);
     signals.add(Signal::SIGTERM);
-    signals.thread_block().context("cannot block signals")?;
+    if !is_ignored(Signal::SIGHUP) {
+        signals.add(Signal::SIGHUP);
+    }
+    let mut blocked = signals;
+    blocked.add(Signal::SIGXFSZ);
+    blocked.thread_block().context("cannot block signals")?;
     let wait = move || {
         while signals.wait().is_ok() {
             let mut state = state();
             match *state {
                 State::Busy => *state = State::Asked,
+                State::Settled(what) => end_settled(what),
                 State::Idle | State::Asked => {
                     crate::failure::tell_interrupted_at_once();
-                    std::process::exit(STATUS.into());
+                    exit(STATUS);
                 }
             }
         }
@@ -62,6 +80,36 @@ pub(crate) fn watch() -> anyhow::Result<()> {
         .spawn(wait)
         .context("cannot start a thread")?;
     Ok(())
+}
+
+/// Whether a signal is ignored, as whoever started this process has it.
+fn is_ignored(signal: Signal) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status
+        .lines()
+        .find_map(|line| line.strip_prefix("SigIgn:"))
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.is_some_and(|mask| mask & (1 << (signal as i32 - 1)) != 0)
+}
+
+/// Ends the process from any thread: whoever stands in a write is left there.
+fn exit(status: u8) -> ! {
+    crate::stderr::finish(Duration::from_millis(300));
+    std::process::exit(status.into());
+}
+
+fn end_settled(what: &str) -> ! {
+    crate::output::say(&format!("warning: {what}, but the output was interrupted"));
+    exit(0);
+}
+
+/// From now on the migration has passed: what is left is to be printed, and Ctrl-C ends that. Where it was
+/// asked for already, it does so here. What has to be removed is.
+pub(crate) fn settled(what: &'static str) {
+    let before = std::mem::replace(&mut *state(), State::Settled(what));
+    if before == State::Asked {
+        end_settled(what);
+    }
 }
 
 /// While it lives the first Ctrl-C is left to the command.
@@ -80,7 +128,10 @@ pub(crate) fn in_order() -> InOrder {
 
 impl Drop for InOrder {
     fn drop(&mut self) {
-        *state() = State::Idle;
+        let mut state = state();
+        if !matches!(*state, State::Settled(_)) {
+            *state = State::Idle;
+        }
     }
 }
 

@@ -20,19 +20,20 @@
 //! | `capture`, `contents` | a captured channel's packets and where they stand; what all together hold |
 //! | `output`, `failure`, `progress` | tables and JSON; exit statuses; bars |
 //! | `args`, `interrupt` | sizes and times; Ctrl-C |
+//! | `stderr` | lines on stderr, for which nobody waits |
 //!
 //! # Threads
 //!
 //! Each subcommand runs on the main thread, which watches over its sessions and over Ctrl-C; the
 //! sessions have threads of their own. `send` and `receive` have one more, which reads the main
-//! channel, `relay` has two; one waits for signals. Every wait ends with what it is for, a time
-//! that an option sets, or Ctrl-C.
+//! channel, `relay` has two; one waits for signals, one writes stderr, and one draws bars. Every wait
+//! ends with what it is for, a time that an option sets, or Ctrl-C.
 //!
 //! # How it ends
 //!
 //! Status 0: done. 1: it failed, and one line on stderr says why. 2: it was used wrongly. 130: it
-//! was interrupted. What went through is on stdout, everything else on stderr; with `--json` a failure
-//! is on stdout as well (`failure`).
+//! was interrupted, by SIGINT, SIGTERM or SIGHUP. What went through is on stdout, everything else on stderr;
+//! with `--json` a failure is on stdout as well (`failure`).
 
 mod args;
 mod capture;
@@ -56,8 +57,9 @@ mod relay;
 mod replay;
 mod send;
 mod state_files;
+mod stderr;
 
-use std::{fmt, io, process::ExitCode};
+use std::{fmt, io, process::ExitCode, time::Duration};
 
 use anyhow::anyhow;
 use clap::{Parser, Subcommand};
@@ -123,7 +125,9 @@ Examples:
 Sizes are like 4096, 64KiB, 1.5GiB; K, M, G are powers of 1024 too. Times are in seconds.
 `vfio-migrate COMMAND --help` explains a command.
 
-Exit status: 0 done, 1 failed (one line on stderr says why), 2 wrong use, 130 interrupted.
+Exit status: 0 done, 1 failed (one line on stderr says why), 2 wrong use, 130 interrupted (by
+SIGINT, SIGTERM or SIGHUP). What has passed on both sides is 0 on both: where its output cannot be
+printed, or is interrupted, a warning says so.
 With --json there is one JSON object on stdout in each case. Of a failure it has \"error\": an object
 with \"message\" (that line), \"chain\" (its parts), \"status\", and where they are known \"kind\"
 (usage, interrupted, protocol, device, stalled, ...), \"phase\", \"device\" (\"idstr\", \"instance\"),
@@ -155,7 +159,7 @@ impl fmt::Display for Interrupted {
 impl std::error::Error for Interrupted {}
 
 /// Whether whoever reads our output has gone: `inspect … | head`.
-fn is_closed_pipe(error: &anyhow::Error) -> bool {
+pub(crate) fn is_closed_pipe(error: &anyhow::Error) -> bool {
     error
         .downcast_ref()
         .is_some_and(|error: &output::Stdout| error.0.kind() == io::ErrorKind::BrokenPipe)
@@ -170,16 +174,17 @@ fn log() -> anyhow::Result<()> {
         .parse()
         .map_err(|error| Usage(format!("VFIO_MIGRATE_LOG: {error}")))?;
     tracing_subscriber::registry()
-        .with(tracing_subscriber::fmt::layer().with_writer(io::stderr))
+        .with(tracing_subscriber::fmt::layer().with_writer(|| stderr::Log))
         .with(filter)
         .try_init()?;
     Ok(())
 }
 
 fn run(command: Command) -> anyhow::Result<()> {
-    log()?;
     // Before there is any other thread, so that all of them leave the signals to that one.
     interrupt::watch()?;
+    stderr::start();
+    log()?;
     match command {
         Command::Demo(options) => demo::run(&options),
         Command::Send(options) => send::run(&options),
@@ -205,13 +210,15 @@ fn main() -> ExitCode {
     if command.is_json() {
         failure::want_json();
     }
-    let Err(error) = run(command) else {
-        return ExitCode::SUCCESS;
+    let status = match run(command) {
+        Ok(()) => 0,
+        Err(error) if is_closed_pipe(&error) => 0,
+        Err(error) => {
+            failure::print(&error);
+            output::say(&format!("{error:#}"));
+            failure::status(&error)
+        }
     };
-    if is_closed_pipe(&error) {
-        return ExitCode::SUCCESS;
-    }
-    failure::print(&error);
-    output::say(&format!("{error:#}"));
-    ExitCode::from(failure::status(&error))
+    stderr::finish(Duration::from_secs(2));
+    ExitCode::from(status)
 }

@@ -19,7 +19,7 @@ use vfio_migration::{
     text::{self, Printable},
 };
 
-use crate::{args::show, failure};
+use crate::{args::show, failure, is_closed_pipe, stderr};
 
 /// stdout could not be written to.
 #[derive(Debug)]
@@ -62,9 +62,25 @@ pub(crate) fn one_line(text: &str) -> String {
 /// Says something on stderr: one line, whatever a peer's bytes or a path may hold, and in one piece,
 /// for two processes often share a terminal.
 pub(crate) fn say(text: &str) {
-    let line = format!("vfio-migrate: {}\n", one_line(text));
-    // Who does not listen misses it.
-    let _lost = io::stderr().write_all(line.as_bytes());
+    stderr::say(line(text));
+}
+
+/// As [`say`], of a connection that anybody may make: a few lines, and how many more there were.
+pub(crate) fn say_of_stranger(text: &str) {
+    stderr::say_of_stranger(line(text));
+}
+
+fn line(text: &str) -> String {
+    format!("vfio-migrate: {}\n", one_line(text))
+}
+
+/// Says that the output could not be printed, where that changes nothing.
+pub(crate) fn warn(done: &str, printed: anyhow::Result<()>) {
+    if let Err(error) = printed
+        && !is_closed_pipe(&error)
+    {
+        say(&format!("warning: {done}, but {error:#}"));
+    }
 }
 
 /// Prints the one JSON object of a command, unless that has been printed.
@@ -270,7 +286,12 @@ pub(crate) struct Transfer {
 }
 
 impl Transfer {
-    pub(crate) fn print(&self, json: bool) -> anyhow::Result<()> {
+    /// Prints it where the migration has passed, on both sides: what fails now is said, and no status.
+    pub(crate) fn tell(&self, json: bool) {
+        warn("all is loaded", self.print(json));
+    }
+
+    fn print(&self, json: bool) -> anyhow::Result<()> {
         if json {
             return print_json(self);
         }

@@ -4,9 +4,15 @@
 //!   stats() of a session, about ten times a second ──▶ Progress ──▶ stderr
 //! ```
 //!
-//! Used by the command's main thread alone. Where there is no terminal nothing is drawn.
+//! A thread of its own draws, the latest counters that there are: a terminal may stand still, and the
+//! main thread may not. Where there is no terminal, or no thread, nothing is drawn.
 
-use std::io::IsTerminal;
+use std::{
+    io::IsTerminal,
+    sync::mpsc::{self, SyncSender},
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use vfio_migration::{DeviceId, Stats};
@@ -14,12 +20,15 @@ use vfio_migration::{DeviceId, Stats};
 /// More bars than this would scroll: then there is one for all.
 const MOST: usize = 16;
 
-/// The bars.
+/// How long the end waits for the last bars.
+const PATIENCE: Duration = Duration::from_millis(200);
+
+/// What draws the bars.
 #[derive(Debug)]
 pub(crate) struct Progress {
-    bars: Vec<ProgressBar>,
-    together: bool,
-    _drawn: MultiProgress,
+    /// One that waits to be drawn is enough. Until the end.
+    counters: Option<SyncSender<Stats>>,
+    thread: JoinHandle<()>,
 }
 
 impl Progress {
@@ -29,6 +38,45 @@ impl Progress {
         if !wanted || !std::io::stderr().is_terminal() {
             return None;
         }
+        let bars = Bars::new(devices);
+        let (counters, all) = mpsc::sync_channel(1);
+        let draw = move || all.iter().for_each(|stats| bars.update(&stats));
+        let thread = thread::Builder::new().name("progress".into()).spawn(draw);
+        Some(Self {
+            counters: Some(counters),
+            thread: thread.ok()?,
+        })
+    }
+
+    /// Has drawn what the counters say.
+    pub(crate) fn update(&self, stats: &Stats) {
+        if let Some(counters) = &self.counters {
+            // Those before are not drawn yet: then these need not be.
+            let _later = counters.try_send(stats.clone());
+        }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        drop(self.counters.take());
+        let since = Instant::now();
+        while !self.thread.is_finished() && since.elapsed() < PATIENCE {
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+/// The bars, which stay where they are in the end.
+#[derive(Debug)]
+struct Bars {
+    bars: Vec<ProgressBar>,
+    together: bool,
+    _drawn: MultiProgress,
+}
+
+impl Bars {
+    fn new(devices: &[(DeviceId, Option<u64>)]) -> Self {
         let together = devices.len() > MOST;
         let all = devices
             .iter()
@@ -56,15 +104,14 @@ impl Progress {
             bar.set_prefix(format!("{name:width$}"));
             drawn.add(bar)
         });
-        Some(Self {
+        Self {
             bars: bars.collect(),
             together,
             _drawn: drawn,
-        })
+        }
     }
 
-    /// Draws what the counters say.
-    pub(crate) fn update(&self, stats: &Stats) {
+    fn update(&self, stats: &Stats) {
         if self.together {
             let bytes = stats.devices.iter().map(|device| device.bytes).sum();
             self.bars.iter().for_each(|bar| set(bar, bytes));
@@ -81,7 +128,7 @@ fn set(bar: &ProgressBar, bytes: u64) {
     bar.set_position(bar.length().map_or(bytes, |len| bytes.min(len)));
 }
 
-impl Drop for Progress {
+impl Drop for Bars {
     fn drop(&mut self) {
         for bar in &self.bars {
             bar.abandon();

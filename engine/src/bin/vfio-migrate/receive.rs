@@ -43,7 +43,7 @@ use crate::{
         main_failed, show_reason, timed_out,
     },
     network::{self, Address, Connection, Listener, Peek, TICK},
-    output::{Transfer, rate, say},
+    output::{Transfer, rate, say, say_of_stranger},
     progress::Progress,
 };
 
@@ -154,7 +154,7 @@ impl Hall<'_> {
         match self.door.answer()? {
             Some(Caller::Channel(connection)) => Ok(Some(connection)),
             Some(Caller::Main(_)) => {
-                say("a second main channel was closed");
+                say_of_stranger("a second main channel was closed");
                 Ok(None)
             }
             None => Ok(None),
@@ -567,7 +567,6 @@ fn keep<'a>(
     stats: &Stats,
     path: &ReturnPath,
 ) -> anyhow::Result<Vec<Checked<'a>>> {
-    let mut checked = device::check(subjects, stats)?;
     let (keeping, kept) = mpsc::channel::<()>();
     thread::scope(|scope| {
         let beat = move || {
@@ -580,11 +579,18 @@ fn keep<'a>(
             .name("heartbeat".into())
             .spawn_scoped(scope, beat)
             .context("cannot start a thread")?;
-        let result = device::keep(&mut checked);
+        let keep = || {
+            let mut checked = device::check(subjects, stats)?;
+            if interrupt::requested() {
+                bail!(Interrupted);
+            }
+            device::keep(&mut checked)?;
+            Ok(checked)
+        };
+        let result = keep();
         drop(keeping);
         result
-    })?;
-    Ok(checked)
+    })
 }
 
 /// Runs `receive`.
@@ -616,6 +622,9 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         }
         Err(error) => path.refuse(error),
     }
+    if loaded.is_ok() {
+        interrupt::settled("all is loaded, and the source knows");
+    }
     main.linger(LINGER);
     let (checked, stats, took, loaded) = loaded?;
     if let Err(failed) = loaded.join() {
@@ -637,5 +646,6 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         precopy_bytes: None,
         spilled_bytes: stats.spill.written,
     }
-    .print(options.json)
+    .tell(options.json);
+    Ok(())
 }

@@ -45,7 +45,7 @@ use crate::{
     interrupt,
     main_channel::{REASON, main_failed, show_reason},
     network::{self, Address, Connection, Listener},
-    output::{self, say},
+    output::{self, say, say_of_stranger},
 };
 
 /// Pass a migration on, its devices' states through the engine
@@ -357,7 +357,9 @@ impl Watch<'_> {
     fn admit(&mut self) -> anyhow::Result<()> {
         while let Some(caller) = self.door.answer()? {
             match caller {
-                Caller::Main(_) if self.main.is_some() => say("a second main channel was closed"),
+                Caller::Main(_) if self.main.is_some() => {
+                    say_of_stranger("a second main channel was closed");
+                }
                 Caller::Main(source) => {
                     let destination = self.options.connect()?;
                     self.main = Some(MainChannel::start(source, destination)?);
@@ -615,6 +617,8 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     if watched.is_err() {
         relay.fail(main_failed());
     }
+    // And the listener with it.
+    drop(watch);
     let verdict = main.as_ref().map_or(Ok(()), MainChannel::check);
     let main = main.map(MainChannel::close);
     let report = relay.join();
@@ -632,5 +636,9 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         }
         verdict?;
     }
-    Output::new(&report.stats, main).print(options.json)
+    interrupt::settled(DONE);
+    output::warn(DONE, Output::new(&report.stats, main).print(options.json));
+    Ok(())
 }
+
+const DONE: &str = "the migration has been passed on";

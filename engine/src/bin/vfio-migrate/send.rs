@@ -440,6 +440,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         precopy,
         took,
     } = talk(options, devices, &subjects, &main)?;
+    interrupt::settled("all is loaded, and the destination has said so");
     drop(main);
     // The destination has it all: what cannot be said of it here is no failure.
     let devices = match device::check(&subjects, &stats) {
@@ -463,5 +464,6 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         precopy_bytes: precopy,
         spilled_bytes: 0,
     }
-    .print(options.json)
+    .tell(options.json);
+    Ok(())
 }
