@@ -195,8 +195,14 @@ impl Destination {
 struct Writer(Destination, usize);
 
 impl Read for Writer {
+    /// The destination says nothing, and ends its side: asked when all has been sent.
     fn read(&mut self, _bytes: &mut [u8]) -> io::Result<usize> {
-        panic!("nobody reads what a destination says on a channel: nothing")
+        let board = self.0.board();
+        assert!(
+            board.lines[self.1].finished,
+            "read before the channel's end"
+        );
+        Ok(0)
     }
 }
 
