@@ -25,9 +25,6 @@ tests! {
         a_killed_destination_leaves_the_old_state_or_the_new,
         a_killed_source_leaves_what_was_there,
         captures_that_are_no_files_end,
-    ],
-    root: [],
-    later: [
         a_file_that_may_not_grow_is_a_failure_on_both_sides,
         a_planted_link_beside_path_is_not_followed,
         what_is_no_regular_file_is_refused_before_listening,
@@ -37,11 +34,15 @@ tests! {
         a_state_is_its_owners_alone,
         a_name_that_looks_like_a_temporary_one_is_a_name,
         the_first_of_two_states_stays_out_where_the_second_fails,
-        a_replay_overwrites_nothing_and_follows_no_link,
-        a_replay_whose_disk_is_full_fails,
+    ],
+    root: [
         a_full_file_system_is_a_failure_on_both_sides,
         a_device_node_stays_one,
         a_directory_of_another_user_is_refused,
+    ],
+    later: [
+        a_replay_overwrites_nothing_and_follows_no_link,
+        a_replay_whose_disk_is_full_fails,
     ],
 }
 
@@ -432,39 +433,40 @@ fn a_replay_overwrites_nothing_and_follows_no_link() {
     let out = directory.file("out");
     let first = replay("", &["--out", &out]);
     assert_eq!(first.status, Some(0), "{first:?}");
-    let names: Vec<_> = fs::read_dir(&out)
-        .unwrap()
-        .map(|it| it.unwrap().file_name())
+    let entries = fs::read_dir(&out).unwrap().map(|it| it.unwrap());
+    let right: Vec<_> = entries
+        .map(|it| {
+            (
+                it.file_name().into_string().unwrap(),
+                fs::read(it.path()).unwrap(),
+            )
+        })
         .collect();
-    assert!(names.len() >= 4, "{names:?}");
-    let all = || -> Vec<_> {
-        names
-            .iter()
-            .map(|it| fs::read(Path::new(&out).join(it)).unwrap())
-            .collect()
-    };
-    let right = all();
-    for name in &names {
-        let path = Path::new(&out).join(name);
-        let modes = fs::metadata(&path).unwrap().mode() & 0o077;
-        assert_eq!(modes, 0, "readable by others");
-        let (victim, was) = (directory.file("victim"), fs::read(&path).unwrap());
-        // A file of somebody's, and a link to one.
-        fs::write(&path, "somebody's").unwrap();
-        refused(&replay("", &["--out", &out]), &[name.to_str().unwrap()]);
-        assert_eq!(fs::read(&path).unwrap(), b"somebody's");
-        fs::remove_file(&path).unwrap();
-        fs::write(&victim, "precious").unwrap();
-        symlink(&victim, &path).unwrap();
-        refused(&replay("", &["--out", &out]), &[name.to_str().unwrap()]);
-        sound(replay("", &["--force", "--out", &out]));
-        assert_eq!(fs::read(&victim).unwrap(), b"precious");
-        let _link = fs::remove_file(&path);
-        fs::write(&path, was).unwrap();
+    assert!(right.len() >= 4, "{right:?}");
+    let victim = directory.file("victim");
+    for (name, bytes) in &right {
+        let mode = fs::metadata(Path::new(&out).join(name)).unwrap().mode();
+        assert_eq!(mode & 0o077, 0, "{name} is readable by others");
+        // A file of somebody's, or a link to one: alone, so that it is the one that is in the way.
+        for link in [false, true] {
+            let there = directory.file(&format!("{name}-{link}"));
+            let path = Path::new(&there).join(name);
+            fs::create_dir(&there).unwrap();
+            fs::write(&victim, "precious").unwrap();
+            if link {
+                symlink(&victim, &path).unwrap();
+            } else {
+                fs::write(&path, "somebody's").unwrap();
+            }
+            refused(&replay("", &["--out", &there]), &[name]);
+            assert_eq!(fs::read_dir(&there).unwrap().count(), 1, "{name}");
+            assert!(link || fs::read(&path).unwrap() == b"somebody's");
+            let forced = replay("", &["--force", "--out", &there]);
+            assert!(link || forced.status == Some(0), "{forced:?}");
+            assert!(forced.status != Some(0) || fs::read(&path).unwrap() == *bytes);
+            assert_eq!(fs::read(&victim).unwrap(), b"precious");
+        }
     }
-    let forced = replay("", &["--force", "--out", &out]);
-    assert_eq!(forced.status, Some(0), "{forced:?}");
-    assert!(all() == right, "another state");
 }
 
 fn a_replay_whose_disk_is_full_fails() {

@@ -281,6 +281,11 @@ fn pump(mut from: Socket, mut to: Socket, is_back: bool, fate: Fate, shared: &Sh
         let count = match from.read(&mut buffer) {
             // A cut has ended it, and ends the other side in its own way.
             _ if shared.over.load(Relaxed) => return,
+            // A mute end is not heard either.
+            Ok(0) if is_back && fate.mute_at.is_some() => {
+                thread::sleep(LOOK);
+                continue;
+            }
             Ok(0) => return to.shutdown(Shutdown::Write),
             Ok(count) => count,
             Err(_) => return to.end(true),

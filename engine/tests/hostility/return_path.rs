@@ -29,11 +29,11 @@ tests! {
         a_cut_is_told_wherever_it_is,
         a_silent_destination_ends,
         a_reply_that_drips_ends,
+        a_destination_that_reads_nothing_ends_and_can_be_interrupted,
     ],
     root: [],
     later: [
         a_destination_that_lies_of_its_success_is_not_believed,
-        a_destination_that_reads_nothing_ends_and_can_be_interrupted,
     ],
 }
 
