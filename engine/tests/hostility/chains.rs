@@ -19,16 +19,16 @@ tests! {
         a_destination_that_is_not_there,
         a_destination_that_ends_at_once,
         whoever_is_killed_or_stopped,
-    ],
-    root: [],
-    later: [
         a_relay_between_with_every_default,
-        a_relay_between_with_any_number_of_channels,
         relays_in_a_row,
         a_destination_that_takes_all_and_says_nothing,
         a_source_that_is_gone_before_its_channels,
         a_flood_of_channels_is_refused,
         a_link_that_is_cut_on_either_side,
+    ],
+    root: [],
+    later: [
+        a_relay_between_with_any_number_of_channels,
     ],
 }
 

@@ -34,6 +34,7 @@ tests! {
         a_state_is_its_owners_alone,
         a_name_that_looks_like_a_temporary_one_is_a_name,
         the_first_of_two_states_stays_out_where_the_second_fails,
+        a_replay_overwrites_nothing_and_follows_no_link,
     ],
     root: [
         a_full_file_system_is_a_failure_on_both_sides,
@@ -41,7 +42,6 @@ tests! {
         a_directory_of_another_user_is_refused,
     ],
     later: [
-        a_replay_overwrites_nothing_and_follows_no_link,
         a_replay_whose_disk_is_full_fails,
     ],
 }

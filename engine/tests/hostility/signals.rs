@@ -169,7 +169,12 @@ fn while_the_verdict_is_awaited() {
         });
         pause();
         sending.signal(signal);
-        obeyed(&end(sending), signal);
+        let sent = end(sending);
+        obeyed(&sent, signal);
+        assert!(
+            sent.stderr.contains("the destination's status alone says"),
+            "{sent:?}"
+        );
         drop(link);
         // It has all; or it has heard in time that its source has given up.
         let received = end(receiving);

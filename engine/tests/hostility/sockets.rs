@@ -18,7 +18,7 @@ use nix::{sys::stat::Mode, unistd::mkfifo};
 use crate::{
     command::{Directory, listen, start, start_unread, words},
     link::{Fate, Link},
-    rig::{BOUND, Ends, Rig, Wire, case, end, refused, sound, until},
+    rig::{Ends, Rig, Wire, case, end, refused, sound, until},
     tests,
 };
 
@@ -27,8 +27,11 @@ tests! {
         a_socket_that_was_left_behind_is_replaced,
         silent_strangers_keep_no_source_out,
         nobody_there_is_named,
-        a_link_that_is_cut_ends_both,
+        a_link_that_ends_ends_both,
+        a_link_that_is_reset_ends_both,
+        a_link_to_a_unix_socket_that_is_cut_ends_both,
         a_link_in_small_pieces_is_a_link,
+        a_destination_that_is_slow_to_accept_is_waited_for,
     ],
     root: [],
     later: [
@@ -39,7 +42,6 @@ tests! {
         closed_strangers_keep_no_source_out,
         few_files_and_many_strangers,
         a_full_backlog_ends_and_can_be_interrupted,
-        a_destination_that_is_slow_to_accept_is_waited_for,
         as_many_channels_as_there_may_be,
     ],
 }
@@ -316,34 +318,41 @@ fn as_many_channels_as_there_may_be() {
     }
 }
 
-fn a_link_that_is_cut_ends_both() {
-    for wire in [Wire::Tcp, Wire::Unix] {
-        for reset in [false, true] {
-            for cut in [0, 1, 40, 100, 300, 1000, 10_000, 1_000_000, 2_999_999] {
-                let rig = Rig::over(3_000_000);
-                let ends = Ends {
-                    wire,
-                    ..Ends::default()
-                };
-                let (receiving, to) = rig.receive(&ends).unwrap();
-                let fate = Fate {
-                    cut_at: Some(cut),
-                    reset,
-                    ..Fate::default()
-                };
-                let link = Link::new("127.0.0.1:0", &to, fate).unwrap();
-                let sending = rig.send(&link.address, &ends);
-                let sent = sending.end_within(BOUND);
-                drop(link);
-                // What has not reached it before its source is gone does not reach it any more.
-                if cut == 0 {
-                    receiving.signal("INT");
-                }
-                let (sent, received) = (sound(sent), end(receiving));
-                assert_ne!(sent.status, Some(0), "cut at {cut}: {sent:?}");
-                rig.judge(&sent, &received);
-            }
+fn a_link_that_ends_ends_both() {
+    cut(Wire::Tcp, false);
+}
+
+fn a_link_that_is_reset_ends_both() {
+    cut(Wire::Tcp, true);
+}
+
+fn a_link_to_a_unix_socket_that_is_cut_ends_both() {
+    cut(Wire::Unix, false);
+}
+
+fn cut(wire: Wire, reset: bool) {
+    for at in [0, 1, 40, 100, 300, 1000, 10_000, 1_000_000, 2_999_999] {
+        let rig = Rig::over(3_000_000);
+        let ends = Ends {
+            wire,
+            both: "--timeout 2 --channels 2",
+            ..Ends::default()
+        };
+        let (receiving, to) = rig.receive(&ends).unwrap();
+        let fate = Fate {
+            cut_at: Some(at),
+            reset,
+            ..Fate::default()
+        };
+        let link = Link::new("127.0.0.1:0", &to, fate).unwrap();
+        let sent = end(rig.send(&link.address, &ends));
+        drop(link);
+        // Nothing has reached it.
+        if at == 0 {
+            receiving.signal("INT");
         }
+        assert_ne!(sent.status, Some(0), "cut at {at}: {sent:?}");
+        rig.judge(&sent, &end(receiving));
     }
 }
 

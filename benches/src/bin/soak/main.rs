@@ -3,7 +3,8 @@
 //! ```text
 //!   seed ─▶ plan (what, over what, what goes wrong) ─▶ migrate ─▶ judge ─▶ next seed
 //!             │                                           └ or with a peer process, to be killed
-//!             └ in which way: sessions alone, shared with RAM, pushed, relayed, the life cycle
+//!             └ in which way: sessions alone, shared with RAM, pushed, relayed, the life cycle,
+//!               processes of the command
 //! ```
 //!
 //! One migration after the other, and everything random comes from its seed, but for the kernel's
@@ -15,11 +16,15 @@
 //! its own wake-ups rather than the clock's time, so that a machine that stands still ends nothing.
 
 mod between;
+mod cast;
 mod judge;
+#[path = "../../../../engine/tests/hostility/link.rs"]
+mod link;
 mod migrate;
 mod packets;
 mod peer;
 mod plan;
+mod processes;
 mod pushed;
 mod whole;
 
@@ -55,6 +60,9 @@ struct Args {
     /// How many, instead of for how long.
     #[arg(long)]
     count: Option<u64>,
+    /// Only migrations in a way whose name has this word, like "processes" or "relay".
+    #[arg(long)]
+    way: Option<String>,
     /// Says what each migration is before it begins.
     #[arg(long)]
     verbose: bool,
@@ -68,6 +76,10 @@ fn main() -> ExitCode {
     if let Some(address) = args.peer {
         return peer::serve(&Plan::new(args.seed), address);
     }
+    if let Err(why) = processes::prepare() {
+        eprintln!("soak: {why}");
+        return ExitCode::from(2);
+    }
     let began = Instant::now();
     let now = Arc::new(AtomicU64::new(args.seed));
     watch(now.clone());
@@ -75,16 +87,24 @@ fn main() -> ExitCode {
     let mut ways: BTreeMap<&str, Count> = BTreeMap::new();
     let mut failed = 0_u64;
     let mut said = Instant::now();
-    let mut total = 0;
+    let (mut total, mut next) = (0, args.seed);
     while args.count.map_or(
         began.elapsed().as_secs_f64() < args.minutes * 60.0,
         |count| total < count,
     ) {
-        let seed = args.seed.wrapping_add(total);
+        let seed = next;
+        next = next.wrapping_add(1);
+        let plan = Plan::new(seed);
+        if args
+            .way
+            .as_ref()
+            .is_some_and(|way| !plan.way.name().contains(way))
+        {
+            continue;
+        }
         total += 1;
         // Relaxed: for a human.
         now.store(seed, Relaxed);
-        let plan = Plan::new(seed);
         if args.verbose {
             println!("seed {seed}: {plan:?}");
         }

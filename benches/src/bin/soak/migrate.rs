@@ -12,7 +12,7 @@ use crate::{
     between::{self, Between},
     judge, peer,
     plan::{Plan, RingKind, Scene, Side, Way, id},
-    pushed, whole,
+    processes, pushed, whole,
 };
 
 /// A device's handle, and the digest of what it began with.
@@ -39,6 +39,7 @@ pub fn run(plan: &Plan) -> Result<bool, String> {
         }
         Way::Pushed => pushed::run(plan),
         Way::Whole(cycle) => whole::run(plan, cycle),
+        Way::Processes(cast) => processes::run(plan, cast),
     }
 }
 

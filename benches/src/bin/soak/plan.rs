@@ -11,6 +11,8 @@ use vfio_migration::{
 };
 use vfio_migration_uring::sim::{Fault, FaultPlan, SimConfig as RingConfig};
 
+use crate::cast::Cast;
+
 /// What goes wrong.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub enum Scene {
@@ -32,6 +34,10 @@ pub enum Scene {
     DestinationKilled,
     /// One of them is, and is not killed: it must succeed.
     TwoProcesses,
+    /// All are processes of the command, and nothing goes wrong: it must succeed.
+    Commands,
+    /// And something does.
+    CommandsDisturbed,
 }
 
 /// What is between the two sessions, and around them.
@@ -47,6 +53,8 @@ pub enum Way {
     Relayed,
     /// The life cycle: PRE_COPY, a main channel, the switchover.
     Whole(Cycle),
+    /// Processes of the command.
+    Processes(Box<Cast>),
 }
 
 impl Way {
@@ -59,6 +67,7 @@ impl Way {
             Self::Relayed => "a relay between",
             Self::Whole(cycle) if cycle.over_channels => "life cycle, PRE_COPY over the channels",
             Self::Whole(_) => "life cycle",
+            Self::Processes(_) => "processes of the command",
         }
     }
 }
@@ -115,10 +124,16 @@ pub struct Plan {
     pub victim: Side,
 }
 
+/// How many of a hundred migrations are processes of the command.
+const PROCESSES: u64 = 15;
+
 impl Scene {
     /// Whether the migration must succeed.
     pub const fn must_succeed(self) -> bool {
-        matches!(self, Self::Clean | Self::RoughRing | Self::TwoProcesses)
+        matches!(
+            self,
+            Self::Clean | Self::RoughRing | Self::TwoProcesses | Self::Commands
+        )
     }
 
     /// Whether one side is a process of its own.
@@ -133,6 +148,9 @@ impl Scene {
 impl Plan {
     pub fn new(seed: u64) -> Self {
         let mut random = Random(seed ^ 0x5eed_50a4);
+        // Of its own, as below.
+        let mut others = Random(seed ^ 0x970c);
+        let cast = others.percent(PROCESSES).then(|| Cast::new(&mut others));
         let scene = random.of(&[
             Scene::Clean,
             Scene::Clean,
@@ -194,6 +212,11 @@ impl Plan {
                 }
             }
         }
+        let (scene, way) = match cast {
+            Some(cast) if cast.must_succeed() => (Scene::Commands, Way::Processes(Box::new(cast))),
+            Some(cast) => (Scene::CommandsDisturbed, Way::Processes(Box::new(cast))),
+            None => (scene, way),
+        };
         Self {
             seed,
             scene,
@@ -405,7 +428,7 @@ impl Random {
         self.next() % end.max(1)
     }
 
-    fn size(&mut self, end: u64) -> usize {
+    pub fn size(&mut self, end: u64) -> usize {
         usize::try_from(self.below(end)).expect("small")
     }
 
@@ -413,7 +436,7 @@ impl Random {
         self.below(100) < chances
     }
 
-    fn of<T: Clone>(&mut self, choices: &[T]) -> T {
+    pub fn of<T: Clone>(&mut self, choices: &[T]) -> T {
         choices[self.size(choices.len() as u64)].clone()
     }
 }

@@ -207,6 +207,8 @@ impl Words {
 struct Told {
     ponged: bool,
     done: bool,
+    /// Whether it has said that it has failed.
+    refused: bool,
     why: Option<String>,
     /// Why it is over where it is not done, until the main thread has taken it.
     failure: Option<anyhow::Error>,
@@ -234,6 +236,7 @@ impl Heard {
             Reply::Shut(status) => {
                 told.ended = true;
                 told.done = *status == 0;
+                told.refused = !told.done;
                 if !told.done {
                     told.failure = Some(match told.why.take() {
                         Some(why) => anyhow!("the destination has failed: {why}"),
@@ -292,6 +295,8 @@ pub(crate) struct Replies<'a> {
     pub(crate) ponged: bool,
     /// Whether the destination has all.
     pub(crate) done: bool,
+    /// Whether it has said that it has failed.
+    pub(crate) refused: bool,
 }
 
 impl<'a> Replies<'a> {
@@ -300,11 +305,12 @@ impl<'a> Replies<'a> {
             heard,
             ponged: false,
             done: false,
+            refused: false,
         }
     }
 
     fn take_in(&mut self, mut told: MutexGuard<'_, Told>) -> anyhow::Result<()> {
-        (self.ponged, self.done) = (told.ponged, told.done);
+        (self.ponged, self.done, self.refused) = (told.ponged, told.done, told.refused);
         told.failure.take().map_or(Ok(()), Err)
     }
 

@@ -271,14 +271,26 @@ fn send_all(
     (save.finish(), main)
 }
 
-/// Waits for the destination's last word.
+/// Waits for the destination's last word. Where there comes none, nobody here can know whether it has
+/// loaded all: then the error says whose status is to be believed.
 fn confirm(replies: &mut Replies<'_>) -> anyhow::Result<()> {
     // Ends: with that word, the destination's silence for the time-out or its end, both of which
     // the reading thread tells, or Ctrl-C.
     while !replies.done {
-        replies.wait()?;
+        let heard = replies.wait();
+        let refused = replies.refused;
+        let unknown = |error: anyhow::Error| {
+            if refused {
+                error
+            } else {
+                error.context(
+                    "all was sent, and the destination's status alone says what came of it",
+                )
+            }
+        };
+        heard.map_err(unknown)?;
         if interrupt::requested() && !replies.done {
-            bail!(Interrupted);
+            return Err(unknown(Interrupted.into()));
         }
     }
     Ok(())
