@@ -103,14 +103,17 @@ fn source(
             switchover.config(device.1, body)
         })?;
     }
-    writer.write(&Event::Eof)?;
     let saved = switchover.finish()?;
-    match Reply::read(&mut &*main)? {
-        Some(Reply::Shut(0)) => saved.cleanup().map(drop).map_err(Error::from),
-        _ => saved
-            .abort()
-            .iter_mut()
-            .try_for_each(|device| vm::start(&mut [device])),
+    // With this the destination may start its VM: from here on it is the one who knows.
+    let verdict = writer.write(&Event::Eof);
+    match verdict.and_then(|()| Reply::read(&mut &*main)) {
+        Ok(Some(Reply::Shut(0))) => saved.cleanup().map(drop).map_err(Error::from),
+        Ok(Some(_)) => vm::start(&mut saved.abort()), // and the processors go on
+        // Nobody says where the VM runs: it must not run here until somebody has found out.
+        silence => {
+            let _stopped = saved.in_doubt();
+            silence.map(drop)
+        }
     }
 }
 
@@ -143,8 +146,19 @@ fn destination(
             _ => {}
         }
     }
-    let mut loaded = incoming.finish()?;
-    vm::start(loaded.devices_mut())?; // and the processors
+    // The drivers look at what was loaded when their devices start.
+    let started = incoming.finish().map_err(Error::from).and_then(|loaded| {
+        let mut loaded = loaded;
+        vm::start(loaded.devices_mut()).map(|()| loaded)
+    });
+    let loaded = match started {
+        Ok(loaded) => loaded, // and the processors start
+        Err(error) => {
+            // Nothing runs here: the source may go on.
+            Reply::Shut(1).write(&mut &*main)?;
+            return Err(error);
+        }
+    };
     Reply::Shut(0).write(&mut &*main)?;
     loaded.join().map(drop).map_err(Error::from)
 }

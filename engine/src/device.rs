@@ -34,6 +34,7 @@
 
 mod callbacks;
 mod estimate;
+mod rest;
 pub(crate) mod set;
 #[cfg(feature = "sim")]
 pub mod sim;
@@ -52,9 +53,11 @@ use std::{
 use nix::errno::Errno;
 use vfio_migration_uring::Fd;
 
+use self::rest::Rest;
 pub use self::{
     callbacks::{MigrationDevice, StateEvent},
     estimate::{MAX_DATA_SIZE, buffer_len, stop_copy_estimate},
+    rest::Duty,
 };
 use crate::{
     error::{Error, ErrorKind, Phase, Result},
@@ -177,6 +180,7 @@ pub struct Device {
     events: bool,
     config_after_iterables: Option<bool>,
     spawner: Option<Spawner>,
+    rest: Rest,
 }
 
 impl Device {
@@ -205,6 +209,7 @@ impl Device {
             events: true,
             config_after_iterables: None,
             spawner: None,
+            rest: Rest::new(),
         };
         match device.ask() {
             Ok(()) => Ok(device),
@@ -582,12 +587,14 @@ impl Device {
     fn start_anew(&mut self) {
         self.health = Health::Good;
         self.close();
+        self.rest.was_reset();
         self.remember(DeviceState::Running);
     }
 
     /// After a reset that failed.
     fn lose(&mut self, error: Error) -> Error {
         self.close();
+        self.rest.was_lost();
         self.health = Health::Lost(error.clone());
         error
     }
@@ -607,6 +614,7 @@ impl Device {
             self.close();
         }
         self.state = state;
+        self.rest.entered(state);
         trace::migration_set_device_state(&self.id, state);
         if self.events {
             // A panic is noted in `health`, and that is all: the state *has* changed.

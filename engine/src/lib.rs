@@ -63,7 +63,8 @@ pub use crate::reorder::refusals::LeasePlan;
 pub use crate::{
     channel::{Channel, RamSink},
     device::{
-        Device, MAX_DATA_SIZE, MigrationDevice, Recover, StateEvent, buffer_len, stop_copy_estimate,
+        Device, Duty, MAX_DATA_SIZE, MigrationDevice, Recover, StateEvent, buffer_len,
+        stop_copy_estimate,
     },
     error::{Error, ErrorKind, Phase, Refusal, Result, Violation},
     id::DeviceId,

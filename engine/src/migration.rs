@@ -12,17 +12,38 @@
 //!     │                                               │
 //!   Switchover::begin()                               switchover_start()
 //!     │ complete(), config()        both ────────────▶│  …
-//!   finish() ─▶ Saved                                 finish() ─▶ Loaded, devices in STOP
-//!     │ cleanup()   out of downtime: STOP             vm::start()   RUNNING
-//!     ▼ abort()     it was off: RUNNING
+//!   finish() ─▶ Saved               the end ─────────▶ finish() ─▶ Loaded, devices in RESUMING
+//!     │                                               vm::start()   RUNNING: drivers check
+//!     │ cleanup()   STOP            ◀──── verdict      │
+//!     ▼ abort()     as at set-up                       ▼
 //!   Realized                                          Realized
 //! ```
+//!
+//! # Which side runs
+//!
+//! The main channel's end is the destination's permission to start. A source writes it when
+//! [`Switchover::finish`] has given [`Saved`], and not before: until then a failure, whatever it is,
+//! lets the VM go on here. From then on the source is in doubt, and its VM must not run by itself,
+//! until the destination's verdict has been heard:
+//!
+//! | verdict | call | the source's devices |
+//! |---|---|---|
+//! | all is loaded, the VM runs there | [`Saved::cleanup`] | STOP |
+//! | it has failed there | [`Saved::abort`] | as at set-up; the VM goes on here |
+//! | none was heard | [`Saved::in_doubt`], or a drop | STOP, with all that they hold |
+//!
+//! A destination says that all is loaded when [`vm::start`] has returned, for it is there that the
+//! devices' drivers check their states. Where it fails, every device is reset and stopped before it
+//! returns, and the verdict is that it has failed. After a failure, [`Realized::state`],
+//! [`Realized::was_reset`] and [`Realized::duty`] say of each device where it is and what is left
+//! for the VMM to do.
 //!
 //! Each arrow is a method that takes what is on its left and gives what is on its right, so most
 //! of what would be a wrong order does not compile: there is no [`Switchover`] without a
 //! [`Source`], no [`Source`] without its set-up, no second start of either. What a peer decides
-//! (tags, commands) is checked when it comes. Whatever fails gives the devices back ([`Failed`]),
-//! RUNNING again or reset; a device that a call is stuck in is left out.
+//! (tags, commands) is checked when it comes. Whatever fails gives the devices back ([`Failed`]) in
+//! the state that they had at set-up, RUNNING or STOP, by a reset where there is no other way; a
+//! device that a call is stuck in is left out.
 //!
 //! ```compile_fail
 //! # use vfio_migration::{SaveSession, migration::{Acks, Ack, Source, Switchover}};
@@ -85,8 +106,8 @@ pub use self::{
     switchover::Switchover,
 };
 use crate::{
-    device::{Device, Recover, set::for_all},
-    error::{Error, Phase, Result},
+    device::{Device, Duty, set::for_all},
+    error::Error,
     id::DeviceId,
     state::{DeviceState, MigrationFlags},
     task::Task,
@@ -99,7 +120,8 @@ use crate::{
 pub struct Failed<T> {
     /// Why.
     pub error: Error,
-    /// What was handed over, put back.
+    /// What was handed over, put back. Each device says where it is and what must be done about it
+    /// ([`Realized::duty`]); one that is missing has a call stuck in it, and must not be touched.
     pub back: T,
 }
 
@@ -173,6 +195,18 @@ impl Realized {
         self.device.is_lost()
     }
 
+    /// Whether the device has been reset since its last migration was set up.
+    #[must_use]
+    pub const fn was_reset(&self) -> bool {
+        self.device.was_reset()
+    }
+
+    /// What the VMM must do about the device, after a migration.
+    #[must_use]
+    pub const fn duty(&self) -> Duty {
+        self.device.duty()
+    }
+
     /// The settings, which hold for the next migration.
     pub const fn settings_mut(&mut self) -> &mut DeviceSettings {
         &mut self.settings
@@ -187,33 +221,13 @@ impl Realized {
     pub fn into_device(self) -> Device {
         self.device
     }
-
-    /// See [`put_back`].
-    fn put_back(&mut self) -> Result<()> {
-        put_back(&mut self.device)
-    }
-
-    /// Takes a device back to work that may hold another VM's state, or part of it.
-    fn forget(&mut self) -> Result<()> {
-        if self.device.state() == DeviceState::Running {
-            return Ok(());
-        }
-        let reset = self.device.reset();
-        reset.map_err(|error| error.in_phase(Phase::Cleanup))
-    }
 }
 
-/// Takes a device back to work: RUNNING, or a reset, which makes it so. A device that is lost says so
-/// from now on.
-fn put_back(device: &mut Device) -> Result<()> {
+/// Takes a device back to the state at set-up: its migration is off, and its VM is here.
+fn put_back(device: &mut Device) {
     trace::migration_state_notifier(device.id(), "failed");
-    let running = if device.state() == DeviceState::Resuming {
-        // Ended only so.
-        device.reset()
-    } else {
-        device.set_state(DeviceState::Running, Recover::Reset)
-    };
-    running.map_err(|error| error.in_phase(Phase::Cleanup))
+    // The migration's own error is the one to report; what this comes to is the device's duty.
+    let _duty = device.put_back();
 }
 
 /// See [`for_all`].
@@ -221,8 +235,7 @@ fn at_once<M: vm::Member, R: Send>(all: &mut [M], f: impl Fn(&mut M) -> R + Sync
     for_all(all, vm::Member::device, f)
 }
 
-/// Takes all devices of a migration that is off back to work, all at once.
+/// Takes all devices of a migration that is off back to the state at set-up, all at once.
 fn put_all_back(devices: &mut [Realized]) {
-    // The migration's own error is the one to report; a device that is lost says so from now on.
-    let _results = at_once(devices, Realized::put_back);
+    at_once(devices, |realized| put_back(&mut realized.device));
 }

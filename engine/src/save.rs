@@ -37,14 +37,12 @@ mod device_side;
 mod device_thread;
 
 pub(crate) use self::{
-    channel_side::serve_channel,
-    device_side::SaveFlow,
-    device_thread::{put_back, serve_device},
+    channel_side::serve_channel, device_side::SaveFlow, device_thread::serve_device,
 };
 use crate::{
     arena::NoMemory,
     channel::{Finished, Sender, Terms},
-    device::{Device, Recover},
+    device::Device,
     driver::{Context, Flow, Handle, Pump},
     error::{Error, ErrorKind, Phase, Result},
     id::DeviceId,

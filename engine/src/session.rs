@@ -57,14 +57,13 @@ pub use self::{
 use crate::reorder::refusals::LeasePlan;
 use crate::{
     channel::{Channel, Finished, Terms},
-    device::{Device, Recover, set::for_all},
+    device::{Device, set::for_all},
     driver::{Driver, Flow, Handle, Limits},
     error::{Error, ErrorKind, Phase, Result},
     id::DeviceId,
     lane::Buffer,
     reorder::{control::SLACK, pool::Pool},
     settings::Settings,
-    state::DeviceState,
     stats::{ChannelCounters, DeviceStats, SpillStats, Stats},
     sync::{Arc, Mutex, lock},
     task::{Crew, DRIVER, Spawner, TaskKind},
@@ -83,7 +82,8 @@ fn host(error: io::Error) -> Error {
 pub struct NotStarted {
     /// Why.
     pub error: Error,
-    /// The devices, put back, in the order given; without those that a callback is stuck in.
+    /// The devices, in the state that they came in, in the order given; without those that a
+    /// callback is stuck in.
     pub devices: Vec<Device>,
 }
 
@@ -201,8 +201,11 @@ macro_rules! builder_methods {
             self.0.devices.len()
         }
 
-        /// Adds a device. The session has it until its report.
-        pub fn device(mut self, device: Device) -> Self {
+        /// Adds a device. The session has it until its report. The state that it is in now is the
+        /// one that it goes back to where the session fails: RUNNING, or STOP of a VM that does not
+        /// run.
+        pub fn device(mut self, mut device: Device) -> Self {
+            device.set_off();
             self.0.devices.push(device);
             self
         }
@@ -247,10 +250,11 @@ macro_rules! builder_methods {
 pub struct DeviceReport {
     /// Which device.
     pub id: DeviceId,
-    /// How its part went.
+    /// How its part went: it may have succeeded in a session that failed.
     pub result: Result<()>,
     /// The device, unless a transfer or a callback is stuck in it: then it must not be touched, and
-    /// is leaked.
+    /// is leaked. [`Device::state`], [`Device::was_reset`] and [`Device::duty`] say what became of
+    /// it.
     pub device: Option<Device>,
 }
 
@@ -276,8 +280,11 @@ pub struct Report {
 }
 
 impl Report {
-    /// Sets every device that is still in a saving state to STOP, all at once, and returns when
-    /// all are. This can be slow, and belongs after the migration: out of downtime.
+    /// The VM runs elsewhere: sets every device that is still in a saving state to STOP, all at once,
+    /// and returns when all are. This can be slow, and belongs after the migration: out of downtime.
+    ///
+    /// One that refuses is reset, which makes it RUNNING, and then stopped: its result says so, and
+    /// its [`duty`](Device::duty) what is to be done where that fails too.
     pub fn stop_devices(&mut self) {
         let mut saving: Vec<_> = self
             .devices
@@ -293,9 +300,9 @@ impl Report {
             |(device, ..)| device,
             |(device, id, result)| {
                 trace::save_cleanup(id);
-                let stopped = device.set_state(DeviceState::Stop, Recover::Reset);
+                let stopped = device.retire();
                 if result.is_ok() {
-                    **result = stopped.map_err(|error| error.in_phase(Phase::Cleanup));
+                    **result = stopped;
                 }
             },
         );
@@ -303,16 +310,20 @@ impl Report {
 }
 
 impl Report {
-    /// Takes every device of a failed save back to work, all at once.
-    fn put_back(&mut self) {
-        let back = self.devices.iter_mut().filter_map(|r| r.device.as_mut());
-        let mut back: Vec<_> = back.collect();
-        for_all(
-            &mut back,
-            |device| device,
-            |device| crate::save::put_back(device),
-        );
+    /// The VM goes on here, though all of it was sent: takes every device back to the state that it
+    /// came in, all at once. After a save that has failed this was done.
+    pub fn put_back(&mut self) {
+        self.channels.abandon();
+        // What failed before is the error to report; what this comes to is each device's duty.
+        each_at_once(&mut self.devices, |device| drop(device.put_back()));
     }
+}
+
+/// Does something with all devices of a report at once.
+fn each_at_once(reports: &mut [DeviceReport], f: impl Fn(&mut Device) + Sync) {
+    let devices = reports.iter_mut().filter_map(|it| it.device.as_mut());
+    let mut devices: Vec<_> = devices.collect();
+    for_all(&mut devices, |device| device, |device| f(device));
 }
 
 /// A device on its way to its thread: whoever comes first takes it, the thread or, where there is
@@ -419,7 +430,21 @@ impl Common {
     }
 
     /// The devices that have come back, and those that have not.
-    fn devices(&self, ids: Vec<(u32, DeviceId)>) -> Vec<DeviceReport> {
+    /// `off` does what remains to be done with each where the session has failed.
+    fn devices(
+        &self,
+        ids: Vec<(u32, DeviceId)>,
+        off: Option<fn(&mut Device) -> Result<()>>,
+    ) -> Vec<DeviceReport> {
+        let mut reports = self.come_back(ids);
+        if let Some(off) = off {
+            // The session's own error is the one to report; what this comes to is the device's duty.
+            each_at_once(&mut reports, |device| drop(off(device)));
+        }
+        reports
+    }
+
+    fn come_back(&self, ids: Vec<(u32, DeviceId)>) -> Vec<DeviceReport> {
         let mut returned = lock(&self.returned);
         ids.into_iter()
             .map(|(ordinal, id)| match returned.remove(&ordinal) {
@@ -447,10 +472,12 @@ impl Common {
         result: Result<()>,
         stats: Stats,
         left_behind: usize,
+        off: fn(&mut Device) -> Result<()>,
     ) -> Report {
+        let off = result.is_err().then_some(off);
         Report {
             result,
-            devices: self.devices(ids),
+            devices: self.devices(ids, off),
             stats,
             abandoned_threads: left_behind,
             channels: Finished::default(),

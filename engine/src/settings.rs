@@ -88,9 +88,17 @@ pub struct Settings {
     /// says otherwise ([`Device::set_config_after_iterables`](crate::Device)). Both ends must agree.
     /// Off.
     pub config_after_iterables: bool,
-    /// Load: whether a device is set to STOP once it is loaded, so that a state which its driver
-    /// refuses fails the load. On.
-    pub stop_after_load: bool,
+    /// Load: whether a device is set to STOP once it is loaded, so that its driver checks the state
+    /// then, and one that it refuses fails the load. Unless set:
+    ///
+    /// - A [`LoadSession`](crate::LoadSession) alone does, for nobody else would have the state checked
+    ///   before the source is let go.
+    /// - [`migration::Incoming`](crate::migration::Incoming) does not: as with QEMU and Cloud
+    ///   Hypervisor the device stays in RESUMING until the VM starts, because a stay in STOP can be
+    ///   seen from outside (functions of mlx5 have been seen to initialise anew after one). The driver
+    ///   checks in the first step of [`vm::start`](crate::migration::vm::start), and the source is told
+    ///   that all is loaded only after it.
+    pub stop_after_load: Option<bool>,
     /// After a cancellation, how long a device's driver may keep a transfer before it is given up.
     /// 5 s.
     ///
@@ -127,7 +135,7 @@ impl Default for Settings {
             uuid: [0; 16],
             max_devices: None,
             config_after_iterables: false,
-            stop_after_load: true,
+            stop_after_load: None,
             grace: Duration::from_secs(5),
             no_progress: Duration::from_secs(60),
             hello_timeout: Duration::from_secs(10),

@@ -66,6 +66,13 @@ impl DeviceState {
         matches!(self, Self::StopCopy | Self::PreCopy | Self::PreCopyP2p)
     }
 
+    /// Whether the device works in this state, and may write to memory: RUNNING and PRE_COPY, with
+    /// and without P2P.
+    #[must_use]
+    pub const fn runs(self) -> bool {
+        matches!(self, Self::Running | Self::RunningP2p) || self.is_precopy()
+    }
+
     /// Whether the state is PRE_COPY or PRE_COPY_P2P: the data fd can have nothing *for now*.
     #[must_use]
     pub const fn is_precopy(self) -> bool {

@@ -21,7 +21,7 @@ use common::Watchdog;
 use nix::errno::Errno;
 use vfio_migration::{
     Device, DeviceState, ErrorKind, LoadSession, MAX_DATA_SIZE, MigrationFlags, Refusal,
-    SaveSession, StateEvent, Violation,
+    SaveSession, SourceChannels, StateEvent, Violation,
     migration::{
         Ack, Acks, Admission, DeviceSettings, Incoming, OnOffAuto, Realization, Realized, Source,
         Surroundings, Switchover, Terms, vm as state,
@@ -158,7 +158,8 @@ fn whether_a_config_waits_is_set_for_each_device() {
             assert_eq!(body[..], tag.encode(), "device {number}");
         }
         let saved = switchover.finish().unwrap();
-        let has_loaded = |number: usize| loaded_to[number - 1].state() == DeviceState::Stop;
+        let loads = |number: usize| loaded_to[number - 1].calls(Callback::LoadConfig);
+        let has_loaded = |number: usize| loads(number) > 0;
         // Under the watchdog: it ends when the device is loaded.
         while !has_loaded(other as usize) {
             thread::sleep(Duration::from_millis(1));
@@ -316,8 +317,9 @@ fn estimates_drop_with_what_is_read_and_are_never_believed_above_a_pebibyte() {
     );
     assert_eq!(source.pending_estimate().total(), 100_000);
     let exact = source.pending_exact().unwrap();
-    assert_eq!((exact.initial, exact.stop_copy), (100_000, MAX_DATA_SIZE));
-    assert_eq!(exact.total(), 100_000 + MAX_DATA_SIZE);
+    // All that a stop would give, what can be read in PRE_COPY included.
+    assert_eq!(exact.initial, 100_000);
+    assert_eq!(exact.total(), MAX_DATA_SIZE);
     // New data is known only when the device is asked.
     handle.dirty(50_000);
     assert_eq!(source.pending_estimate().dirty, 0);
@@ -326,12 +328,68 @@ fn estimates_drop_with_what_is_read_and_are_never_believed_above_a_pebibyte() {
     let calls = handle.calls(Callback::PrecopyInfo);
     let read = source.iterate(io::sink()).unwrap().bytes as u64;
     let estimate = source.pending_estimate();
-    assert_eq!(estimate.total(), 150_000 - read);
+    assert_eq!(estimate.total(), MAX_DATA_SIZE - read);
+    assert_eq!(estimate.precopy(), 150_000 - read);
     assert_eq!(estimate.initial, 100_000_u64.saturating_sub(read));
     assert_eq!(handle.calls(Callback::PrecopyInfo), calls, "cheap");
     while source.iterate(io::sink()).unwrap().bytes > 0 {}
-    assert_eq!(source.pending_estimate().total(), 0);
+    let estimate = source.pending_estimate();
+    assert_eq!(estimate.precopy(), 0);
+    assert_eq!(estimate.total(), MAX_DATA_SIZE - 150_000);
     let _running = source.abort();
+}
+
+#[test]
+fn what_can_be_read_in_precopy_is_counted_once() {
+    let config = SimConfig {
+        len: 1 << 20,
+        precopy_initial: 600_000,
+        ..SimConfig::default()
+    };
+    let (mut source, _, _) = source(config, Ack::Off);
+    let exact = source.pending_exact().unwrap();
+    assert_eq!(exact.total(), 1 << 20);
+    assert_eq!(exact.precopy(), 600_000);
+    assert_eq!(exact.stop_copy, (1 << 20) - 600_000);
+    // A device whose estimate of all is below what it says for now.
+    let (mut small, _, _) = self::source(
+        SimConfig {
+            len: 1 << 20,
+            precopy_initial: 600_000,
+            data_size: Some(10),
+            ..SimConfig::default()
+        },
+        Ack::Off,
+    );
+    let exact = small.pending_exact().unwrap();
+    assert_eq!((exact.total(), exact.stop_copy), (600_000, 0));
+}
+
+#[test]
+fn an_estimate_is_the_last_exact_number_less_what_was_read_since() {
+    let config = SimConfig {
+        len: 1 << 20,
+        precopy_initial: 600_000,
+        ..SimConfig::default()
+    };
+    let (mut source, _, _) = source(config, Ack::Off);
+    assert_eq!(source.pending_estimate().stop_copy, 0, "nobody has asked");
+    let mut left = source.pending_exact().unwrap().total();
+    assert_eq!(source.pending_estimate().total(), left);
+    loop {
+        let read = source.iterate(io::sink()).unwrap().bytes as u64;
+        left -= read;
+        assert_eq!(source.pending_estimate().total(), left);
+        if read == 0 {
+            break;
+        }
+    }
+    assert_eq!(left, (1 << 20) - 600_000);
+    // The VM stops: what is left is STOP_COPY's.
+    let mut all = [source];
+    state::stop(&mut all, state::Reason::FinishMigration).unwrap();
+    let estimate = all[0].pending_estimate();
+    assert_eq!((estimate.stop_copy, estimate.precopy()), (left, 0));
 }
 
 #[test]
@@ -472,6 +530,36 @@ fn a_vm_does_not_stop_for_a_switchover_that_is_not_acknowledged() {
 }
 
 #[test]
+fn a_vm_that_is_paused_in_precopy_switches_over_without_its_acks() {
+    let _watchdog = Watchdog::new();
+    for ack in [Ack::Once, Ack::Reusable] {
+        let (source, handle, acks) = source(Setup::default().config(1), ack);
+        let mut all = vec![source];
+        state::stop(&mut all, state::Reason::Pause).unwrap();
+        assert!(all[0].is_switchover_ready(), "it does not run");
+        assert!(!acks.is_open(), "and nobody has acknowledged");
+        state::stop(&mut all, state::Reason::FinishMigration).unwrap();
+        let (near, far) = UnixStream::pair().unwrap();
+        let reader = thread::spawn(move || io::copy(&mut &far, &mut io::sink()));
+        let session = SaveSession::builder()
+            .settings(quick())
+            .greeted_channels(SourceChannels::greet(vec![near.into()], &quick()).unwrap());
+        let switchover = Switchover::begin(all, session).unwrap();
+        acks.received(); // late, and no harm
+        let saved = switchover.finish().unwrap();
+        assert_eq!(saved.abort()[0].state(), DeviceState::Stop, "paused");
+        assert_eq!(handle.state(), DeviceState::Stop);
+        reader.join().unwrap().unwrap();
+    }
+    // One that goes on again has to wait again.
+    let (source, _, _) = source(Setup::default().config(1), Ack::Once);
+    let mut all = [source];
+    state::stop(&mut all, state::Reason::Pause).unwrap();
+    state::start(&mut all).unwrap();
+    assert!(!all[0].is_switchover_ready());
+}
+
+#[test]
 fn setup_refuses_what_cannot_work_and_gives_the_device_back() {
     let mut postcopy = Terms::default();
     postcopy.postcopy = true;
@@ -503,7 +591,7 @@ fn setup_refuses_what_cannot_work_and_gives_the_device_back() {
             assert!(matches!(failed.error.kind(), ErrorKind::Config(_)));
         }
         assert_eq!(failed.back.state(), handle.state());
-        assert_eq!(handle.state(), running);
+        assert_eq!(handle.state(), state, "as it came in");
         if state == running {
             // And so does the destination.
             let (realized, handle) = setup.realize(1, setup.config(1));
@@ -731,8 +819,30 @@ fn an_incomplete_state_over_the_main_channel_is_refused_before_the_vm_starts() {
     let config = [&4_u32.to_be_bytes()[..], b"conf"].concat();
     section::Writer::new(&mut body).config(&config).unwrap();
     let device = incoming.device(&id(1)).unwrap();
-    let error = device.load_state(&mut &body[..]).unwrap_err();
+    device.load_state(&mut &body[..]).unwrap();
+    let mut loaded = incoming.finish().unwrap();
+    assert_eq!(handle.state(), DeviceState::Resuming);
+    // The driver looks at it now, and so before the source is told anything.
+    let error = state::start(loaded.devices_mut()).unwrap_err();
     assert_eq!(*error.kind(), ErrorKind::State);
+    let states = (DeviceState::Resuming, DeviceState::RunningP2p);
+    assert_eq!(error.states(), Some(states));
+    assert_eq!(handle.state(), DeviceState::Stop);
+
+    // Or before that, where it is wanted so.
+    let (realized, handle) = setup.realize(1, setup.config(9));
+    let mut settings = quick();
+    settings.stop_after_load = Some(true);
+    let incoming = Incoming::setup(
+        vec![realized],
+        &setup.terms(),
+        LoadSession::builder().settings(settings),
+        Box::new(|| Ok(())),
+    )
+    .unwrap();
+    load(&incoming, &[Tag::Data, Tag::EndOfState], b"part").unwrap();
+    let device = incoming.device(&id(1)).unwrap();
+    let error = device.load_state(&mut &body[..]).unwrap_err();
     let states = (DeviceState::Resuming, DeviceState::Stop);
     assert_eq!(error.states(), Some(states));
     assert!(incoming.finish().is_err());

@@ -21,7 +21,7 @@ use common::Watchdog;
 use vfio_migration::{
     DeviceState, Error, ErrorKind, LoadSession, Publisher, SaveSession, Settings, SourceChannels,
     Violation,
-    migration::{Ack, Acks, Incoming, OnOffAuto, Source, Switchover},
+    migration::{Ack, Acks, Incoming, OnOffAuto, Source, Switchover, vm::start},
     section::{Tag, Writer},
     sim::{Image, SimHandle},
     wire::{PacketHeader, wrap_config},
@@ -281,10 +281,11 @@ fn nothing_is_missed_while_the_source_iterates_and_a_config_waits_for_the_switch
         "the switchover has said so"
     );
     drop(publisher);
-    let loaded = incoming.finish().unwrap();
+    let mut loaded = incoming.finish().unwrap();
+    assert_eq!(handle.state(), DeviceState::Resuming);
+    start(loaded.devices_mut()).unwrap();
     assert_eq!(handle.digest(), image.digest());
-    assert_eq!(handle.state(), DeviceState::Stop);
-    drop(loaded);
+    assert_eq!(handle.state(), DeviceState::Running);
 }
 
 #[test]

@@ -281,7 +281,12 @@ fn a_callback_that_blocks_delays_no_other_device() {
         io::copy(reader, &mut io::sink()).map(|_| ())
     }));
     let free = Mock::new(to_second);
-    let log = free.log.clone();
+    let (loads, loaded) = mpsc::channel();
+    let mut free = free;
+    free.load = Some(Box::new(move |reader| {
+        loads.send(()).unwrap();
+        io::copy(reader, &mut io::sink()).map(|_| ())
+    }));
     let devices = [blocked.device(1), free.device(2)]
         .map(|device| Realized::new(device, DeviceSettings::default()));
     let (first, second) = (collect(first), collect(second));
@@ -299,10 +304,8 @@ fn a_callback_that_blocks_delays_no_other_device() {
         bytes.extend(config_packet(number, 1, b"config"));
     }
     io::Write::write_all(&mut &near, &bytes).unwrap();
-    // The free device is loaded, and in STOP, while the other's callback has not returned.
-    while log.lock().unwrap().states.last() != Some(&DeviceState::Stop) {
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    // The free device gets its config while the other's callback has not returned.
+    loaded.recv().unwrap();
     assert!(!incoming.is_finished());
     go.send(()).unwrap();
     drop(near);

@@ -827,8 +827,13 @@ impl Run {
             let got = dev.drain.got();
             match &device.result {
                 Ok(()) => {
-                    assert_eq!(state, DeviceState::Stop);
                     assert!(got.config.is_some());
+                    // Of a load that failed nothing is left in any device.
+                    assert_ne!(state, DeviceState::Resuming);
+                    match &report.result {
+                        Ok(()) => assert_eq!(state, DeviceState::Stop),
+                        Err(_) => assert!(got.resets > 0),
+                    }
                 }
                 Err(_) => assert!(
                     state != DeviceState::Resuming && got.resets > 0 || state == DeviceState::Stop

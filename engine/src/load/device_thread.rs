@@ -1,7 +1,7 @@
 //! The device's thread: everything of a load but the bytes, and the main thread's calls beside it.
 //!
 //! ```text
-//!   RESUMING ─▶ attach the flow ─▶ wait for the driver ─▶ (wait for the notice) ─▶ config ─▶ STOP
+//!   RESUMING ─▶ attach the flow ─▶ wait for the driver ─▶ (wait for the notice) ─▶ config ─▶ (STOP)
 //! ```
 
 use super::*;
@@ -21,14 +21,11 @@ pub(crate) fn serve_device(
     let result = result.and_then(|()| finish_load(load, shared, device));
     if let Err(error) = &result
         && *error.kind() != ErrorKind::Stuck
-        && (device.state() == DeviceState::Resuming || *error.kind() == ErrorKind::Panicked)
     {
         // Where the switchover never began the main channel's side still has the fd.
         drop(lock(&shared.iterable).take());
-        // Only a reset leaves RESUMING, and only a reset makes the state known again after a panic. The
-        // first error is the one to report; where the reset fails the device is lost, and says so from
-        // now on.
-        let _lost = device.reset();
+        // The first error is the one to report; what this one comes to is the device's duty.
+        let _duty = device.forget();
     }
     trace::load_bufs_thread_end(id);
     result

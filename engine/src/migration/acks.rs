@@ -73,16 +73,17 @@ impl Acks {
         };
     }
 
-    /// Whether nothing holds the switchover up any more.
+    /// Whether no ack is missing. A VM that does not run needs none:
+    /// [`Source::is_switchover_ready`](super::Source::is_switchover_ready) knows of that too.
     #[must_use]
     pub fn is_open(&self) -> bool {
         lock(&self.count).pending == 0
     }
 
-    /// From now on no device may ask.
-    pub(super) fn decide(&self) -> Result<()> {
+    /// From now on no device may ask. An ack that is missing holds up a VM that runs, and no other.
+    pub(super) fn decide(&self, vm_runs: bool) -> Result<()> {
         let mut count = lock(&self.count);
-        if count.pending > 0 {
+        if count.pending > 0 && vm_runs {
             let what = "the destination has not acknowledged the switchover";
             return Err(Error::new(ErrorKind::Config(what), Phase::Save));
         }
@@ -107,7 +108,7 @@ mod tests {
             acks.ask().unwrap();
             acks.ask().unwrap();
             assert!(!acks.is_open());
-            assert!(acks.decide().is_err());
+            assert!(acks.decide(true).is_err());
             acks.received();
             assert_eq!(acks.is_open(), after_one);
             acks.received();
@@ -117,9 +118,18 @@ mod tests {
     }
 
     #[test]
+    fn a_vm_that_does_not_run_waits_for_no_ack() {
+        let acks = Acks::new(Ack::Once);
+        acks.ask().unwrap();
+        acks.decide(false).unwrap();
+        assert!(acks.ask().is_err(), "it is decided");
+        acks.received(); // one that comes late does no harm
+    }
+
+    #[test]
     fn nobody_asks_once_it_is_decided() {
         let acks = Acks::new(Ack::Reusable);
-        acks.decide().unwrap();
+        acks.decide(true).unwrap();
         assert_eq!(*acks.ask().unwrap_err().kind(), ErrorKind::LateRequest);
     }
 }

@@ -5,7 +5,10 @@
 //!                            │ device(id)?.load_state(body)   for every section of the main channel
 //!                            │ switchover_start()             with its command
 //!                            ▼
-//!                          finish() ─▶ Loaded, devices in STOP ─ join() ─▶ Realized…
+//!                          finish() ─▶ Loaded, devices in RESUMING
+//!                            │ vm::start()                    drivers check; the verdict
+//!                            ▼
+//!                          join() ─▶ Realized…
 //! ```
 //!
 //! Devices that use the multifd channels belong to a [`LoadSession`] and its threads; of the others
@@ -87,7 +90,7 @@ struct Owed {
 
 /// All devices of a VM on the destination, while its migration comes in.
 ///
-/// Dropping it cancels; the devices are reset then, and dropped.
+/// Dropping it cancels; the devices are reset then, put back to the state at set-up, and dropped.
 #[must_use = "a migration that comes in: finish or abort it"]
 pub struct Incoming {
     members: Vec<Member>,
@@ -110,7 +113,7 @@ impl Incoming {
     /// # Errors
     ///
     /// A device's refusal; [`ErrorKind::Config`] for what cannot work, and two devices of one name;
-    /// what [`LoadBuilder::start`] says. The devices are given back, put back.
+    /// what [`LoadBuilder::start`] says. The devices are given back in the state that they came in.
     pub fn setup(
         devices: Vec<Realized>,
         terms: &Terms,
@@ -118,6 +121,9 @@ impl Incoming {
         approve: Approve,
     ) -> Result<Self, Failed<Vec<Realized>>> {
         let mut devices = devices;
+        for realized in &mut devices {
+            realized.device.set_off();
+        }
         let multifd = match decide(&devices, terms, &session) {
             Ok(multifd) => multifd,
             Err(error) => return Err(Failed::new(error, devices)),
@@ -143,7 +149,8 @@ impl Incoming {
             }
         };
         let mut session = session;
-        let stop_after_load = session.settings_mut().stop_after_load;
+        let stop_after_load = session.settings_mut().stop_after_load.unwrap_or(false);
+        session.settings_mut().stop_after_load = Some(stop_after_load);
         session.settings_mut().config_after_iterables = terms.config_waits();
         let mut members = Vec::with_capacity(devices.len());
         for (realized, (multifd, took)) in devices.into_iter().zip(multifd.into_iter().zip(resumed))
@@ -384,7 +391,7 @@ impl Incoming {
     /// # Errors
     ///
     /// What has failed; [`ErrorKind::Missing`] for a device whose config has not come. The devices
-    /// are given back, reset.
+    /// are given back, reset, in the state at set-up. The verdict to the source is that it has failed.
     pub fn finish(mut self) -> Result<Loaded, Failed<Vec<Realized>>> {
         if self.failure().is_none()
             && let Some(member) = self.missing()
@@ -423,7 +430,8 @@ impl Incoming {
         }
     }
 
-    /// The migration is off: cleans up, within the grace time, and gives the devices back, reset.
+    /// The migration is off: cleans up, within the grace time, and gives the devices back, reset, in
+    /// the state at set-up.
     #[must_use = "these are the VM's devices"]
     pub fn abort(mut self) -> Vec<Realized> {
         self.cancel();
@@ -451,8 +459,10 @@ impl Drop for Incoming {
 
 /// Devices of a migration that has failed hold another VM's state, or part of it.
 fn give_up(devices: &mut [Realized]) {
-    // The migration's own error is the one to report; a device that is lost says so from now on.
-    let _results = at_once(devices, Realized::forget);
+    at_once(devices, |realized| {
+        // The migration's own error is the one to report; what this comes to is the device's duty.
+        let _duty = realized.device.forget();
+    });
 }
 
 /// Which devices use the channels.
@@ -720,7 +730,14 @@ impl fmt::Debug for Incoming {
     }
 }
 
-/// All devices of a VM on the destination, loaded, in STOP: the VM may start.
+/// All devices of a VM on the destination, loaded, in RESUMING: the VM may start.
+///
+/// The first step of [`vm::start`](super::vm::start) has each driver check what was loaded, unless
+/// [`Settings::stop_after_load`](crate::Settings) had it check before: then the devices are in STOP.
+/// So the source is told that all is loaded after the start, and told that it failed where the start
+/// does: every device is reset and stopped then.
+///
+/// Dropping it before the VM has started resets and stops the devices, as [`Loaded::abort`] does.
 #[must_use = "it holds the VM's devices"]
 pub struct Loaded {
     devices: Vec<Realized>,
@@ -751,10 +768,40 @@ impl Loaded {
             .session
             .take()
             .map_or(Ok(()), |session| session.join().result);
+        let devices = std::mem::take(&mut self.devices);
         match result {
-            Ok(()) => Ok(self.devices),
-            Err(error) => Err(Failed::new(error, self.devices)),
+            Ok(()) => Ok(devices),
+            Err(error) => Err(Failed::new(error, devices)),
         }
+    }
+
+    /// The VM does not run here after all: the devices are reset and stopped, those that have started
+    /// too, so that nothing of what was loaded is left in them. The verdict to the source is that it
+    /// has failed.
+    #[must_use = "these are the VM's devices"]
+    pub fn abort(mut self) -> Vec<Realized> {
+        for realized in &mut self.devices {
+            realized.device.has_not_arrived();
+        }
+        self.give_up();
+        std::mem::take(&mut self.devices)
+    }
+
+    fn give_up(&mut self) {
+        // Ends its threads; the devices are out of it already.
+        drop(self.session.take());
+        at_once(&mut self.devices, |realized| {
+            if realized.device.is_arriving() {
+                // What this comes to is the device's duty.
+                let _duty = realized.device.retire();
+            }
+        });
+    }
+}
+
+impl Drop for Loaded {
+    fn drop(&mut self) {
+        self.give_up();
     }
 }
 

@@ -1,21 +1,28 @@
 //! A VM's devices on the source when all has been sent: the VMM decides what becomes of them.
 //!
-//! The caller's thread; both ends ask all devices at once, on a thread each, and wait for them. The
-//! channels are open until then: the destination has been told their end, and may still read.
+//! ```text
+//!   Saved, in STOP_COPY ─┬─ cleanup()    the VM runs on the destination ─▶ STOP
+//!                        ├─ abort()      the destination has failed     ─▶ as at set-up
+//!                        └─ in_doubt()   nobody knows (a drop alike)    ─▶ STOP, with what they hold
+//! ```
+//!
+//! None of them makes a device run but `abort`. The caller's thread; each asks all devices at once,
+//! on a thread each, and waits for them. The channels are open until then: the destination has been
+//! told their end, and may still read.
+
+use std::mem;
 
 use super::{Failed, Realized, at_once, put_all_back};
-use crate::{
-    channel::Finished,
-    device::Recover,
-    error::{Phase, Result},
-    state::DeviceState,
-    stats::Stats,
-    trace,
-};
+use crate::{channel::Finished, error::Result, stats::Stats, trace};
 
-/// All devices of a VM on the source, saved, in STOP_COPY; and the channels, which are closed with it.
+/// All devices of a VM on the source, saved, in STOP_COPY: they stand, and keep what they hold; and
+/// the channels, which are closed with it.
+///
+/// Where the VM runs is the destination's to say from now on, for it may have all that it needs. So
+/// this is kept until it has said so, and the VM must not run here meanwhile, nor where no verdict
+/// comes. Dropping it is [`Saved::in_doubt`].
 #[derive(Debug)]
-#[must_use = "the devices are in STOP_COPY: clean up or abort"]
+#[must_use = "the devices are in STOP_COPY: clean up, abort, or leave them in doubt"]
 pub struct Saved {
     devices: Vec<Realized>,
     stats: Stats,
@@ -37,20 +44,21 @@ impl Saved {
         &self.stats
     }
 
-    /// The VM runs on the destination: takes the devices to STOP, which can be slow, and belongs
-    /// here, out of downtime. Their data fds are closed, and so are the channels, which may take a
-    /// second where the destination keeps its side open.
+    /// The verdict: the VM runs on the destination. Takes the devices to STOP, which can be slow, and
+    /// belongs here, out of downtime. Their data fds are closed, and so are the channels, which may
+    /// take a second where the destination keeps its side open.
     ///
     /// # Errors
     ///
-    /// The first device's that refused: it was reset.
-    pub fn cleanup(self) -> Result<Vec<Realized>, Failed<Vec<Realized>>> {
-        let mut devices = self.devices;
+    /// The first device's that refused: it was reset, which makes it RUNNING, and then stopped.
+    /// [`Realized::duty`] says where that failed too.
+    pub fn cleanup(mut self) -> Result<Vec<Realized>, Failed<Vec<Realized>>> {
+        let mut devices = mem::take(&mut self.devices);
         let stopped = at_once(&mut devices, |realized| {
             trace::save_cleanup(realized.id());
-            let stopped = realized.device.set_state(DeviceState::Stop, Recover::Reset);
+            let stopped = realized.device.retire();
             trace::migration_state_notifier(realized.id(), "completed");
-            stopped.map_err(|error| error.in_phase(Phase::Cleanup))
+            stopped
         });
         match stopped.into_iter().collect::<Result<()>>() {
             Ok(()) => Ok(devices),
@@ -58,17 +66,40 @@ impl Saved {
         }
     }
 
-    /// The destination has failed, and the VM goes on here: puts the devices back to RUNNING, or
-    /// resets them.
+    /// The verdict: the destination has failed, and the VM goes on here. Puts the devices back to the
+    /// state at set-up, or resets them.
+    ///
+    /// Only where the destination has said so, or the main channel's end was never written to it.
     #[must_use = "these are the VM's devices"]
-    pub fn abort(self) -> Vec<Realized> {
-        let Self {
-            mut devices,
-            mut channels,
-            ..
-        } = self;
-        channels.abandon();
+    pub fn abort(mut self) -> Vec<Realized> {
+        let mut devices = mem::take(&mut self.devices);
+        self.channels.abandon();
         put_all_back(&mut devices);
         devices
+    }
+
+    /// No verdict was heard, and none will be: the VM may run on the destination. Takes the devices
+    /// to STOP, in which they keep what they hold; one that refuses stays in STOP_COPY.
+    ///
+    /// Once it is known that the VM does not run there, [`vm::start`](super::vm::start) lets it go on
+    /// here.
+    #[must_use = "these are the VM's devices"]
+    pub fn in_doubt(mut self) -> Vec<Realized> {
+        self.hold();
+        mem::take(&mut self.devices)
+    }
+
+    fn hold(&mut self) {
+        at_once(&mut self.devices, |realized| {
+            trace::save_cleanup(realized.id());
+            // What this comes to is the device's state and its duty.
+            let _duty = realized.device.hold();
+        });
+    }
+}
+
+impl Drop for Saved {
+    fn drop(&mut self) {
+        self.hold();
     }
 }

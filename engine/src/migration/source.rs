@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   Realized ─ setup() ─▶ Source ─ iterate() … pending_estimate() … pending_exact() ─▶ Switchover
-//!                           └─ abort() ─▶ Realized, RUNNING        (dropped: the device RUNNING)
+//!                           └─ abort() ─▶ Realized, as at set-up   (dropped: the device too)
 //! ```
 //!
 //! In PRE_COPY the device runs on and gives what it has already: each iteration reads once, up to
@@ -46,8 +46,17 @@ pub struct Iteration {
     pub init_data_sent: bool,
 }
 
-/// What a device still has to give, in bytes. Sums of these cannot overflow: no part is believed
-/// above [`MAX_DATA_SIZE`], 1 PiB.
+/// What a device still has to give, in bytes: three parts, of which no byte is in two. Sums of
+/// these cannot overflow: no part is believed above [`MAX_DATA_SIZE`], 1 PiB.
+///
+/// | number | is compared with |
+/// |---|---|
+/// | [`total`](Self::total), summed over all devices | what the VM's downtime limit lets be sent: a stop now has to send this |
+/// | [`precopy`](Self::precopy) | 0: there is nothing more to be sent while the VM runs |
+/// | `initial` | 0: the destination has what it should have before the switchover |
+///
+/// The driver's own number for a stop now (`VFIO_DEVICE_FEATURE_MIG_DATA_SIZE`) contains what can be
+/// read in PRE_COPY. It is not here: `stop_copy` is what it has beyond that.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 #[non_exhaustive]
 pub struct Pending {
@@ -55,12 +64,14 @@ pub struct Pending {
     pub initial: u64,
     /// In PRE_COPY: what has changed since it was read.
     pub dirty: u64,
-    /// What STOP_COPY would give, where that was asked for; 100 GiB where the device cannot tell.
+    /// What only STOP_COPY gives: all that a stop now would have to send, less the parts above. 0
+    /// before the first [`Source::pending_exact`]; of a device that cannot tell, all is thought to
+    /// be 100 GiB.
     pub stop_copy: u64,
 }
 
 impl Pending {
-    /// All of it.
+    /// All of it: what a stop now would have to send.
     #[must_use]
     pub const fn total(&self) -> u64 {
         self.initial + self.dirty + self.stop_copy
@@ -75,7 +86,7 @@ impl Pending {
 
 /// One device's migration on the source, while the VM runs.
 ///
-/// Dropping it puts the device back to work, as [`Source::abort`] does, which also gives it back.
+/// Dropping it puts the device back, as [`Source::abort`] does, which also gives it back.
 #[derive(Debug)]
 #[must_use = "the migration of a device under way: complete or abort it"]
 pub struct Source {
@@ -94,6 +105,8 @@ pub struct Source {
     /// What the device has given of its own: from its last query, less what was read since.
     initial: u64,
     dirty: u64,
+    /// All that a stop would have had to send when that was asked last, less what was read since.
+    left: u64,
     /// Whether the device asks for a switchover ack at all.
     asks: bool,
     /// Whether it has said that its initial data is sent, since it asked last.
@@ -113,7 +126,7 @@ impl Source {
     /// The device's refusal; [`ErrorKind::State`] with `EINVAL` in another state than RUNNING and
     /// STOP; [`ErrorKind::Config`] for what cannot work: postcopy, a background snapshot, a setting
     /// for multifd transfer that the terms do not allow; [`ErrorKind::Channel`]. The device is
-    /// given back, RUNNING.
+    /// given back in the state that it came in.
     #[expect(clippy::result_large_err, reason = "the device itself comes back")]
     pub fn setup<W: Write>(
         realized: Realized,
@@ -122,9 +135,12 @@ impl Source {
         body: W,
     ) -> Result<Self, Failed<Realized>> {
         let Realized {
-            device, settings, ..
+            mut device,
+            settings,
+            ..
         } = realized;
         trace::migration_state_notifier(device.id(), "setup");
+        device.set_off();
         let mut source = Self {
             device: UnderWay(Some(device)),
             config_waits: terms.config_of(&settings),
@@ -137,6 +153,7 @@ impl Source {
             acks: acks.clone(),
             initial: 0,
             dirty: 0,
+            left: 0,
             asks: false,
             init_sent: false,
             failure: None,
@@ -215,10 +232,16 @@ impl Source {
     }
 
     /// Whether the device lets the switchover happen: it has not asked to wait, or was answered
-    /// with all others ([`Acks::is_open`]).
+    /// with all others ([`Acks::is_open`]), or its VM does not run ([`vm::stop`](super::vm::stop)
+    /// with another reason than the migration's end): there is no downtime to be kept short then.
     #[must_use]
     pub fn is_switchover_ready(&self) -> bool {
-        !self.asks || self.init_sent && self.acks.is_open()
+        !self.asks || !self.vm_runs() || self.init_sent && self.acks.is_open()
+    }
+
+    /// Whether the VM's processors run, but for the migration's own stop of them.
+    fn vm_runs(&self) -> bool {
+        self.device.home() != DeviceState::Stop
     }
 
     /// Writes the body of a PART section: at most one block of data, and its end, which says once
@@ -313,7 +336,8 @@ impl Source {
         }
     }
 
-    /// The estimates drop by what was read, the initial bytes first.
+    /// The estimates drop by what was read, the initial bytes first. A device that has nothing for
+    /// now keeps what it has not given for STOP_COPY.
     fn was_read(&mut self, count: usize) {
         if count == 0 {
             trace::save_block_precopy_empty_hit(self.device.id());
@@ -322,22 +346,29 @@ impl Source {
         }
         trace::save_block(self.device.id(), count as u64);
         let count = count as u64;
+        self.left = self.left.saturating_sub(count);
         let of_initial = self.initial.min(count);
         self.initial -= of_initial;
         self.dirty = self.dirty.saturating_sub(count - of_initial);
     }
 
     /// What is left, by what is known already. Cheap: the device is not asked.
+    ///
+    /// What [`Source::pending_exact`] has found last counts on, less what has been read since; what
+    /// has changed in the device since is not in it.
     #[must_use]
     pub fn pending_estimate(&self) -> Pending {
-        let pending = if self.is_active() {
-            self.pending(0)
-        } else {
-            Pending::default()
-        };
+        let pending = self.pending();
         let Pending { initial, dirty, .. } = pending;
-        trace::state_pending_estimate(self.id(), pending.precopy(), 0, initial, dirty);
-        trace::state_pending(self.id(), 0, initial, dirty, !self.asks, false);
+        trace::state_pending_estimate(self.id(), pending.total(), 0, initial, dirty);
+        trace::state_pending(
+            self.id(),
+            pending.stop_copy,
+            initial,
+            dirty,
+            !self.asks,
+            false,
+        );
         pending
     }
 
@@ -351,28 +382,38 @@ impl Source {
     pub fn pending_exact(&mut self) -> Result<Pending> {
         let size = self.device.data_size();
         let ret = errno(&size);
-        let stop_copy = stop_copy_estimate(known(size)?);
-        trace::query_stop_copy_size(self.device.id(), stop_copy, ret);
-        let mut pending = Pending {
-            stop_copy,
-            ..Pending::default()
-        };
+        self.left = stop_copy_estimate(known(size)?);
+        trace::query_stop_copy_size(self.device.id(), self.left, ret);
         if self.is_active() {
             self.query_precopy()?;
-            pending = self.pending(stop_copy);
         }
-        let (initial, dirty) = (pending.initial, pending.dirty);
+        let pending = self.pending();
+        let Pending {
+            initial,
+            dirty,
+            stop_copy,
+        } = pending;
+        self.left = pending.total();
         let acked = self.is_switchover_ready();
         trace::state_pending_exact(self.id(), pending.total(), 0, stop_copy, initial, dirty);
         trace::state_pending(self.id(), stop_copy, initial, dirty, acked, true);
         Ok(pending)
     }
 
-    fn pending(&self, stop_copy: u64) -> Pending {
+    /// What is left by the counts: what STOP_COPY alone gives is what is left beyond the rest.
+    fn pending(&self) -> Pending {
+        let of = |bytes: u64| {
+            if self.is_active() {
+                bytes.min(MAX_DATA_SIZE)
+            } else {
+                0
+            }
+        };
+        let (initial, dirty) = (of(self.initial), of(self.dirty));
         Pending {
-            initial: self.initial.min(MAX_DATA_SIZE),
-            dirty: self.dirty.min(MAX_DATA_SIZE),
-            stop_copy,
+            initial,
+            dirty,
+            stop_copy: self.left.saturating_sub(initial + dirty),
         }
     }
 
@@ -403,7 +444,7 @@ impl Source {
     /// The VM is about to stop for the migration's end: from now on no device may ask it to wait.
     pub(super) fn decide(&self) -> Result<()> {
         self.acks
-            .decide()
+            .decide(self.vm_runs())
             .map_err(|error| error.on_device(self.id()))
     }
 
@@ -434,15 +475,14 @@ impl Source {
         Ok(())
     }
 
-    /// The migration is off: puts the device back to RUNNING, or resets it.
+    /// The migration is off: puts the device back to the state at set-up, RUNNING or STOP; or to STOP
+    /// where its VM was paused since, and RUNNING where it was started.
     pub fn abort(self) -> Realized {
         if self.asks && !self.init_sent {
             self.acks.withdraw();
         }
         let mut realized = self.into_realized();
-        // The migration's own error is the one to report; a device that is lost says so from now
-        // on.
-        let _lost = realized.put_back();
+        put_back(&mut realized.device);
         realized
     }
 
@@ -451,7 +491,7 @@ impl Source {
     }
 }
 
-/// A device whose migration is under way: goes back to work where nobody takes it.
+/// A device whose migration is under way: goes back to the state at set-up where nobody takes it.
 #[derive(Debug)]
 pub(super) struct UnderWay(Option<Device>);
 
@@ -478,8 +518,7 @@ impl DerefMut for UnderWay {
 impl Drop for UnderWay {
     fn drop(&mut self) {
         if let Some(device) = &mut self.0 {
-            // Whoever drops it asks no more; a device that is lost says so itself.
-            let _lost = put_back(device);
+            put_back(device);
         }
     }
 }

@@ -5,7 +5,7 @@
 //!                                     └─ without: complete() and config() do, on the caller's
 //!               for each device, in the main channel's order:
 //!               complete()  END section    config()  FULL section
-//!            ─▶ finish() ─▶ Saved
+//!            ─▶ finish() ─▶ Saved, and the main channel's end may be written
 //! ```
 //!
 //! The caller's thread writes the sections while the session's threads move the bytes of the
@@ -67,7 +67,7 @@ impl Member {
 
 /// All devices of a VM on the source, once it has stopped.
 ///
-/// Dropping it cancels; the devices that go over the channels are put back then, and dropped.
+/// Dropping it cancels; the devices are put back to the state at set-up then, and dropped.
 #[must_use = "a switchover under way: finish or abort it"]
 pub struct Switchover {
     members: Vec<Member>,
@@ -85,7 +85,8 @@ impl Switchover {
     ///
     /// [`ErrorKind::Config`]: no device, channels that have not been greeted, several without P2P,
     /// a switchover ack that has not come, a device whose session has ended since it was iterated;
-    /// what [`SaveBuilder::start`] says. The devices are given back, RUNNING.
+    /// what [`SaveBuilder::start`] says. The devices are given back in the
+    /// state at set-up.
     pub fn begin(
         sources: Vec<Source>,
         session: SaveBuilder,
@@ -342,12 +343,15 @@ impl Switchover {
     }
 
     /// Waits until everything is sent. The devices are in STOP_COPY then, until the VMM knows what
-    /// has become of the migration: [`Saved::cleanup`] or [`Saved::abort`].
+    /// has become of the migration ([`Saved`]).
+    ///
+    /// The main channel's end is written after this, never before: the destination may start its VM
+    /// then, and where this fails the VM goes on here.
     ///
     /// # Errors
     ///
     /// What has failed. [`ErrorKind::Config`] where a device's sections have not been written. The
-    /// devices are given back, RUNNING.
+    /// devices are given back in the state at set-up.
     pub fn finish(mut self) -> Result<Saved, Failed<Vec<Realized>>> {
         let left = self.members.iter();
         let left = left.filter(|member| matches!(member.way, Way::Main(_)));
@@ -385,7 +389,7 @@ impl Switchover {
     }
 
     /// The migration is off: ends what is under way, within the grace time, and gives the devices
-    /// back, RUNNING.
+    /// back in the state at set-up.
     #[must_use = "these are the VM's devices"]
     pub fn abort(self) -> Vec<Realized> {
         self.cancel();

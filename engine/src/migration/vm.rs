@@ -11,6 +11,9 @@
 //! the first one stops, and no device writes to one that has stopped. In each column all devices
 //! are asked at once, on a thread each, and waited for.
 //!
+//! Whatever fails, no device runs behind it whose VM does not. A device that refuses is reset, which
+//! makes it RUNNING, and stopped again; a start that fails stops what it has started.
+//!
 //! A wait ends when the last device's driver has answered; nothing here can end it sooner.
 
 use std::{
@@ -20,7 +23,7 @@ use std::{
 
 use super::{Realized, Source, at_once};
 use crate::{
-    device::{Device, Recover},
+    device::{Device, Recover, set::for_all},
     error::{Error, Result},
     state::{DeviceState, MigrationFlags},
     trace,
@@ -52,8 +55,9 @@ mod sealed {
     pub trait Sealed {}
 }
 
-/// A device that the VM's state concerns, in whatever part of its life: [`Realized`], [`Source`],
-/// or a reference to one. A set of several kinds is a slice of `&mut dyn Member`.
+/// A device that the VM's state concerns, in whatever part of its life: [`Realized`], [`Source`], a
+/// [`Device`] of a session's report, or a reference to one. A set of several kinds is a slice of
+/// `&mut dyn Member`.
 pub trait Member: sealed::Sealed + Send {
     #[doc(hidden)]
     fn device(&mut self) -> &mut Device;
@@ -91,6 +95,16 @@ impl Member for Realized {
     fn took(&mut self, time: Duration) {
         self.took += time;
     }
+}
+
+impl sealed::Sealed for Device {}
+
+impl Member for Device {
+    fn device(&mut self) -> &mut Device {
+        self
+    }
+
+    fn took(&mut self, _time: Duration) {}
 }
 
 impl sealed::Sealed for Source {}
@@ -144,6 +158,9 @@ impl<M: Member + ?Sized> Member for &mut M {
 /// The VM's processors have stopped: stops the devices. Returns when all of them have been asked
 /// for both columns, whatever some of them said.
 ///
+/// With another reason than the migration's end the VM is paused: a migration that is off leaves its
+/// devices in STOP from then on, until [`start`], and a switchover waits for no ack.
+///
 /// ```
 /// # #[cfg(feature = "sim")] {
 /// use vfio_migration::{
@@ -168,8 +185,8 @@ impl<M: Member + ?Sized> Member for &mut M {
 ///
 /// # Errors
 ///
-/// The first device's that refused: it was reset and, where that was before the second column,
-/// stopped after all. The migration, if there is one, has failed. Also
+/// The first device's that refused: it was reset, and stopped after all ([`Device::duty`] says where
+/// that failed too). The migration, if there is one, has failed. Also
 /// [`ErrorKind::LateRequest`](crate::ErrorKind::LateRequest), where a device has new initial data
 /// only now; and where the switchover has not been acknowledged, [`ErrorKind::Config`].
 ///
@@ -205,11 +222,14 @@ pub fn stop<M: Member>(devices: &mut [M], reason: Reason) -> Result<()> {
         let goes_on = ends || reason == Reason::Pause;
         let asked = match device.state() {
             state if state.is_precopy() && goes_on => DeviceState::StopCopy,
-            state if runs(state) => DeviceState::Stop,
+            state if state.runs() => DeviceState::Stop,
             // It is not the VM that holds it.
             _ => return kept,
         };
         let result = device.set_state(asked, Recover::Reset);
+        if result.is_err() {
+            device.halt();
+        }
         trace::vmstate_change(device.id(), false, reason, device.state());
         if ends {
             member.took(since.elapsed());
@@ -221,6 +241,9 @@ pub fn stop<M: Member>(devices: &mut [M], reason: Reason) -> Result<()> {
     // The first in the devices' order; each device keeps its own.
     let mut first = Ok(());
     for (member, result) in devices.iter_mut().zip(results) {
+        if !ends {
+            member.device().set_home(DeviceState::Stop);
+        }
         if let Err(error) = &result {
             member.failed(error);
         }
@@ -229,28 +252,30 @@ pub fn stop<M: Member>(devices: &mut [M], reason: Reason) -> Result<()> {
     first
 }
 
-/// Whether the device works in this state.
-const fn runs(state: DeviceState) -> bool {
-    state.is_precopy() || matches!(state, DeviceState::Running | DeviceState::RunningP2p)
-}
-
 /// The VM's processors are about to start: starts the devices. Returns when all of them have been
-/// asked for both columns.
+/// asked for both columns, or some have refused the first.
 ///
 /// A session that a device has is over with that. Of a device in RESUMING its driver checks the
-/// state now.
+/// state now: in the first column where it has P2P, otherwise in the second. So a destination tells
+/// its source that all is loaded when this has succeeded.
 ///
 /// # Errors
 ///
-/// The first device's that refused: it was reset, which makes it RUNNING, and what it had loaded is
-/// lost.
+/// The first device's that refused. The VM must not start: every device that was to be started is
+/// stopped again. The one that refused was reset; those that were loaded, all of them, are reset
+/// too, and a destination tells its source that it has failed. [`Device::duty`] says what is left to
+/// be done about each. A VM whose devices have its state here can be started again, without what was
+/// reset.
 pub fn start<M: Member>(devices: &mut [M]) -> Result<()> {
     let reason = "running";
+    let before = devices.iter_mut().map(|member| member.device().state());
+    let before: Vec<_> = before.collect();
+    let arriving = devices.iter_mut().map(|it| it.device().is_arriving());
+    let arriving: Vec<_> = arriving.collect();
     let prepared = at_once(devices, |member| {
         let since = Instant::now();
         let device = member.device();
-        let state = device.state();
-        if runs(state) || !device.flags().contains(MigrationFlags::P2P) {
+        if device.state().runs() || !device.flags().contains(MigrationFlags::P2P) {
             return Ok(());
         }
         let result = device.set_state(DeviceState::RunningP2p, Recover::Reset);
@@ -259,17 +284,44 @@ pub fn start<M: Member>(devices: &mut [M]) -> Result<()> {
         result
     });
     // The barrier: all are through the first column.
-    let started = at_once(devices, |member| {
-        let since = Instant::now();
-        let device = member.device();
-        // A device that runs, and saves while it does, goes on with that.
-        if device.state().is_precopy() {
-            return Ok(());
+    let mut started: Result<()> = prepared.into_iter().collect();
+    if started.is_ok() {
+        let results = at_once(devices, |member| {
+            let since = Instant::now();
+            let device = member.device();
+            // A device that runs, and saves while it does, goes on with that.
+            if device.state().is_precopy() {
+                return Ok(());
+            }
+            let result = device.set_state(DeviceState::Running, Recover::Reset);
+            trace::vmstate_change(device.id(), true, reason, device.state());
+            member.took(since.elapsed());
+            result
+        });
+        started = results.into_iter().collect();
+    }
+    if started.is_ok() {
+        for member in devices {
+            let device = member.device();
+            device.set_home(DeviceState::Running);
+            device.has_arrived();
         }
-        let result = device.set_state(DeviceState::Running, Recover::Reset);
-        trace::vmstate_change(device.id(), true, reason, device.state());
-        member.took(since.elapsed());
-        result
-    });
-    prepared.into_iter().chain(started).collect()
+        return started;
+    }
+    let went_on = |state: &DeviceState| *state == DeviceState::Running || state.is_precopy();
+    let mut all: Vec<_> = devices.iter_mut().zip(before).zip(arriving).collect();
+    for_all(
+        &mut all,
+        |((member, _), _)| member.device(),
+        |((member, before), arriving)| {
+            let device = member.device();
+            if *arriving {
+                // Nothing of what was loaded is left in it. What this comes to is its duty.
+                let _duty = device.retire();
+            } else if !went_on(before) {
+                device.halt();
+            }
+        },
+    );
+    started
 }

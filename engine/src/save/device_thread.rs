@@ -38,15 +38,6 @@ pub(crate) fn serve_device(
     result
 }
 
-/// Takes a device whose save failed back to work. Not one that a transfer is stuck in.
-pub(crate) fn put_back(device: &mut Device) {
-    // Also where STOP_COPY was refused, and the device recovered to STOP.
-    if device.state() != DeviceState::Running {
-        // The save's own error is the one to report; a device that is lost says so from now on.
-        let _lost = device.set_state(DeviceState::Running, Recover::Reset);
-    }
-}
-
 fn set_up_device(save: &Arc<Save>, shared: &Arc<SaveDevice>, device: &mut Device) -> Result<()> {
     trace::save_setup(&shared.id, shared.data_len as u64);
     let cancelled = || Error::cancelled(Phase::Setup).on_device(&shared.id);

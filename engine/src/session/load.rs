@@ -52,7 +52,8 @@ impl LoadBuilder {
     /// # Errors
     ///
     /// [`ErrorKind::Config`] for settings that cannot be; [`ErrorKind::Host`] for what the host
-    /// does not have; a device's refusal. Devices are put back and dropped.
+    /// does not have; a device's refusal. Devices are put back to the state that they came in, and
+    /// dropped.
     pub fn start(self) -> Result<LoadSession> {
         Ok(self.try_start()?)
     }
@@ -197,7 +198,7 @@ impl LoadSession {
                 },
                 spill_limit: settings.spill_limit,
                 config_after_iterables: settings.config_after_iterables,
-                stop_after_load: settings.stop_after_load,
+                stop_after_load: settings.stop_after_load.unwrap_or(true),
                 grace: settings.grace,
                 config_ready_timeout: settings.config_ready_timeout,
             },
@@ -354,6 +355,8 @@ impl LoadSession {
     ///
     /// As for [`LoadBuilder::start`].
     pub fn add_device(&self, device: Device) -> Result<()> {
+        let mut device = device;
+        device.set_off();
         let (sender, results) = mpsc::channel();
         let name = device.id().clone();
         self.spawn_device(device, sender)?;
@@ -361,7 +364,7 @@ impl LoadSession {
     }
 
     /// Takes a device out while the session runs: an unplug. Its load is cancelled, and the device comes
-    /// back, reset. Packets that are under way for it, or come later, are read past: they cost no memory of
+    /// back, reset, in the state that it came in. Packets that are under way for it, or come later, are read past: they cost no memory of
     /// the budget, disturb no other device, and are counted as dropped ([`Stats::dropped_packets`]).
     ///
     /// # Errors
@@ -384,7 +387,12 @@ impl LoadSession {
                     let _leaked = unless_stuck(device, true);
                     Err(error)
                 }
-                _ => Ok(device),
+                _ => {
+                    let mut device = device;
+                    // Also where it was loaded already. What this comes to is the device's duty.
+                    let _duty = device.forget();
+                    Ok(device)
+                }
             },
             _ => Err(stuck()),
         }
@@ -596,14 +604,21 @@ impl LoadSession {
     /// Waits until every device is loaded, or the session has failed, and gives the devices back:
     /// what downtime waits for. The channels may still be open; [`LoadSession::join`] waits for
     /// their end, and its report has no devices then.
+    ///
+    /// A device that is loaded is in STOP, and its driver has accepted its state. Where
+    /// [`Settings::stop_after_load`] is off it is in RESUMING, and its driver looks at the state in the
+    /// VM's start ([`vm::start`](crate::migration::vm::start)): the source may be told that all is
+    /// loaded only after it. Where the session has failed every device is reset and in the state that
+    /// it came in.
     pub fn wait_devices(&self) -> Vec<DeviceReport> {
         let failed_at = || self.load.verdict.failed_at();
         self.common.wait_for_end(failed_at, || self.devices_ended());
         let ids = std::mem::take(&mut lock(&self.ids).devices);
-        self.common.devices(ids)
+        let failed = self.failure().is_some();
+        self.common.devices(ids, failed.then_some(Device::forget))
     }
 
-    /// Waits for the end, and gives the devices back.
+    /// Waits for the end, and gives the devices back, as [`LoadSession::wait_devices`] does.
     ///
     /// The end is that every device is loaded and every channel has ended: a source closes its
     /// channels, but it may do so only when the destination has told it of its success.
@@ -654,7 +669,8 @@ impl LoadSession {
         let stats = self.stats();
         let ids = lock(&self.ids).devices.clone();
         let result = self.load.failure().map_or(Ok(()), Err);
-        self.common.report(ids, result, stats, left_behind)
+        let off = Device::forget;
+        self.common.report(ids, result, stats, left_behind, off)
     }
 }
 

@@ -44,9 +44,13 @@ impl SaveBuilder {
 
     /// As [`sized_device`](Self::sized_device), for a device of which so many packets have gone over
     /// the channels before.
+    ///
+    /// Its migration has been set up before: the state that it goes back to is that of then.
     pub(crate) fn carried_device(mut self, device: Device, data_len: usize, first: u32) -> Self {
         self.0.first.push((device.id().clone(), first));
-        self.sized_device(device, data_len)
+        self.0.data_lens.push((device.id().clone(), data_len));
+        self.0.devices.push(device);
+        self
     }
 
     /// Whether it has channels that are not greeted before its start.
@@ -68,7 +72,7 @@ impl SaveBuilder {
     ///
     /// [`ErrorKind::Config`] for settings that cannot be, or no device or channel;
     /// [`ErrorKind::Host`] for what the host does not have; a device's refusal. Devices are put back
-    /// to RUNNING and dropped.
+    /// to the state that they came in, and dropped.
     pub fn start(self) -> Result<SaveSession> {
         Ok(self.try_start()?)
     }
@@ -318,7 +322,7 @@ impl SaveSession {
         self.common.canceller.clone()
     }
 
-    /// Cancels: should-quit. Returns at once; devices are put back to RUNNING.
+    /// Cancels: should-quit. Returns at once; devices go back to the state that they came in.
     pub fn cancel(&self) {
         self.save.fail(Error::cancelled(Phase::Save));
     }
@@ -355,8 +359,13 @@ impl SaveSession {
         stats
     }
 
-    /// Waits until everything is sent, and gives the devices back: in STOP_COPY
-    /// ([`Report::stop_devices`]), or put back to RUNNING where the save failed.
+    /// Waits until everything is sent, and gives the devices back: in STOP_COPY, or in the state that
+    /// they came in where the save failed.
+    ///
+    /// In STOP_COPY a device stands, and keeps what it holds. It stays there until it is known where
+    /// the VM runs: [`Report::stop_devices`] where the destination has said that all is loaded,
+    /// [`Report::put_back`] where it has said that it failed. Where it has said neither, the VM must
+    /// not run here.
     pub fn join(mut self) -> Report {
         self.end()
     }
@@ -384,16 +393,15 @@ impl SaveSession {
         let ids = self.save.devices.iter();
         let ids = ids.map(|device| (device.ordinal(), device.id.clone()));
         let result = self.failure().map_or(Ok(()), Err);
+        let mut finished = std::mem::take(&mut *lock(&self.save.finished));
+        if result.is_err() {
+            finished.abandon();
+        }
+        let off = Device::put_back;
         let mut report = self
             .common
-            .report(ids.collect(), result, stats, left_behind);
-        let mut finished = std::mem::take(&mut *lock(&self.save.finished));
-        if report.result.is_err() {
-            finished.abandon();
-            report.put_back();
-        } else {
-            report.channels = finished;
-        }
+            .report(ids.collect(), result, stats, left_behind, off);
+        report.channels = finished;
         report
     }
 }

@@ -326,10 +326,10 @@ fn judge(
                 continue;
             }
             assert_eq!(held.state(), handle.state(), "{case}: {report}");
-            // A save that failed is taken back; a load that failed is reset, unless it was done.
-            let ended = match (report, &report_of.result, &device.result) {
-                ("saved", Ok(()), _) => held.state() == DeviceState::StopCopy,
-                ("loaded", _, Ok(())) => held.state() == DeviceState::Stop,
+            // What comes back from a session that failed is what went in; or it must be closed.
+            let ended = match (report, &report_of.result) {
+                ("saved", Ok(())) => held.state() == DeviceState::StopCopy,
+                ("loaded", Ok(())) => held.state() == DeviceState::Stop,
                 _ => held.state() == DeviceState::Running,
             };
             assert!(ended, "{case}: {report}: {held:?}, {:?}", device.result);

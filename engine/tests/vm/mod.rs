@@ -287,7 +287,7 @@ pub fn migrate(setup: &Setup) -> Ended {
         read_main(&mut reader, &pipe, &incoming).unwrap();
         let left: u64 = under_way
             .iter()
-            .map(|it| it.pending_estimate().total())
+            .map(|it| it.pending_estimate().precopy())
             .sum();
         if left == 0 && under_way.iter().all(Source::is_switchover_ready) {
             break;

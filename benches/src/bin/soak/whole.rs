@@ -75,10 +75,10 @@ pub fn run(plan: &Plan, cycle: &Cycle) -> Result<bool, String> {
             if plan.scene != Scene::DeviceFault {
                 for look in saved.iter().chain(&loaded) {
                     let state = look.handle.state();
-                    // A destination may have been done when its source failed.
-                    let done = state == DeviceState::Stop && look.handle.has_loaded();
+                    // A destination may have been done when its source failed: it was stopped then.
+                    let stopped = state == DeviceState::Stop;
                     judge::check(
-                        state == PUT_BACK || done,
+                        state == PUT_BACK || stopped,
                         &format!("in {state} after {error:?}"),
                     )?;
                 }
@@ -95,13 +95,13 @@ fn start(
     gone: Saved,
     mut come: Loaded,
 ) -> Result<Result<(), String>, Error> {
+    vm::start(come.devices_mut())?;
     for (source, destination) in saved.iter().zip(loaded) {
         let config = source.handle.config_digest();
-        if let Err(why) = judge::loaded_from(source.before, config, destination) {
+        if let Err(why) = judge::holds(source.before, config, destination) {
             return Ok(Err(why));
         }
     }
-    vm::start(come.devices_mut())?;
     judge::spilled(&come.stats());
     let _running = come.join()?;
     let _stopped = gone.cleanup()?;
@@ -186,7 +186,7 @@ impl Migration<'_> {
                 read(&incoming, source.id(), &body)?;
             }
             let mut all = sources.iter();
-            if all.all(|it| it.pending_estimate().total() == 0 && it.is_switchover_ready()) {
+            if all.all(|it| it.pending_estimate().precopy() == 0 && it.is_switchover_ready()) {
                 break;
             }
         }
