@@ -7,19 +7,20 @@ mod vm;
 
 use std::{
     collections::BTreeSet,
+    io,
     sync::{Arc, Mutex},
     thread,
     time::Duration,
 };
 
-use common::Watchdog;
+use common::{Mock, Watchdog};
 use tracing::{
     Event, Metadata, Subscriber,
     field::{Field, Visit},
     span,
 };
 use vfio_migration::{
-    DeviceId, TRACE_TARGET,
+    DeviceId, DeviceState, TRACE_TARGET,
     migration::{Ack, Admission, DeviceSettings, Incoming, OnOffAuto, Surroundings, vm as state},
     sim::{SimConfig, SimDevice},
 };
@@ -70,46 +71,25 @@ impl Subscriber for Names {
     fn exit(&self, _: &span::Id) {}
 }
 
-const EVENTS: &[&str] = &[
-    "load_bufs_thread_end",
-    "load_bufs_thread_start",
-    "load_cleanup",
-    "load_device_config_state_end",
-    "load_device_config_state_start",
-    "load_setup",
-    "load_state",
-    "load_state_device_buffer_end",
-    "load_state_device_buffer_incoming",
-    "load_state_device_buffer_load_end",
-    "load_state_device_buffer_load_start",
-    "load_state_device_buffer_start",
-    "load_state_device_buffer_starved",
-    "load_state_device_data",
-    "migration_init",
-    "migration_realize",
-    "migration_set_device_state",
-    "migration_set_state",
-    "migration_state_notifier",
-    "query_precopy_size",
-    "query_stop_copy_size",
-    "save_block",
-    "save_block_precopy_empty_hit",
-    "save_cleanup",
-    "save_complete_precopy",
-    "save_complete_precopy_start",
-    "save_complete_precopy_thread_end",
-    "save_complete_precopy_thread_start",
-    "save_device_config_state",
-    "save_iterate",
-    "save_iterate_start",
-    "save_setup",
-    "send_init_data_flag",
-    "state_pending",
-    "state_pending_estimate",
-    "state_pending_exact",
-    "vmstate_change",
-    "vmstate_change_prepare",
-];
+/// The module that has all events: one function each.
+const SOURCE: &str = include_str!("../src/trace.rs");
+
+/// The names of all events, as that module has them.
+fn events() -> BTreeSet<&'static str> {
+    let (source, _tests) = SOURCE.split_once("#[cfg(").expect("its tests come last");
+    let name = |call: &'static str| {
+        let (level, rest) = call.split_once(',')?;
+        let levels = ["TRACE", "DEBUG", "INFO", "WARN", "ERROR"];
+        levels.contains(&level.trim()).then_some(())?;
+        rest.trim_start().strip_prefix('"')?.split('"').next()
+    };
+    let names: Vec<_> = source.split("event!(").skip(1).filter_map(name).collect();
+    let functions = source.matches("pub(crate) fn ").count();
+    assert_eq!(names.len(), functions, "one event for each function");
+    let events: BTreeSet<_> = names.iter().copied().collect();
+    assert_eq!(events.len(), names.len(), "one function for each event");
+    events
+}
 
 #[test]
 fn every_event_comes_with_its_device() {
@@ -119,15 +99,30 @@ fn every_event_comes_with_its_device() {
 
     let mut around = Surroundings::default();
     around.device_dirty_tracking = true;
-    let _realized = Admission::default()
-        .realize(
-            DeviceId::new("vfio", 0).unwrap(),
-            Box::new(SimDevice::new(SimConfig::default()).unwrap()),
-            &DeviceSettings::default(),
-            around,
-            &mut |_, _| Ok(()),
-        )
-        .unwrap();
+    // As by itself, and as told to although nothing tracks what it writes.
+    let mut told = DeviceSettings::default();
+    told.enable = OnOffAuto::On;
+    let mut untracked = Surroundings::default();
+    untracked.device_dirty_tracking = false;
+    untracked.iommu_dirty_tracking = false;
+    for (settings, around) in [(DeviceSettings::default(), around), (told, untracked)] {
+        let _realized = Admission::default()
+            .realize(
+                DeviceId::new("vfio", 0).unwrap(),
+                Box::new(SimDevice::new(SimConfig::default()).unwrap()),
+                &settings,
+                around,
+                &mut |_, _| Ok(()),
+            )
+            .unwrap();
+    }
+    // A device that refuses to recover, too.
+    let mut refuses = Mock::new(io::pipe().unwrap().0);
+    refuses.set = Some(Box::new(|_| Err(io::ErrorKind::Other.into())));
+    let refused = refuses
+        .device(1)
+        .set_state(DeviceState::StopCopy, DeviceState::Stop);
+    refused.unwrap_err();
     for transfer in [OnOffAuto::On, OnOffAuto::Off] {
         let ended = migrate(&Setup {
             transfer,
@@ -158,6 +153,5 @@ fn every_event_comes_with_its_device() {
     state::stop(&mut back, state::Reason::Other).unwrap();
 
     let seen = names.0.lock().unwrap().clone();
-    let missing: Vec<_> = EVENTS.iter().filter(|name| !seen.contains(*name)).collect();
-    assert!(missing.is_empty(), "{missing:?} of {seen:?}");
+    assert_eq!(seen, events());
 }
