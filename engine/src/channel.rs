@@ -42,7 +42,7 @@ use crate::{
 };
 
 /// How much a channel reads ahead of what it needs, at most.
-const STAGING: usize = 64 << 10;
+pub(crate) const STAGING: usize = 64 << 10;
 
 /// Packets from this size on are received without reading ahead beyond the next header.
 const LARGE: usize = 32 << 10;

@@ -73,7 +73,7 @@ pub use crate::{
         Canceller, DeviceReport, LoadBuilder, LoadSession, NotStarted, PacketLease, Publisher,
         Report, SaveBuilder, SaveSession, SourceChannels,
     },
-    settings::{Settings, Spill},
+    settings::{MemoryBound, Settings, Spill},
     state::{DeviceState, MigrationFlags, PrecopyInfo, UnknownState},
     stats::{ChannelStats, DeviceStats, Latency, Phases, SpillStats, Stats},
     task::{Task, TaskKind},

@@ -35,8 +35,8 @@ mod device_thread;
 mod room;
 
 pub(crate) use self::{
-    channel_side::{Incoming, LoadInlet},
-    device_side::LoadFlow,
+    channel_side::{BOUNCE, Incoming, LoadInlet},
+    device_side::{LoadFlow, READ_BACK},
     device_thread::{serve_device, start, start_early, wait_written, write_iterable},
     room::Room,
 };

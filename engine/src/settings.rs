@@ -1,9 +1,12 @@
 //! A session's settings, and the arithmetic that turns a budget into a pool.
 
+mod bound;
+
 use std::{path::PathBuf, time::Duration};
 
 use vfio_migration_uring::Backend;
 
+pub use self::bound::MemoryBound;
 use crate::{
     error::{Error, ErrorKind, Phase, Result},
     host::check_budget,
@@ -45,7 +48,8 @@ pub enum Spill {
 pub struct Settings {
     /// Which ring moves the devices' bytes: [`Backend::Auto`].
     pub backend: Backend,
-    /// All memory that packets are held in, reserves and staging included. One that the host cannot have
+    /// All memory that packets are held in, reserves and staging included, but for what is spilled: see
+    /// [`Settings::memory_bound`] for all that a load takes. One that the host cannot have
     /// is refused ([`ErrorKind::Host`](crate::ErrorKind::Host)). Unless set: 32 MiB, or
     /// one buffer for each device where that is more (load), or two (save); for a relay 64 MiB, or
     /// four of the largest packets.
@@ -71,7 +75,7 @@ pub struct Settings {
     /// its device needs; so there it goes to a file, and comes back when it is next. While the devices
     /// get on nothing is spilled. Auto.
     pub spill: Spill,
-    /// Load: how much may be spilled at one time, rounded down to 64 KiB, and each packet up. When that
+    /// Load: how much may be spilled at one time, which is memory too unless it goes to a directory, rounded down to 64 KiB, and each packet up. When that
     /// is used up, packets wait after all. 1 GiB.
     pub spill_limit: u64,
     /// Load: how many channels there will be, 256 at most; a hello's id is below it. Load ends its

@@ -55,6 +55,14 @@ const MAX_CHUNKS: u64 = 1 << 27;
 
 const _: () = assert!(MAX_CHUNKS << LEN_BITS == Payload::ASIDE_MAX + 1);
 
+/// The most bytes.
+pub(crate) const MAX_LIMIT: u64 = MAX_CHUNKS * CHUNK as u64;
+
+/// What the books of a file of so many bytes take: behind each chunk the next one, and the set of the free.
+pub(crate) const fn books(limit: u64) -> u64 {
+    limit / CHUNK as u64 * 32
+}
+
 /// No chunk.
 const NIL: u32 = u32::MAX;
 

@@ -1,9 +1,8 @@
 //! What a peer can cost a destination: memory, within a bound that does not depend on what it sends;
 //! and time, which every wait for it has an end of.
 //!
-//! The memory of each case is that of a process of its own, as the kernel tells it: its peak is no
-//! more than what the process had before, the budget, the window's slots, [`CHANNEL`] for each
-//! channel, [`DEVICE`] for each device, and [`SLACK`].
+//! The memory of each case is that of a process of its own, as the kernel tells it: its peak, with what it has
+//! spilled to memory, is no more than what the process had before, and what `Settings::memory_bound` says.
 //!
 //! Times are tested with short settings, and by what the error says; never by a clock.
 #![allow(missing_docs, reason = "a test")]
@@ -13,7 +12,7 @@ mod common;
 use std::{
     env, fs,
     io::{self, Read, Write},
-    os::unix::net::UnixStream,
+    os::unix::{fs::MetadataExt, net::UnixStream},
     process::Command,
     sync::mpsc,
     thread,
@@ -22,24 +21,14 @@ use std::{
 
 use common::{Mock, Watchdog, collect, config_packet, hello, id, packet, payload};
 use vfio_migration::{
-    Channel, DeviceId, DeviceState, Error, ErrorKind, LoadSession, Phase, Report, SaveSession,
-    Settings, Violation,
+    Channel, DeviceId, DeviceState, Error, ErrorKind, LoadSession, MemoryBound, Phase, Report,
+    SaveSession, Settings, Spill, SpillStats, Violation,
     section::{self, SectionSink, load_state},
     stream::{self, Event, Section, SectionKind},
     wire::{self, DeviceKey, DeviceStateHeader},
 };
 
 const CASE: &str = "VFIO_MIGRATION_BOUNDS_CASE";
-
-/// For each channel: 64 KiB of staging; its thread.
-const CHANNEL: usize = 128 << 10;
-/// For each device: a config of the largest size, which is kept outside the budget and grows by
-/// doubling; its thread.
-const DEVICE: usize = 3 * (wire::DEFAULT_MAX_PACKET as usize);
-/// A slot, and what comes with a segment of them.
-const SLOT: usize = 9;
-/// The ring, the allocator, and what waits to be freed behind the epochs.
-const SLACK: usize = 6 << 20;
 
 /// A number from this process's status, in bytes.
 fn status(name: &str) -> usize {
@@ -52,30 +41,26 @@ fn status(name: &str) -> usize {
 /// What a case has used, against its bound.
 struct Bound {
     before: usize,
-    budget: usize,
-    window: usize,
-    channels: usize,
-    devices: usize,
+    bound: MemoryBound,
 }
 
 impl Bound {
-    fn new(settings: &Settings, channels: usize, devices: usize) -> Self {
+    fn new(settings: &Settings, channels: u32, devices: u32) -> Self {
         Self {
             before: status("VmRSS:"),
-            budget: settings.budget.unwrap_or(32 << 20),
-            window: settings.window as usize,
-            channels,
-            devices,
+            bound: settings.memory_bound(devices, channels).unwrap(),
         }
     }
 
     fn check(&self) {
-        let bound = self.before
-            + self.budget
-            + self.devices * (self.window * SLOT + DEVICE)
-            + self.channels * CHANNEL
-            + SLACK;
-        let peak = status("VmHWM:");
+        self.check_with(0);
+    }
+
+    /// `spilled`: what memory files have held.
+    fn check_with(&self, spilled: usize) {
+        let total = usize::try_from(self.bound.total()).unwrap();
+        let bound = self.before + total;
+        let peak = status("VmHWM:") + spilled;
         println!("peak {} KiB, bound {} KiB", peak >> 10, bound >> 10);
         assert!(peak <= bound, "{peak} bytes, above {bound}");
     }
@@ -84,6 +69,7 @@ impl Bound {
 fn settings() -> Settings {
     let mut settings = Settings::default();
     settings.budget = Some(4 << 20);
+    settings.spill = Spill::Off;
     settings.no_progress = Duration::from_millis(500);
     settings.packet_timeout = Duration::from_millis(500);
     settings.hello_timeout = Duration::from_millis(500);
@@ -192,7 +178,7 @@ fn last_packets_first(budget: usize) -> (Report, Bound) {
             bytes
         })
         .collect();
-    let bound = Bound::new(&settings, bytes.len(), 1);
+    let bound = Bound::new(&settings, CHANNELS, 1);
     (load(settings, 1, bytes), bound)
 }
 
@@ -356,9 +342,73 @@ fn silent_channels() {
     bound.check();
 }
 
+/// What this process's spill files have of memory.
+fn memory_files() -> usize {
+    let files = fs::read_dir("/proc/self/fd")
+        .unwrap()
+        .filter_map(Result::ok);
+    let spills = files.filter(|file| {
+        let target = fs::read_link(file.path()).unwrap_or_default();
+        target.to_string_lossy().contains("vfio-mig-spill")
+    });
+    let blocks = spills.filter_map(|file| Some(fs::metadata(file.path()).ok()?.blocks()));
+    usize::try_from(blocks.sum::<u64>()).unwrap() * 512
+}
+
+/// Channels that spill all they can, for want of each device's first packet: the budget is spent, and the
+/// spill file full.
+fn spilled() {
+    const DEVICES: u32 = 2;
+    const CHANNELS: u8 = 4;
+    const LEN: usize = 300_000;
+    let mut settings = settings();
+    settings.spill = Spill::Memfd;
+    settings.spill_limit = 64 << 20;
+    let bound = Bound::new(&settings, CHANNELS.into(), DEVICES);
+    let mut builder = LoadSession::builder().settings(settings);
+    for device in 1..=DEVICES {
+        let (reader, writer) = io::pipe().unwrap();
+        drop(collect(reader));
+        builder = builder.device(Mock::new(writer).device(device));
+    }
+    let mut sources = Vec::new();
+    for number in 0..CHANNELS {
+        let (mut near, far) = UnixStream::pair().unwrap();
+        builder = builder.channel(far);
+        sources.push(move || {
+            // Hung up on, in the end.
+            let _refused = near.write_all(&hello(number)).and_then(|()| {
+                (1..1000)
+                    .filter(|index| index % u32::from(CHANNELS) == u32::from(number))
+                    .flat_map(|index| (1..=DEVICES).map(move |device| (device, index)))
+                    .try_for_each(|(device, index)| {
+                        near.write_all(&packet(device, index, &[7; LEN]))
+                    })
+            });
+        });
+    }
+    let session = builder.start().unwrap();
+    let sources: Vec<_> = sources.into_iter().map(thread::spawn).collect();
+    session.switchover_start();
+    let full = |spill: &SpillStats| spill.held + LEN as u64 > spill.limit;
+    while !full(&session.stats().spill) && session.failure().is_none() {
+        thread::sleep(Duration::from_millis(1));
+    }
+    let files = memory_files();
+    let spill = session.stats().spill;
+    assert!(full(&spill) && files >= 50 << 20, "{spill:?}, {files}");
+    session.cancel();
+    drop(session.join());
+    for source in sources {
+        source.join().unwrap();
+    }
+    bound.check_with(files);
+}
+
 #[test]
 fn memory_stays_within_its_bound_whatever_a_peer_sends() {
-    let cases: [(&str, fn()); 10] = [
+    let cases: [(&str, fn()); 11] = [
+        ("spilled", spilled),
         ("far idx", || far_idx(b"x")),
         ("far idx, no data", || far_idx(b"")),
         ("a window of small packets", window_of_small_packets),

@@ -15,7 +15,7 @@ use std::{
 
 use vfio_migration::{
     Channel, Device, DeviceId, DeviceState, LoadSession, MigrationDevice, MigrationFlags,
-    PrecopyInfo, Settings,
+    PrecopyInfo, Settings, Spill,
     wire::{DeviceKey, Hello, encode_packet, wrap_config},
 };
 
@@ -181,6 +181,11 @@ fn receive(order: Order, data_len: usize) {
     let used = peak();
     println!("peak {used} KiB, budget {BUDGET_KIB} KiB");
     assert!(used <= BUDGET_KIB + SLACK_KIB, "{used} KiB");
+    // No channel has a RAM sink: nothing is spilled.
+    let mut settings = Settings::default();
+    settings.spill = Spill::Off;
+    let bound = settings.memory_bound(DEVICES, CHANNELS).unwrap().total();
+    assert!(used << 10 <= bound, "{used} KiB, above {bound} bytes");
 }
 
 #[test]

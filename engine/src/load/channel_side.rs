@@ -12,6 +12,8 @@ use super::*;
 
 mod elsewhere;
 
+pub(crate) use self::elsewhere::BOUNCE;
+
 /// How long a packet waits for the budget before it is spilled: as long as devices that get on are
 /// unlikely to need, and little next to a downtime. Those behind it do not wait again before one has
 /// found room at once.

@@ -20,7 +20,7 @@ use super::*;
 const GATHER_MAX: usize = 64 << 10;
 
 /// How much of a spilled packet is read back at once where the pool has no buffer.
-const READ_BACK: usize = 64 << 10;
+pub(crate) const READ_BACK: usize = 64 << 10;
 
 /// The most bytes that all lanes together are given at once: enough to keep devices busy, little enough
 /// to stay in the cache. Where many are busy each has less, but not less than what is gathered: their

@@ -3,7 +3,7 @@
 use super::*;
 
 /// How much of a packet is in memory on its way to the spill file.
-const BOUNCE: usize = 64 << 10;
+pub(crate) const BOUNCE: usize = 64 << 10;
 
 impl LoadInlet {
     /// Has space for a packet in the spill file, if it may be spilled and there is any.
