@@ -25,11 +25,10 @@ tests! {
         a_source_that_is_gone_before_its_channels,
         a_flood_of_channels_is_refused,
         a_link_that_is_cut_on_either_side,
-    ],
-    root: [],
-    later: [
         a_relay_between_with_any_number_of_channels,
     ],
+    root: [],
+    later: [],
 }
 
 /// A relay to there.

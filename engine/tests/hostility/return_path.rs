@@ -30,11 +30,10 @@ tests! {
         a_silent_destination_ends,
         a_reply_that_drips_ends,
         a_destination_that_reads_nothing_ends_and_can_be_interrupted,
-    ],
-    root: [],
-    later: [
         a_destination_that_lies_of_its_success_is_not_believed,
     ],
+    root: [],
+    later: [],
 }
 
 /// A destination of so many connections, which reads all that comes, and hands out its main channel.

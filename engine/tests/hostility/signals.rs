@@ -14,9 +14,6 @@ use crate::{
 tests! {
     any: [
         a_stopped_process_goes_on,
-    ],
-    root: [],
-    later: [
         while_nobody_is_there,
         while_a_source_is_awaited,
         in_the_set_up,
@@ -28,6 +25,8 @@ tests! {
         in_a_demo,
         where_nobody_reads_what_is_said,
     ],
+    root: [],
+    later: [],
 }
 
 const SIGNALS: [&str; 3] = ["INT", "TERM", "HUP"];

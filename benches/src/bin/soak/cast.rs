@@ -83,7 +83,7 @@ impl Cast {
             0..6 => Trouble::Nothing,
             6..8 => Trouble::Pauses(victim, Duration::from_millis(random.below(400))),
             8..11 => Trouble::Signal(victim, "KILL"),
-            11..14 => Trouble::Signal(victim, random.of(&["TERM", "INT"])),
+            11..14 => Trouble::Signal(victim, random.of(&["TERM", "INT", "HUP"])),
             14 => Trouble::Stops(victim),
             15..17 => Trouble::Disk(random.below(most.div_ceil(512) + 2)),
             _ => Trouble::Cut(Fate {

@@ -297,6 +297,8 @@ pub(crate) struct Replies<'a> {
     pub(crate) done: bool,
     /// Whether it has said that it has failed.
     pub(crate) refused: bool,
+    /// Set when it is told that all has been sent: before, it cannot have all.
+    pub(crate) all_is_sent: bool,
 }
 
 impl<'a> Replies<'a> {
@@ -306,11 +308,15 @@ impl<'a> Replies<'a> {
             ponged: false,
             done: false,
             refused: false,
+            all_is_sent: false,
         }
     }
 
     fn take_in(&mut self, mut told: MutexGuard<'_, Told>) -> anyhow::Result<()> {
         (self.ponged, self.done, self.refused) = (told.ponged, told.done, told.refused);
+        if told.done && !self.all_is_sent {
+            bail!("the destination says that all is loaded, and not all has been sent");
+        }
         told.failure.take().map_or(Ok(()), Err)
     }
 

@@ -341,6 +341,8 @@ fn migrate(
     let result = main_channel::join(failure, main)
         .and_then(|()| stats.context("what was saved has its counters"))
         .and_then(|stats| {
+            replies.look()?;
+            replies.all_is_sent = true;
             words.end(description(subjects, &stats)?)?;
             confirm(replies)?;
             Ok(stats)
