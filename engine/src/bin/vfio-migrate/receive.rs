@@ -609,7 +609,14 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let path = ReturnPath::new(main.try_clone()?);
     let loaded = load(hall, devices, &subjects, &main, &path).and_then(|(loaded, took)| {
         let stats = loaded.stats();
-        Ok((keep(&subjects, &stats, &path)?, stats, took, loaded))
+        match keep(&subjects, &stats, &path) {
+            Ok(checked) => Ok((checked, stats, took, loaded)),
+            Err(error) => {
+                // The source goes on: nothing may run here when it hears of that.
+                let _stopped = loaded.abort();
+                Err(error)
+            }
+        }
     });
     match &loaded {
         Ok(_) => {

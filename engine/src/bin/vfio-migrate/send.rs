@@ -6,9 +6,10 @@
 //!     ─▶ devices STOP ─▶ what was moved
 //! ```
 //!
-//! See `main_channel` for what is said. A failure, here or there, puts the devices back to
-//! RUNNING. The main thread does everything but read the return path; while it sends PRE_COPY data
-//! a thread beside it looks for Ctrl-C.
+//! See `main_channel` for what is said. A failure, here or there, puts the devices back to the state
+//! that they came in; where the end was sent, and the destination has not said whether all is loaded,
+//! they stay stopped. The main thread does everything but read the return path; while it sends PRE_COPY
+//! data a thread beside it looks for Ctrl-C.
 
 use std::{
     net::Shutdown,
@@ -20,7 +21,7 @@ use std::{
 
 use anyhow::{Context, anyhow, bail};
 use vfio_migration::{
-    Canceller, Device, Error, SaveSession, Settings, SourceChannels, Stats,
+    Canceller, Device, Duty, Error, SaveSession, Settings, SourceChannels, Stats,
     migration::{
         Ack, Acks, DeviceSettings, Failed, OnOffAuto, Realized, Saved, Source, Switchover, vm,
     },
@@ -48,6 +49,9 @@ use crate::{
 /// config over them. It succeeds when the destination has said that all is loaded; then it prints
 /// of each device the packets, and the bytes and sha256 of the state and of the config (framing
 /// tags included), which are those that the destination prints.
+///
+/// Where the destination fails, the devices go back to the state that they came in. Where all was sent
+/// and the destination does not say what became of it, they stay stopped: they may run there.
 #[derive(Debug, clap::Args)]
 #[command(after_help = device::HELP)]
 pub(crate) struct Options {
@@ -338,12 +342,16 @@ fn migrate(
         Err(failed) => (None, Some(failed.error)),
     };
     let stats = saved.as_ref().map(|saved| saved.stats().clone());
+    // Whether the destination may have the end, with which its devices may start.
+    let mut ended = false;
     let result = main_channel::join(failure, main)
         .and_then(|()| stats.context("what was saved has its counters"))
         .and_then(|stats| {
             replies.look()?;
+            let description = description(subjects, &stats)?;
             replies.all_is_sent = true;
-            words.end(description(subjects, &stats)?)?;
+            ended = true;
+            words.end(description)?;
             confirm(replies)?;
             Ok(stats)
         });
@@ -353,7 +361,8 @@ fn migrate(
             // Out of downtime.
             if let Err(failed) = saved.cleanup() {
                 let error = anyhow!(failed.error);
-                say(&format!("all was sent, but afterwards: {error:#}"));
+                let left = told(&failed.back);
+                say(&format!("all was sent, but afterwards: {error:#} ({left})"));
             }
             Ok(Sent {
                 stats,
@@ -361,8 +370,20 @@ fn migrate(
                 took,
             })
         }
+        (Err(error), Some(saved)) if ended && !replies.refused => {
+            let held = told(&saved.in_doubt());
+            Err(error.context(format!(
+                "the devices stay stopped ({held}): they may run on the destination"
+            )))
+        }
         (result, saved) => {
-            let _running = saved.map(Saved::abort);
+            let back = saved.map(Saved::abort).unwrap_or_default();
+            let whole = |it: &Realized| !it.was_reset() && it.duty() == Duty::Nothing;
+            let result = if back.iter().all(whole) {
+                result
+            } else {
+                result.with_context(|| told(&back))
+            };
             result.map(|stats| Sent {
                 stats,
                 precopy,
@@ -370,6 +391,19 @@ fn migrate(
             })
         }
     }
+}
+
+/// Where the devices are, and what is to be done about those that something is to be done about.
+fn told(devices: &[Realized]) -> String {
+    let told = devices.iter().map(|device| {
+        let reset = if device.was_reset() { ", reset" } else { "" };
+        let duty = match device.duty() {
+            Duty::Nothing => String::new(),
+            duty => format!(": {duty}"),
+        };
+        format!("{} in {}{reset}{duty}", device.id(), device.state())
+    });
+    told.collect::<Vec<_>>().join("; ")
 }
 
 /// How long a listener that was there a moment ago may take to be there again.
