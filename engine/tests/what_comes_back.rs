@@ -448,3 +448,56 @@ fn push(publisher: &mut vfio_migration::Publisher, number: u32, of: &SimConfig) 
     let config = [&4_u32.to_be_bytes()[..], b"conf"].concat();
     packet(true, &wrap_config(&config));
 }
+
+#[test]
+fn a_start_that_fails_leaves_no_device_running() {
+    let _watchdog = Watchdog::new();
+    for at in [DeviceState::RunningP2p, DeviceState::Running] {
+        let setup = setup(DeviceState::Running, OnOffAuto::Off);
+        let acks = Acks::new(Ack::Off);
+        let mut sources: Vec<_> = (1..=2)
+            .map(|number| {
+                let (realized, _) = setup.realize(number, setup.config(number.into()));
+                Source::setup(realized, &setup.terms(), &acks, io::sink()).unwrap()
+            })
+            .collect();
+        state::stop(&mut sources, state::Reason::FinishMigration).unwrap();
+        let mut switchover = Switchover::begin(sources, SaveSession::builder()).unwrap();
+        let (devices, handles): (Vec<_>, Vec<_>) = (1..=2)
+            .map(|number| {
+                let mut config = setup.config(9);
+                if number == 2 {
+                    config.faults = refuses(at);
+                }
+                setup.realize(number, config)
+            })
+            .unzip();
+        let session = LoadSession::builder().settings(quick());
+        let approve = Box::new(|| Ok(()));
+        let incoming = Incoming::setup(devices, &setup.terms(), session, approve).unwrap();
+        incoming.switchover_start().unwrap();
+        for number in [1, 2] {
+            let mut body = Vec::new();
+            switchover.complete(&id(number), &mut body).unwrap();
+            let device = incoming.device(&id(number)).unwrap();
+            device.load_state(&mut &body[..]).unwrap();
+            let mut body = Vec::new();
+            switchover.config(&id(number), &mut body).unwrap();
+            device.load_state(&mut &body[..]).unwrap();
+        }
+        let saved = switchover.finish().unwrap();
+        let mut loaded = incoming.finish().unwrap();
+        let error = state::start(loaded.devices_mut()).unwrap_err();
+        assert_eq!(error.device(), Some(&id(2)), "{at}");
+        for (realized, handle) in loaded.devices_mut().iter().zip(&handles) {
+            assert_eq!(handle.state(), DeviceState::Stop, "{at}");
+            assert_eq!(realized.state(), DeviceState::Stop, "{at}");
+            assert!(realized.was_reset(), "{at}: what was loaded is in it");
+            assert_eq!(realized.duty(), Duty::Nothing, "{at}");
+        }
+        // The verdict is that it has failed: the VM goes on here.
+        for realized in saved.abort() {
+            assert_eq!(realized.state(), DeviceState::Running, "{at}");
+        }
+    }
+}
