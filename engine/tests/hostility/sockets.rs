@@ -27,6 +27,8 @@ tests! {
         a_socket_that_was_left_behind_is_replaced,
         silent_strangers_keep_no_source_out,
         nobody_there_is_named,
+        strangers_before_a_pipe_that_nobody_reads,
+        strangers_harm_nobody,
         a_link_that_ends_ends_both,
         a_link_that_is_reset_ends_both,
         a_link_to_a_unix_socket_that_is_cut_ends_both,

@@ -23,7 +23,7 @@
 
 use std::{
     sync::{Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::Context;
@@ -39,8 +39,8 @@ enum State {
     Idle,
     /// Something would.
     Busy,
-    /// And the user has asked for its end.
-    Asked,
+    /// And the user has asked for its end, then.
+    Asked(Instant),
     /// Nothing but the printing is left. What is said where that is cut short.
     Settled(&'static str),
 }
@@ -66,9 +66,9 @@ pub(crate) fn watch() -> anyhow::Result<()> {
         while signals.wait().is_ok() {
             let mut state = state();
             match *state {
-                State::Busy => *state = State::Asked,
+                State::Busy => *state = State::Asked(Instant::now()),
                 State::Settled(what) => end_settled(what),
-                State::Idle | State::Asked => {
+                State::Idle | State::Asked(_) => {
                     crate::failure::tell_interrupted_at_once();
                     exit(STATUS);
                 }
@@ -107,7 +107,7 @@ fn end_settled(what: &str) -> ! {
 /// asked for already, it does so here. What has to be removed is.
 pub(crate) fn settled(what: &'static str) {
     let before = std::mem::replace(&mut *state(), State::Settled(what));
-    if before == State::Asked {
+    if matches!(before, State::Asked(_)) {
         end_settled(what);
     }
 }
@@ -137,5 +137,17 @@ impl Drop for InOrder {
 
 /// Whether the user has asked for the end.
 pub(crate) fn requested() -> bool {
-    *state() == State::Asked
+    matches!(*state(), State::Asked(_))
+}
+
+/// How much time the last words have, and what goes with them, when the user has asked for the end.
+const LAST_WORDS: Duration = Duration::from_millis(700);
+
+/// How long a peer may be waited for that is otherwise given `time`: as good as not at all, some time
+/// after the user has asked for the end.
+pub(crate) fn patience(time: Duration) -> Duration {
+    match *state() {
+        State::Asked(at) => time.min(LAST_WORDS.saturating_sub(at.elapsed())),
+        _ => time,
+    }
 }

@@ -45,6 +45,7 @@ use vfio_migration::{
 
 use crate::{
     failure::Both,
+    interrupt,
     network::{Connection, TICK},
     output,
 };
@@ -127,6 +128,17 @@ impl ReturnPath {
     pub(crate) fn reply(&self, reply: &Reply) -> vfio_migration::Result<()> {
         let mut connection = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         reply.write(&mut *connection)
+    }
+
+    /// Says that this side is still there, unless that had to wait: for another thread's reply, or for a
+    /// source that has not read what was said before.
+    pub(crate) fn beat(&self) {
+        if let Ok(mut connection) = self.0.try_lock()
+            && matches!(connection.is_writable(Duration::ZERO), Ok(true))
+        {
+            // Where the source is gone the reader says so, and better.
+            let _gone = Reply::Pong(STILL_HERE).write(&mut *connection);
+        }
     }
 
     /// Says that the destination has failed, and why.
@@ -279,6 +291,11 @@ pub(crate) fn listen(mut connection: Connection, timeout: Duration, to: &Heard) 
         };
         return to.gone(why);
     }
+}
+
+/// Whether the user has asked for the end while the peer took nothing.
+pub(crate) fn interrupted(error: &Error) -> bool {
+    error.raw_os_error() == Some(nix::errno::Errno::ECANCELED as i32) && interrupt::requested()
 }
 
 /// Whether the connection stood still for its time-out.

@@ -27,7 +27,7 @@ use anyhow::{Context, anyhow, bail};
 use nix::{
     errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::socket::{MsgFlags, recv, setsockopt, sockopt},
+    sys::socket::{MsgFlags, recv, send, setsockopt, sockopt},
 };
 use vfio_migration::Channel;
 use vfio_migration_uring::deadline;
@@ -173,7 +173,16 @@ impl Connection {
 
     /// Waits for bytes, or the end; says whether one is there.
     pub(crate) fn wait_readable(&self, timeout: Duration) -> io::Result<bool> {
-        let mut fds = [PollFd::new(self.as_fd(), PollFlags::POLLIN)];
+        self.wait(PollFlags::POLLIN, timeout)
+    }
+
+    /// Whether the peer has taken so much, within the time, that it can be written to.
+    pub(crate) fn is_writable(&self, timeout: Duration) -> io::Result<bool> {
+        self.wait(PollFlags::POLLOUT, timeout)
+    }
+
+    fn wait(&self, what: PollFlags, timeout: Duration) -> io::Result<bool> {
+        let mut fds = [PollFd::new(self.as_fd(), what)];
         let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX);
         match poll(&mut fds, timeout) {
             Ok(count) => Ok(count > 0),
@@ -186,7 +195,7 @@ impl Connection {
     /// a connection that is closed with bytes unread loses them on the way.
     pub(crate) fn linger(&mut self, patience: Duration) {
         self.shutdown(Shutdown::Write);
-        let deadline = deadline(patience);
+        let deadline = deadline(interrupt::patience(patience));
         let mut buffer = [0; 4096];
         while let left = deadline.saturating_duration_since(Instant::now())
             && !left.is_zero()
@@ -203,8 +212,29 @@ impl Read for Connection {
 }
 
 impl Write for Connection {
+    /// Waits for a peer that takes nothing until the connection's time-out, or for a little when the user
+    /// has asked for the end, and `ECANCELED` says so: the wait looks around each tick.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        either!(self, socket => socket.write(bytes))
+        let since = Instant::now();
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        loop {
+            match send(self.as_fd().as_raw_fd(), bytes, flags) {
+                Err(Errno::EAGAIN) => {}
+                sent => return Ok(sent?),
+            }
+            let timeout = either!(self, socket => socket.write_timeout())?;
+            let timeout = timeout.unwrap_or(Duration::MAX);
+            if since.elapsed() >= interrupt::patience(timeout) {
+                let by_user = since.elapsed() < timeout;
+                return Err(if by_user {
+                    Errno::ECANCELED
+                } else {
+                    Errno::EAGAIN
+                }
+                .into());
+            }
+            self.is_writable(TICK)?;
+        }
     }
 
     fn flush(&mut self) -> io::Result<()> {

@@ -39,8 +39,8 @@ use crate::{
     failure::About,
     interrupt,
     main_channel::{
-        self, EXPLANATION, HEARTBEAT, LINGER, REASON, ReturnPath, STILL_HERE, is_the_peers,
-        main_failed, show_reason, timed_out,
+        self, EXPLANATION, HEARTBEAT, LINGER, REASON, ReturnPath, STILL_HERE, interrupted,
+        is_the_peers, main_failed, show_reason, timed_out,
     },
     network::{self, Address, Connection, Listener, Peek, TICK},
     output::{Transfer, rate, say, say_of_stranger},
@@ -309,7 +309,9 @@ impl MainChannel<'_> {
             error.kind(),
             ErrorKind::Protocol(Violation::SectionTruncated { .. }) | ErrorKind::Channel
         );
-        if timed_out(&error) {
+        if interrupted(&error) {
+            anyhow!(Interrupted)
+        } else if timed_out(&error) {
             anyhow!("the source {silence} for {timeout} s")
         } else if ended {
             anyhow!(error).context("the source has gone away")
@@ -383,8 +385,7 @@ impl Watch<'_> {
         self.admit(false)?;
         if self.said.elapsed() >= HEARTBEAT {
             self.said = Instant::now();
-            // Where the source is gone the reader says so, and better.
-            let _gone = self.path.reply(&Reply::Pong(STILL_HERE));
+            self.path.beat();
         }
         let loading: Vec<_> = self
             .incoming
@@ -513,7 +514,8 @@ fn load(
             .join()
             .unwrap_or_else(|_| Err(anyhow!("a thread panicked")));
         let read = read.and_then(|()| nothing_behind_the_end(main));
-        (watched, read.err().filter(|_| by_itself))
+        let by_itself = |error: &anyhow::Error| by_itself && !error.is::<Interrupted>();
+        (watched, read.err().filter(by_itself))
     });
     if read.is_some() {
         incoming.fail(main_failed());
@@ -565,14 +567,14 @@ fn finish(incoming: Incoming) -> vfio_migration::Result<Loaded> {
 fn keep<'a>(
     subjects: &'a [Subject],
     stats: &Stats,
+    main: &Connection,
     path: &ReturnPath,
 ) -> anyhow::Result<Vec<Checked<'a>>> {
     let (keeping, kept) = mpsc::channel::<()>();
     thread::scope(|scope| {
         let beat = move || {
             while kept.recv_timeout(HEARTBEAT) == Err(mpsc::RecvTimeoutError::Timeout) {
-                // Where the source is gone, the last reply says so.
-                let _gone = path.reply(&Reply::Pong(STILL_HERE));
+                path.beat();
             }
         };
         thread::Builder::new()
@@ -584,6 +586,10 @@ fn keep<'a>(
             if interrupt::requested() {
                 bail!(Interrupted);
             }
+            ensure!(
+                matches!(main.peek()?, Peek::Nothing | Peek::End),
+                "the source has given up: it says more behind its end"
+            );
             device::keep(&mut checked)?;
             Ok(checked)
         };
@@ -609,7 +615,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let path = ReturnPath::new(main.try_clone()?);
     let loaded = load(hall, devices, &subjects, &main, &path).and_then(|(loaded, took)| {
         let stats = loaded.stats();
-        match keep(&subjects, &stats, &path) {
+        match keep(&subjects, &stats, &main, &path) {
             Ok(checked) => Ok((checked, stats, took, loaded)),
             Err(error) => {
                 // The source goes on: nothing may run here when it hears of that.

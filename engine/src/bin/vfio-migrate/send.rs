@@ -35,7 +35,7 @@ use crate::{
     device::{self, Spec, Subject},
     interrupt,
     main_channel::{
-        self, EXPLANATION, HEARTBEAT, Heard, LINGER, PING, Replies, STILL_HERE, Words,
+        self, EXPLANATION, HEARTBEAT, Heard, LINGER, PING, Replies, STILL_HERE, Words, interrupted,
         is_the_peers, main_failed, timed_out,
     },
     network::{self, Address, Connection, TICK},
@@ -262,7 +262,7 @@ fn send_all(
         }
     }
     // Its peer may know why.
-    let until = deadline(EXPLANATION);
+    let until = deadline(interrupt::patience(EXPLANATION));
     while main.is_none()
         && save.failure().as_ref().is_some_and(is_the_peers)
         && Instant::now() < until
@@ -347,6 +347,8 @@ fn migrate(
     let result = main_channel::join(failure, main)
         .and_then(|()| stats.context("what was saved has its counters"))
         .and_then(|stats| {
+            // What was read is all there was: said before the destination believes it.
+            device::check(subjects, &stats)?;
             replies.look()?;
             let description = description(subjects, &stats)?;
             replies.all_is_sent = true;
@@ -460,6 +462,9 @@ fn talk(
 /// A broken connection is explained by what the destination has said before.
 fn explain(error: anyhow::Error, timeout: Duration, replies: &mut Replies<'_>) -> anyhow::Error {
     let broken = error.downcast_ref::<Error>().is_some_and(is_the_peers);
+    if error.downcast_ref::<Error>().is_some_and(interrupted) {
+        return anyhow!(Interrupted);
+    }
     let error = if error.downcast_ref::<Error>().is_some_and(timed_out) {
         anyhow!(
             "the destination has taken nothing for {} s",
@@ -468,7 +473,7 @@ fn explain(error: anyhow::Error, timeout: Duration, replies: &mut Replies<'_>) -
     } else {
         error
     };
-    let until = deadline(EXPLANATION);
+    let until = deadline(interrupt::patience(EXPLANATION));
     while broken && Instant::now() < until {
         if let Err(reason) = replies.wait() {
             return main_channel::both(error, &reason);
