@@ -79,6 +79,13 @@ pub trait RamSink: Send {
 /// # drop((channel, theirs));
 /// # Ok::<(), std::io::Error>(())
 /// ```
+///
+/// A session bounds each wait for a peer that is silent within a packet, but between packets a channel may
+/// be silent for as long as the VM runs. That a TCP peer's host has vanished is for the socket to find, and
+/// the socket is the embedder's: `SO_KEEPALIVE` (with `TCP_KEEPIDLE`, `TCP_KEEPINTVL` and `TCP_KEEPCNT`) where
+/// nothing is under way, and `TCP_USER_TIMEOUT` where bytes are that the peer never acknowledges, for
+/// keepalive does not begin while there are any. The command sets both, on sockets that it accepts
+/// too, from its `--timeout`.
 #[must_use = "a channel carries nothing until a session has it"]
 pub struct Channel {
     stream: Box<dyn Stream>,

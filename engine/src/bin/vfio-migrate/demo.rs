@@ -387,7 +387,7 @@ fn migrate(options: &Options) -> anyhow::Result<Migrated> {
             save.session().map(AsFd::as_fd),
         ];
         let sessions: Vec<_> = sessions.into_iter().flatten().collect();
-        network::tick(&sessions, &[])?;
+        network::tick(&sessions, Vec::new())?;
     }
     let took = ended.unwrap_or_else(|| began.elapsed());
     if let Some(progress) = &progress {

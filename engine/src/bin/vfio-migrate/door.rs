@@ -2,22 +2,27 @@
 //!
 //! ```text
 //!   Listener ──▶ guests ──▶ the first four bytes ─┬─ QEVM          ──▶ Caller::Main
-//!                             (they stay there)   ├─ multifd magic ──▶ Caller::Channel
-//!                                                 └─ else, silent  ──▶ closed, and said
+//!                  │          (they stay there)   ├─ multifd magic ──▶ Caller::Channel
+//!                  │                              └─ else, silent  ──▶ closed, and said
+//!                  └─ gone again, or silent when the house is full ──▶ closed
 //! ```
 //!
-//! Used from the command's main thread. Nothing here waits: the caller waits on [`Door::fds`].
+//! Used from the command's main thread. Nothing here waits: the caller waits on [`Door::fds`], which
+//! are those of which something can come that changes something. So a full house is not told of
+//! who comes, nor is one that the host gives no file for: it looks at the next tick.
 
 use std::{
-    os::fd::{AsFd, BorrowedFd},
+    os::fd::AsFd,
     time::{Duration, Instant},
 };
 
+use nix::poll::{PollFd, PollFlags};
 use vfio_migration::{stream::MAIN_MAGIC, wire::MULTIFD_MAGIC};
 
 use crate::{
-    network::{Connection, Listener, Peek},
-    output::say_of_stranger,
+    listen::{Accepted, Listener},
+    network::{Connection, ENDED, Peek},
+    output::{say, say_of_stranger},
 };
 
 /// What a connection is.
@@ -34,8 +39,8 @@ struct Guest {
     begun: bool,
 }
 
-/// The most connections that may be silent at one time; the rest waits outside.
-const MOST_GUESTS: usize = 256;
+/// How long a silent connection has its place in a full house. A source speaks at once.
+const IN_A_FULL_HOUSE: Duration = Duration::from_secs(1);
 
 /// How long a connection may take to say what it is, where nothing may stand still for `timeout`.
 pub(crate) fn hello_timeout(timeout: Duration) -> Duration {
@@ -46,25 +51,42 @@ pub(crate) fn hello_timeout(timeout: Duration) -> Duration {
 pub(crate) struct Door {
     listener: Listener,
     timeout: Duration,
+    /// The most connections that may be silent at one time; the rest waits outside.
+    places: usize,
+    /// In the order in which they came.
     guests: Vec<Guest>,
+    /// Whether the host had no file for one that has come.
+    scarce: bool,
+    /// Whether that has been said.
+    said_scarce: bool,
 }
 
 impl Door {
-    /// `timeout` is how long nothing may move on a connection.
-    pub(crate) const fn new(listener: Listener, timeout: Duration) -> Self {
+    /// `timeout` is how long nothing may move on a connection; `places`, how many may be silent.
+    pub(crate) const fn new(listener: Listener, timeout: Duration, places: usize) -> Self {
         Self {
             listener,
             timeout,
+            places,
             guests: Vec::new(),
+            scarce: false,
+            said_scarce: false,
         }
     }
 
-    /// What to wait for: new connections, and the first bytes of those that are here.
-    pub(crate) fn fds(&self) -> Vec<BorrowedFd<'_>> {
-        let guests = self.guests.iter().filter(|guest| !guest.begun);
-        std::iter::once(self.listener.as_fd())
-            .chain(guests.map(|guest| guest.connection.as_fd()))
-            .collect()
+    /// What to wait for: new connections, and the first bytes and the ends of those that are here.
+    pub(crate) fn fds(&self) -> Vec<PollFd<'_>> {
+        let guests = self.guests.iter().map(|guest| {
+            let bytes = if guest.begun {
+                PollFlags::empty()
+            } else {
+                PollFlags::POLLIN
+            };
+            PollFd::new(guest.connection.as_fd(), bytes | ENDED)
+        });
+        let open = !self.scarce && self.guests.len() < self.places;
+        let listener = PollFd::new(self.listener.as_fd(), PollFlags::POLLIN);
+        guests.chain(open.then_some(listener)).collect()
     }
 
     /// Whether nobody is here who has not said what it is.
@@ -72,18 +94,51 @@ impl Door {
         self.guests.is_empty()
     }
 
+    /// Takes in those who have come, as far as there is room.
+    fn open(&mut self) -> anyhow::Result<()> {
+        self.scarce = false;
+        // Ends: with the connections that are there, or those that may go.
+        loop {
+            let full = self.guests.len() >= self.places;
+            if full && self.guests[0].since.elapsed() < IN_A_FULL_HOUSE {
+                return Ok(());
+            }
+            match self.listener.accept(self.timeout)? {
+                Accepted::Connection(connection) => {
+                    if full {
+                        self.guests.remove(0);
+                        say_of_stranger(
+                            "a connection that said nothing was closed: too many of them",
+                        );
+                    }
+                    self.guests.push(Guest {
+                        connection,
+                        since: Instant::now(),
+                        begun: false,
+                    });
+                }
+                Accepted::Nobody => return Ok(()),
+                Accepted::Scarce(error) => {
+                    self.scarce = true;
+                    if !self.said_scarce {
+                        self.said_scarce = true;
+                        say(&format!("connections have to wait: {error}"));
+                    }
+                    // A stranger's file does as well.
+                    if !self.guests.is_empty() && self.guests[0].since.elapsed() >= IN_A_FULL_HOUSE
+                    {
+                        self.guests.remove(0);
+                        continue;
+                    }
+                    return Ok(());
+                }
+            }
+        }
+    }
+
     /// The next connection that says what it is, if there is one now.
     pub(crate) fn answer(&mut self) -> anyhow::Result<Option<Caller>> {
-        // Ends: with the connections that are there.
-        while self.guests.len() < MOST_GUESTS
-            && let Some(connection) = self.listener.accept(self.timeout)?
-        {
-            self.guests.push(Guest {
-                connection,
-                since: Instant::now(),
-                begun: false,
-            });
-        }
+        self.open()?;
         let mut at = 0;
         while let Some(guest) = self.guests.get_mut(at) {
             match guest.connection.peek() {
@@ -100,6 +155,7 @@ impl Door {
                 }
                 // It was nobody, or a source that was killed: its main channel will tell.
                 Ok(Peek::End) | Err(_) => drop(self.guests.remove(at)),
+                Ok(Peek::Part) if guest.connection.is_ended() => drop(self.guests.remove(at)),
                 Ok(Peek::Nothing | Peek::Part)
                     if guest.since.elapsed() > hello_timeout(self.timeout) =>
                 {

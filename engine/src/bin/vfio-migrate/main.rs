@@ -13,7 +13,8 @@
 //! |---|---|
 //! | `demo`, `send`, `receive`, `relay`, `probe`, `replay`, `inspect` | a subcommand each |
 //! | `main_channel` | what `send` and `receive` say to each other beside the packets |
-//! | `network`, `door` | addresses, connections, listeners; which connection is what |
+//! | `network`, `connect`, `listen`, `door` | addresses and connections; how they are made, and taken in; which is what |
+//! | `limits` | how many files may be open |
 //! | `device`, `file`, `observed` | the devices of a `SPEC`, and what is known of them afterwards |
 //! | `state_files` | the files that a migration leaves: together, or not at all |
 //! | `kernel` | the kernel's own devices: opened, or refused with a reason |
@@ -37,6 +38,7 @@
 
 mod args;
 mod capture;
+mod connect;
 mod contents;
 mod demo;
 mod device;
@@ -46,6 +48,8 @@ mod file;
 mod inspect;
 mod interrupt;
 mod kernel;
+mod limits;
+mod listen;
 mod main_channel;
 mod network;
 mod observed;

@@ -1,4 +1,4 @@
-//! Addresses, connections and listeners, TCP and unix alike; and the commands' one way to wait.
+//! Addresses and connections, TCP and unix alike; and the commands' one way to wait.
 //!
 //! ```text
 //!   source        connect(ADDR) ──▶ Connection ──▶ Channel, or the main channel
@@ -6,24 +6,23 @@
 //! ```
 //!
 //! Used from the command's main thread; a [`Connection`] may be written to and shut down by one
-//! thread while another reads from it. A peer that vanished without a word is found by TCP's
-//! keepalive; what ends each wait besides is given to it.
+//! thread while another reads from it. A peer that vanished without a word is found by TCP: by its
+//! keepalive where the connection is idle, by `TCP_USER_TIMEOUT` where something is under way that
+//! the peer never acknowledges (keepalive is silent then). What ends each wait besides is given to it.
 
 use std::{
-    fmt, fs, io,
+    fmt, io,
     io::{Read, Write},
-    net::{Shutdown, TcpListener, TcpStream, ToSocketAddrs},
+    net::{Shutdown, TcpStream},
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd},
-        unix::net::{UnixListener, UnixStream},
+        unix::net::UnixStream,
     },
     path::PathBuf,
     str::FromStr,
-    thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, anyhow, bail};
 use nix::{
     errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
@@ -32,15 +31,16 @@ use nix::{
 use vfio_migration::Channel;
 use vfio_migration_uring::deadline;
 
-use crate::{Interrupted, interrupt};
+use crate::interrupt;
 
 /// How long a loop waits before it looks around again.
 pub(crate) const TICK: Duration = Duration::from_millis(50);
 
-/// Waits until a session's event or another fd is ready, but no longer than a tick.
-pub(crate) fn tick(sessions: &[BorrowedFd<'_>], others: &[BorrowedFd<'_>]) -> io::Result<()> {
-    let fds = sessions.iter().chain(others);
+/// Waits until a session's event or one of the others' is there, but no longer than a tick.
+pub(crate) fn tick(sessions: &[BorrowedFd<'_>], others: Vec<PollFd<'_>>) -> io::Result<()> {
+    let fds = sessions.iter();
     let mut fds: Vec<_> = fds.map(|fd| PollFd::new(*fd, PollFlags::POLLIN)).collect();
+    fds.extend(others);
     let timeout = PollTimeout::try_from(TICK).unwrap_or(PollTimeout::MAX);
     match poll(&mut fds, timeout) {
         Ok(_) | Err(Errno::EINTR) => {}
@@ -54,6 +54,9 @@ pub(crate) fn tick(sessions: &[BorrowedFd<'_>], others: &[BorrowedFd<'_>]) -> io
     }
     Ok(())
 }
+
+/// That the peer has ended its side: POLLRDHUP, the same number wherever VFIO is.
+pub(crate) const ENDED: PollFlags = PollFlags::from_bits_retain(0x2000);
 
 /// Where to listen, or to connect to.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -123,10 +126,18 @@ macro_rules! either {
 impl Connection {
     /// Has small things sent at once, a vanished peer noticed within `timeout`, and no read or
     /// write last longer.
-    fn tune(self, timeout: Duration) -> io::Result<Self> {
+    pub(crate) fn tune(self, timeout: Duration) -> io::Result<Self> {
+        match &self {
+            Self::Tcp(socket) => socket.set_nonblocking(false),
+            Self::Unix(socket) => socket.set_nonblocking(false),
+        }?;
         self.set_timeout(timeout)?;
         if let Self::Tcp(socket) = &self {
             socket.set_nodelay(true)?;
+            let unacknowledged = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX);
+            // At most what the kernel takes: an int.
+            let unacknowledged = unacknowledged.min(i32::MAX.unsigned_abs());
+            setsockopt(socket, sockopt::TcpUserTimeout, &unacknowledged)?;
             let seconds = u32::try_from(timeout.as_secs() / 4).unwrap_or(u32::MAX);
             let seconds = seconds.clamp(1, 3600);
             setsockopt(socket, sockopt::KeepAlive, &true)?;
@@ -169,6 +180,12 @@ impl Connection {
             Err(Errno::EAGAIN | Errno::EINTR) => Ok(Peek::Nothing),
             Err(errno) => Err(errno.into()),
         }
+    }
+
+    /// Whether the peer has ended its side, whatever can still be read.
+    pub(crate) fn is_ended(&self) -> bool {
+        let mut fds = [PollFd::new(self.as_fd(), ENDED)];
+        poll(&mut fds, PollTimeout::ZERO) != Ok(0)
     }
 
     /// Waits for bytes, or the end; says whether one is there.
@@ -248,150 +265,23 @@ impl AsFd for Connection {
     }
 }
 
+impl From<TcpStream> for Connection {
+    fn from(socket: TcpStream) -> Self {
+        Self::Tcp(socket)
+    }
+}
+
+impl From<UnixStream> for Connection {
+    fn from(socket: UnixStream) -> Self {
+        Self::Unix(socket)
+    }
+}
+
 impl From<Connection> for Channel {
     fn from(connection: Connection) -> Self {
         match connection {
             Connection::Tcp(socket) => socket.into(),
             Connection::Unix(socket) => socket.into(),
-        }
-    }
-}
-
-fn connect_once(address: &Address, patience: Duration) -> io::Result<Connection> {
-    match address {
-        Address::Unix(path) => UnixStream::connect(path).map(Connection::Unix),
-        Address::Tcp(address) => {
-            let mut failure = io::ErrorKind::NotFound.into();
-            for address in address.to_socket_addrs()? {
-                match TcpStream::connect_timeout(&address, patience) {
-                    Ok(socket) => return Ok(Connection::Tcp(socket)),
-                    Err(error) => failure = error,
-                }
-            }
-            Err(failure)
-        }
-    }
-}
-
-/// Connects; where nobody listens yet, tries again until `patience` is over.
-pub(crate) fn connect(
-    address: &Address,
-    patience: Duration,
-    timeout: Duration,
-) -> anyhow::Result<Connection> {
-    let deadline = deadline(patience);
-    loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        match connect_once(address, left.max(TICK)) {
-            Ok(connection) => {
-                return connection
-                    .tune(timeout)
-                    .context("cannot set up a connection");
-            }
-            Err(error) => {
-                let may_come = matches!(
-                    error.kind(),
-                    io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound
-                );
-                if !may_come || left.is_zero() {
-                    return Err(anyhow!(error).context(format!("cannot connect to {address}")));
-                }
-            }
-        }
-        if interrupt::requested() {
-            bail!(Interrupted);
-        }
-        thread::sleep(TICK.min(left));
-    }
-}
-
-/// Accepts connections.
-#[derive(Debug)]
-pub(crate) enum Listener {
-    Tcp(TcpListener),
-    Unix(UnixListener, PathBuf),
-}
-
-impl Listener {
-    /// Begins to listen. A unix socket that a process has left behind is replaced.
-    pub(crate) fn bind(address: &Address) -> anyhow::Result<Self> {
-        let bind = || -> io::Result<Self> {
-            match address {
-                Address::Tcp(address) => {
-                    let listener = TcpListener::bind(address)?;
-                    listener.set_nonblocking(true)?;
-                    Ok(Self::Tcp(listener))
-                }
-                Address::Unix(path) => {
-                    let listener = match UnixListener::bind(path) {
-                        Err(error)
-                            if error.kind() == io::ErrorKind::AddrInUse
-                                && UnixStream::connect(path).is_err_and(|error| {
-                                    error.kind() == io::ErrorKind::ConnectionRefused
-                                }) =>
-                        {
-                            fs::remove_file(path)?;
-                            UnixListener::bind(path)?
-                        }
-                        other => other?,
-                    };
-                    listener.set_nonblocking(true)?;
-                    Ok(Self::Unix(listener, path.clone()))
-                }
-            }
-        };
-        bind().with_context(|| format!("cannot listen on {address}"))
-    }
-
-    /// Where it listens: with the port that the host has chosen, where that was 0.
-    pub(crate) fn address(&self) -> String {
-        match self {
-            Self::Tcp(listener) => listener
-                .local_addr()
-                .map_or_else(|_| "TCP".into(), |address| address.to_string()),
-            Self::Unix(_, path) => format!("unix:{}", path.display()),
-        }
-    }
-
-    /// A connection, if one has come.
-    pub(crate) fn accept(&self, timeout: Duration) -> anyhow::Result<Option<Connection>> {
-        let accepted = match self {
-            Self::Tcp(listener) => listener.accept().map(|(socket, _)| Connection::Tcp(socket)),
-            Self::Unix(listener, _) => listener
-                .accept()
-                .map(|(socket, _)| Connection::Unix(socket)),
-        };
-        match accepted {
-            Ok(connection) => Ok(Some(connection.tune(timeout)?)),
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::WouldBlock
-                        | io::ErrorKind::Interrupted
-                        | io::ErrorKind::ConnectionAborted
-                ) =>
-            {
-                Ok(None)
-            }
-            Err(error) => Err(anyhow!(error).context("cannot accept a connection")),
-        }
-    }
-}
-
-impl AsFd for Listener {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Self::Tcp(listener) => listener.as_fd(),
-            Self::Unix(listener, _) => listener.as_fd(),
-        }
-    }
-}
-
-impl Drop for Listener {
-    fn drop(&mut self) {
-        if let Self::Unix(_, path) = self {
-            // Somebody may have been quicker.
-            let _gone = fs::remove_file(path);
         }
     }
 }

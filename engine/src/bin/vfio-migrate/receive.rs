@@ -37,12 +37,13 @@ use crate::{
     device::{self, Checked, Spec, Subject},
     door::{self, Caller, Door},
     failure::About,
-    interrupt,
+    interrupt, limits,
+    listen::Listener,
     main_channel::{
         self, EXPLANATION, HEARTBEAT, LINGER, REASON, ReturnPath, STILL_HERE, interrupted,
         is_the_peers, main_failed, show_reason, timed_out,
     },
-    network::{self, Address, Connection, Listener, Peek, TICK},
+    network::{self, Address, Connection, Peek, TICK},
     output::{Transfer, rate, say, say_of_stranger},
     progress::Progress,
 };
@@ -142,7 +143,7 @@ impl Hall<'_> {
                 "no source has connected within {} s",
                 self.options.accept_timeout.as_secs_f64()
             );
-            network::tick(&[], &self.door.fds())?;
+            network::tick(&[], self.door.fds())?;
         }
     }
 
@@ -393,7 +394,7 @@ impl Watch<'_> {
             .map(AsFd::as_fd)
             .into_iter()
             .collect();
-        network::tick(&loading, &self.hall.door.fds())?;
+        network::tick(&loading, self.hall.door.fds())?;
         Ok(())
     }
 
@@ -602,13 +603,14 @@ fn keep<'a>(
 /// Runs `receive`.
 pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let _in_order = interrupt::in_order();
+    let files = limits::allow_migration(options.channels, options.devices.len())?;
     let (devices, subjects): (Vec<_>, Vec<_>) =
         device::open(&options.devices, false)?.into_iter().unzip();
     let listener = Listener::bind(&options.listen)?;
     say(&format!("listening on {}", listener.address()));
     let mut hall = Hall {
         options,
-        door: Door::new(listener, options.timeout),
+        door: Door::new(listener, options.timeout, limits::strangers(files)),
         early: Vec::new(),
     };
     let mut main = hall.main()?;

@@ -41,10 +41,12 @@ use vfio_migration::{Channel, Relay, Settings, Stats, wire::PageSize};
 
 use crate::{
     Interrupted, args,
+    connect::connect,
     door::{self, Caller, Door},
-    interrupt,
+    interrupt, limits,
+    listen::Listener,
     main_channel::{REASON, main_failed, show_reason},
-    network::{self, Address, Connection, Listener},
+    network::{self, Address, Connection},
     output::{self, say, say_of_stranger},
 };
 
@@ -121,7 +123,9 @@ impl Options {
     }
 
     fn connect(&self) -> anyhow::Result<Connection> {
-        network::connect(&self.to, self.connect_timeout, self.timeout)
+        let (patience, timeout) = (self.connect_timeout, self.timeout);
+        let mut made = connect(&self.to, 1, patience, timeout, &mut || Ok(()))?;
+        Ok(made.remove(0))
     }
 }
 
@@ -493,7 +497,7 @@ impl Watch<'_> {
                 }
             }
             self.check_patience()?;
-            network::tick(&[self.relay.as_fd()], &self.door.fds())?;
+            network::tick(&[self.relay.as_fd()], self.door.fds())?;
         }
     }
 }
@@ -601,12 +605,13 @@ impl Output {
 /// Runs `relay`.
 pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let _in_order = interrupt::in_order();
+    let files = limits::allow_relay(options.channels)?;
     let listener = Listener::bind(&options.listen)?;
     let relay = Relay::start(&options.settings())?;
     say(&format!("listening on {}", listener.address()));
     let mut watch = Watch {
         options,
-        door: Door::new(listener, options.timeout),
+        door: Door::new(listener, options.timeout, limits::strangers(files)),
         relay: &relay,
         main: None,
         idle_since: Instant::now(),

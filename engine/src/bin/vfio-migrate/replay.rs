@@ -425,7 +425,7 @@ fn load(options: &Options, scans: &[Scan], subjects: &[Subject]) -> anyhow::Resu
         if let Some(progress) = &progress {
             progress.update(&session.stats());
         }
-        network::tick(&[session.as_fd()], &[])?;
+        network::tick(&[session.as_fd()], Vec::new())?;
     }
     Ok(session.join())
 }

@@ -21,7 +21,7 @@ use std::{
 
 use anyhow::{Context, anyhow, bail};
 use vfio_migration::{
-    Canceller, Device, Duty, Error, SaveSession, Settings, SourceChannels, Stats,
+    Canceller, Channel, Device, Duty, Error, SaveSession, Settings, SourceChannels, Stats,
     migration::{
         Ack, Acks, DeviceSettings, Failed, OnOffAuto, Realized, Saved, Source, Switchover, vm,
     },
@@ -32,8 +32,9 @@ use vfio_migration_uring::deadline;
 use crate::{
     Interrupted,
     args::{self, BackendArg, TermsArgs},
+    connect::connect,
     device::{self, Spec, Subject},
-    interrupt,
+    interrupt, limits,
     main_channel::{
         self, EXPLANATION, HEARTBEAT, Heard, LINGER, PING, Replies, STILL_HERE, Words, interrupted,
         is_the_peers, main_failed, timed_out,
@@ -78,8 +79,11 @@ pub(crate) struct Options {
     /// How long nothing may move, or be heard of the destination, in seconds
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = args::seconds)]
     timeout: Duration,
-    /// How long to try to connect where nobody listens yet, in seconds
-    #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = args::seconds)]
+    /// How long connecting may take, in seconds: of the main channel, then of all others together
+    ///
+    /// Within it every connection is tried again where nobody listens yet, the destination is busy,
+    /// or a packet was lost.
+    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = args::seconds)]
     connect_timeout: Duration,
     /// Print one JSON object
     #[arg(long)]
@@ -135,6 +139,29 @@ fn greet(
         }
     }
     Ok(sources)
+}
+
+/// Connects the channels; meanwhile says that the source is still there, and listens.
+fn connect_channels(
+    options: &Options,
+    words: &mut Words,
+    replies: &mut Replies<'_>,
+) -> anyhow::Result<Vec<Channel>> {
+    let mut said = Instant::now();
+    let channels = connect(
+        &options.to,
+        options.channels as usize,
+        options.connect_timeout,
+        options.timeout,
+        &mut || {
+            if said.elapsed() >= HEARTBEAT {
+                said = Instant::now();
+                words.command(Command::Ping(STILL_HERE))?;
+            }
+            replies.look()
+        },
+    )?;
+    Ok(channels.into_iter().map(Into::into).collect())
 }
 
 /// Sends what the devices give while they still run, over the channels. Returns how many bytes.
@@ -257,7 +284,7 @@ fn send_all(
             main = Some(error);
         }
         let sending: Vec<_> = save.session().map(AsFd::as_fd).into_iter().collect();
-        if let Err(error) = network::tick(&sending, &[]) {
+        if let Err(error) = network::tick(&sending, Vec::new()) {
             main = Some(anyhow!(error));
         }
     }
@@ -317,10 +344,7 @@ fn migrate(
     replies: &mut Replies<'_>,
 ) -> anyhow::Result<Sent> {
     let mut sources = greet(options, devices, words, replies)?;
-    let connect = |_| network::connect(&options.to, TRY_AGAIN, options.timeout).map(Into::into);
-    let channels: Vec<_> = (0..options.channels)
-        .map(connect)
-        .collect::<anyhow::Result<_>>()?;
+    let channels = connect_channels(options, words, replies)?;
     let settings = options.settings();
     let mut channels = SourceChannels::greet(channels, &settings)?;
     let precopy = if options.terms.precopy_over_channels {
@@ -408,9 +432,6 @@ fn told(devices: &[Realized]) -> String {
     told.collect::<Vec<_>>().join("; ")
 }
 
-/// How long a listener that was there a moment ago may take to be there again.
-const TRY_AGAIN: Duration = Duration::from_millis(200);
-
 /// What stands behind the end, for people.
 fn description(subjects: &[Subject], stats: &Stats) -> anyhow::Result<Vec<u8>> {
     let devices = subjects.iter().zip(&stats.devices);
@@ -485,9 +506,17 @@ fn explain(error: anyhow::Error, timeout: Duration, replies: &mut Replies<'_>) -
 /// Runs `send`.
 pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let _in_order = interrupt::in_order();
+    limits::allow_migration(options.channels, options.devices.len())?;
     let (devices, subjects): (Vec<_>, Vec<_>) =
         device::open(&options.devices, true)?.into_iter().unzip();
-    let main = network::connect(&options.to, options.connect_timeout, options.timeout)?;
+    let main = connect(
+        &options.to,
+        1,
+        options.connect_timeout,
+        options.timeout,
+        &mut || Ok(()),
+    )?
+    .remove(0);
     let Sent {
         stats,
         precopy,

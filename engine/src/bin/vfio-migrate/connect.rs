@@ -1,0 +1,439 @@
+//! Connecting: any number of connections to one address, side by side, within one time.
+//!
+//! ```text
+//!   resolve ─▶ waiting ─▶ under way (as many as may be) ─┬─▶ established: Connection
+//!                 ▲                                       │
+//!                 └── a pause ◀── refused, lost, no room ◀┘
+//! ```
+//!
+//! A destination that does not listen yet, is busy, has a full backlog or never saw a packet is
+//! tried again. An attempt that stays without an answer is given up for a new one, each after twice
+//! the time of the one before, so that a far destination is reached too.
+//!
+//! Near destinations are asked for one connection after another: a listener whose backlog is small drops
+//! what comes while it is full, and that is tried again; of several that come at once the kernel
+//! may answer more than it has room for, and reset them when they are used. A far destination is
+//! asked for several side by side, the more the longer the last answer took.
+//!
+//! Used from the command's main thread. Its one wait is a `poll` of a tick at most. What ends it:
+//! the connections, a failure that will not pass, the time, or the caller's `look`, which is asked
+//! in every round; Ctrl-C is among what is looked for. A name is looked up by a thread of its own,
+//! because the look-up cannot be interrupted; one that does not come back is left behind, and ends
+//! with the process.
+
+use std::{
+    io, mem,
+    net::{SocketAddr, TcpStream, ToSocketAddrs},
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    sync::mpsc::{self, RecvTimeoutError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, anyhow, bail};
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::socket::{
+        self, AddressFamily, SockFlag, SockType, SockaddrStorage, UnixAddr, getsockopt, sockopt,
+    },
+};
+use vfio_migration_uring::deadline;
+
+use crate::{
+    Interrupted, interrupt,
+    network::{Address, Connection, TICK},
+};
+
+/// The most connections that may be under way at one time.
+const SIDE_BY_SIDE: usize = 32;
+
+/// A destination whose answer takes this long is asked for one more connection side by side.
+const FAR: Duration = Duration::from_millis(10);
+
+/// An answer that took this long was not the first: the kernel has asked again, after a second.
+const ASKED_AGAIN: Duration = Duration::from_millis(950);
+
+/// How long the first attempt may stay without an answer: longer than the kernel takes to send a
+/// lost packet again.
+const FIRST_ATTEMPT: Duration = Duration::from_millis(1500);
+
+/// How long a unix socket whose backlog is full is left alone.
+const FULL: Duration = Duration::from_millis(5);
+
+/// Where one attempt goes.
+#[derive(Clone, Copy)]
+enum Target {
+    Tcp(SocketAddr),
+    Unix(UnixAddr),
+}
+
+impl Target {
+    fn all(address: &Address, deadline: Instant, look: Look<'_>) -> anyhow::Result<Vec<Self>> {
+        Ok(match address {
+            Address::Unix(path) => vec![Self::Unix(UnixAddr::new(path)?)],
+            Address::Tcp(address) => {
+                let found = resolve(address, deadline, look)?;
+                found.into_iter().map(Self::Tcp).collect()
+            }
+        })
+    }
+
+    /// Begins to connect; a unix socket is connected at once, or not.
+    fn begin(self) -> nix::Result<OwnedFd> {
+        let family = match self {
+            Self::Unix(_) => AddressFamily::Unix,
+            Self::Tcp(SocketAddr::V4(_)) => AddressFamily::Inet,
+            Self::Tcp(SocketAddr::V6(_)) => AddressFamily::Inet6,
+        };
+        let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+        let fd = socket::socket(family, SockType::Stream, flags, None)?;
+        let begun = match self {
+            Self::Unix(address) => socket::connect(fd.as_raw_fd(), &address),
+            Self::Tcp(address) => socket::connect(fd.as_raw_fd(), &SockaddrStorage::from(address)),
+        };
+        match begun {
+            Ok(()) | Err(Errno::EINPROGRESS) => Ok(fd),
+            Err(errno) => Err(errno),
+        }
+    }
+
+    fn established(self, fd: OwnedFd, timeout: Duration) -> io::Result<Connection> {
+        let connection = match self {
+            Self::Unix(_) => Connection::from(UnixStream::from(fd)),
+            Self::Tcp(_) => {
+                let socket = TcpStream::from(fd);
+                // Where nobody listens on a port that the host gives out, a socket can meet itself.
+                if socket.local_addr()? == socket.peer_addr()? {
+                    return Err(Errno::ECONNREFUSED.into());
+                }
+                Connection::from(socket)
+            }
+        };
+        connection.tune(timeout)
+    }
+}
+
+/// What is asked in every round of a wait: an error ends the wait.
+pub(crate) type Look<'a> = &'a mut dyn FnMut() -> anyhow::Result<()>;
+
+fn look_around(look: Look<'_>) -> anyhow::Result<()> {
+    if interrupt::requested() {
+        bail!(Interrupted);
+    }
+    look()
+}
+
+/// The addresses of `HOST:PORT`.
+pub(crate) fn resolve(
+    address: &str,
+    deadline: Instant,
+    look: Look<'_>,
+) -> anyhow::Result<Vec<SocketAddr>> {
+    if let Ok(address) = address.parse() {
+        return Ok(vec![address]);
+    }
+    let (sender, found) = mpsc::sync_channel(1);
+    let name = address.to_owned();
+    let looking_up = move || {
+        let found = name.to_socket_addrs().map(Iterator::collect);
+        // Nobody may want to know any more.
+        let _left = sender.send(found);
+    };
+    let thread = thread::Builder::new().name("resolve".into());
+    thread.spawn(looking_up).context("cannot start a thread")?;
+    loop {
+        match found.recv_timeout(TICK) {
+            Ok(found) => return Ok(found?),
+            Err(RecvTimeoutError::Timeout) if Instant::now() < deadline => look_around(look)?,
+            Err(RecvTimeoutError::Timeout) => bail!("the name was not found in time"),
+            Err(RecvTimeoutError::Disconnected) => bail!("the look-up of the name panicked"),
+        }
+    }
+}
+
+/// Whether a failure may pass.
+const fn may_pass(errno: Errno) -> bool {
+    matches!(
+        errno,
+        // Nobody listens yet, or a listener cannot keep up.
+        Errno::ECONNREFUSED | Errno::ENOENT | Errno::EAGAIN | Errno::ETIMEDOUT | Errno::ECONNRESET
+            // The way there, or a neighbour that did not answer.
+            | Errno::EHOSTUNREACH | Errno::ECONNABORTED | Errno::EINTR
+            // The host is short of something, for now.
+            | Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM | Errno::EADDRNOTAVAIL
+    )
+}
+
+/// How many connections may be under way, where the last took this long.
+const fn side_by_side(took: Duration) -> usize {
+    if took.as_millis() >= ASKED_AGAIN.as_millis() {
+        return 1;
+    }
+    let more = (took.as_millis() / FAR.as_millis()) as usize;
+    if more < SIDE_BY_SIDE {
+        1 + more
+    } else {
+        SIDE_BY_SIDE
+    }
+}
+
+/// Where one of the connections is.
+enum State {
+    Waiting {
+        until: Instant,
+    },
+    UnderWay {
+        fd: OwnedFd,
+        since: Instant,
+        until: Instant,
+    },
+    Made,
+}
+
+/// One of the connections, on its way.
+struct Attempt {
+    state: State,
+    /// Which target is tried, and which of the tries it is.
+    at: usize,
+    tries: u32,
+    /// Whether a target of this round may be there later.
+    hope: bool,
+}
+
+struct Party<'a> {
+    targets: &'a [Target],
+    timeout: Duration,
+    attempts: Vec<Attempt>,
+    made: Vec<Connection>,
+    /// How many may be under way.
+    width: usize,
+    /// The target that was reached last: tried first by those that follow.
+    reached: usize,
+    failure: Option<io::Error>,
+}
+
+impl Party<'_> {
+    fn under_way(&self) -> usize {
+        let under_way = |it: &&Attempt| matches!(it.state, State::UnderWay { .. });
+        self.attempts.iter().filter(under_way).count()
+    }
+
+    /// Takes note of a failure: on to the next target, a pause, or the end.
+    fn failed(&mut self, index: usize, error: io::Error) -> io::Result<()> {
+        let errno = Errno::from_raw(error.raw_os_error().unwrap_or_default());
+        let attempt = &mut self.attempts[index];
+        attempt.hope |= may_pass(errno);
+        attempt.at = (attempt.at + 1) % self.targets.len();
+        attempt.tries += 1;
+        let round_is_over = (attempt.tries as usize).is_multiple_of(self.targets.len());
+        if round_is_over && !mem::take(&mut attempt.hope) {
+            return Err(error);
+        }
+        let pause = match errno {
+            _ if !round_is_over => Duration::ZERO,
+            Errno::EAGAIN => FULL,
+            _ => TICK,
+        };
+        attempt.state = State::Waiting {
+            until: Instant::now() + pause,
+        };
+        // Of several the one that came from over there says the most.
+        if errno != Errno::ETIMEDOUT || self.failure.is_none() {
+            self.failure = Some(error);
+        }
+        Ok(())
+    }
+
+    /// Begins as many as may be under way.
+    fn begin(&mut self) -> io::Result<()> {
+        let mut free = self.width.saturating_sub(self.under_way());
+        let now = Instant::now();
+        for index in 0..self.attempts.len() {
+            let attempt = &mut self.attempts[index];
+            if free == 0 {
+                break;
+            }
+            if !matches!(attempt.state, State::Waiting { until } if until <= now) {
+                continue;
+            }
+            free -= 1;
+            if attempt.tries == 0 {
+                attempt.at = self.reached;
+            }
+            let round = attempt.tries as usize / self.targets.len();
+            let patience = FIRST_ATTEMPT * 2_u32.pow(u32::try_from(round.min(8)).unwrap_or(8));
+            match self.targets[attempt.at].begin() {
+                Ok(fd) => {
+                    attempt.state = State::UnderWay {
+                        fd,
+                        since: Instant::now(),
+                        until: now + patience,
+                    };
+                }
+                Err(errno) => self.failed(index, errno.into())?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for those that are under way, a tick at most.
+    fn wait(&self) -> io::Result<()> {
+        let now = Instant::now();
+        let mut wait = TICK;
+        let mut fds = Vec::new();
+        for attempt in &self.attempts {
+            match &attempt.state {
+                State::UnderWay { fd, .. } => {
+                    fds.push(PollFd::new(fd.as_fd(), PollFlags::POLLOUT));
+                }
+                State::Waiting { until } if *until > now => wait = wait.min(*until - now),
+                // It has to wait for one of those under way.
+                State::Waiting { .. } | State::Made => {}
+            }
+        }
+        // Rounded up: a time of less than a millisecond would not be one.
+        let wait = wait + Duration::from_millis(1);
+        match poll(
+            &mut fds,
+            PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX),
+        ) {
+            Ok(_) | Err(Errno::EINTR) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// Looks at what has come of those that were under way.
+    fn judge(&mut self) -> io::Result<()> {
+        let now = Instant::now();
+        for index in 0..self.attempts.len() {
+            let attempt = &mut self.attempts[index];
+            let State::UnderWay { fd, until, .. } = &attempt.state else {
+                continue;
+            };
+            let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLOUT)];
+            if poll(&mut fds, PollTimeout::ZERO) == Ok(0) {
+                if *until < now {
+                    self.failed(index, Errno::ETIMEDOUT.into())?;
+                }
+                continue;
+            }
+            let error = getsockopt(fd, sockopt::SocketError)?;
+            let State::UnderWay { fd, since, .. } = mem::replace(&mut attempt.state, State::Made)
+            else {
+                unreachable!("it was under way");
+            };
+            let target = attempt.at;
+            let established = match error {
+                0 => self.targets[target].established(fd, self.timeout),
+                errno => Err(io::Error::from_raw_os_error(errno)),
+            };
+            match established {
+                Ok(connection) => {
+                    self.made.push(connection);
+                    self.reached = target;
+                    self.width = side_by_side(since.elapsed());
+                }
+                Err(error) => self.failed(index, error)?,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Makes `count` connections, all within `patience`. Afterwards nothing on one of them may stand
+/// still for longer than `timeout`.
+pub(crate) fn connect(
+    address: &Address,
+    count: usize,
+    patience: Duration,
+    timeout: Duration,
+    look: Look<'_>,
+) -> anyhow::Result<Vec<Connection>> {
+    let cannot = || format!("cannot connect to {address}");
+    let deadline = deadline(patience);
+    let targets = match Target::all(address, deadline, look) {
+        Err(error) if error.is::<Interrupted>() => return Err(error),
+        other => other.with_context(cannot)?,
+    };
+    if targets.is_empty() {
+        return Err(anyhow!("the name has no address").context(cannot()));
+    }
+    let begun = Instant::now();
+    let mut party = Party {
+        targets: &targets,
+        timeout,
+        attempts: Vec::new(),
+        made: Vec::new(),
+        width: 1,
+        reached: 0,
+        failure: None,
+    };
+    party.attempts.resize_with(count, || Attempt {
+        state: State::Waiting { until: begun },
+        at: 0,
+        tries: 0,
+        hope: false,
+    });
+    loop {
+        party.begin().with_context(cannot)?;
+        party.wait().with_context(cannot)?;
+        party.judge().with_context(cannot)?;
+        if party.made.len() == count {
+            return Ok(party.made);
+        }
+        look_around(look)?;
+        if Instant::now() >= deadline {
+            let failure = party.failure.take();
+            let failure = failure.unwrap_or_else(|| Errno::ETIMEDOUT.into());
+            let seconds = patience.as_secs_f64();
+            let made = party.made.len();
+            return Err(anyhow!(failure).context(format!(
+                "{}: {made} of {count} connections were made within {seconds} s",
+                cannot()
+            )));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_looked_up() {
+        let soon = Instant::now() + Duration::from_secs(60);
+        let found = resolve("localhost:7", soon, &mut || Ok(())).unwrap();
+        assert!(
+            found
+                .iter()
+                .all(|it| it.port() == 7 && it.ip().is_loopback())
+        );
+        let stop = resolve("localhost:7", soon, &mut || bail!("no more"));
+        assert!(stop.is_ok() || stop.unwrap_err().to_string() == "no more");
+        let number = resolve("[::1]:8", soon, &mut || bail!("not asked")).unwrap();
+        assert_eq!(number, ["[::1]:8".parse().unwrap()]);
+    }
+
+    #[test]
+    fn a_socket_that_meets_itself_is_nobody() {
+        // A port that was free a moment ago, and is this socket's own.
+        let fd = socket::socket(
+            AddressFamily::Inet,
+            SockType::Stream,
+            SockFlag::SOCK_CLOEXEC,
+            None,
+        )
+        .unwrap();
+        let any: SocketAddr = "127.0.0.1:0".parse().unwrap();
+        socket::bind(fd.as_raw_fd(), &SockaddrStorage::from(any)).unwrap();
+        let own: SockaddrStorage = socket::getsockname(fd.as_raw_fd()).unwrap();
+        socket::connect(fd.as_raw_fd(), &own).unwrap();
+        let met = Target::Tcp(any).established(fd, TICK);
+        let refused = io::ErrorKind::ConnectionRefused;
+        assert_eq!(met.unwrap_err().kind(), refused);
+    }
+}

@@ -1,0 +1,255 @@
+//! Listening: a TCP port, or a unix socket's path, which may be taken by somebody else.
+//!
+//! ```text
+//!   bind ─▶ the path is taken ─┬─ no socket                     ──▶ refused, untouched
+//!                              ├─ a socket that a process holds ──▶ refused, untouched
+//!                              └─ nobody holds it               ──▶ removed, and bound again
+//! ```
+//!
+//! Whether a process holds a socket is asked with a datagram socket's connect: the kernel refuses it
+//! as the wrong type where anybody is bound there, listening or not, in whichever namespace, and
+//! refuses the connection where nobody is. It makes no connection, and so disturbs nobody.
+//!
+//! What is removed is first moved to a name that nobody else uses, and looked at again: between the
+//! question and the removal another process may have put a socket of its own there, and gets the
+//! name back. The same on the way out, after the listener was closed: only our own socket, by device,
+//! inode and time, and only where nobody holds it.
+//!
+//! Used from the command's main thread. Nothing here waits, but for the look-up of a host's name.
+
+use std::{
+    fs::{self, Metadata},
+    hash::{BuildHasher, Hasher, RandomState},
+    io,
+    net::TcpListener,
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::{
+            fs::{FileTypeExt, MetadataExt},
+            net::{UnixDatagram, UnixListener},
+        },
+    },
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{anyhow, bail};
+use nix::{
+    errno::Errno,
+    sys::socket::{Backlog, listen},
+};
+use vfio_migration_uring::deadline;
+
+use crate::{
+    Interrupted,
+    connect::resolve,
+    network::{Address, Connection},
+};
+
+/// How long the name of the own host may be looked up.
+const LOOK_UP: Duration = Duration::from_secs(10);
+
+// ------------------------------------------------------------------------------ a path's socket
+
+/// A socket's file, told from every other that may take its place: an inode's number alone may be
+/// another's a moment later.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+struct Identity {
+    device: u64,
+    inode: u64,
+    made: (i64, i64),
+}
+
+impl Identity {
+    fn of(metadata: &Metadata) -> Self {
+        Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            // Nothing changes a socket file's contents. A new name changes its ctime.
+            made: (metadata.mtime(), metadata.mtime_nsec()),
+        }
+    }
+}
+
+/// Whether any process has a socket bound to `path`, whatever its type and state.
+fn is_held(path: &Path) -> io::Result<bool> {
+    let asked = UnixDatagram::unbound()?.connect(path);
+    Ok(!matches!(asked, Err(error) if error.kind() == io::ErrorKind::ConnectionRefused))
+}
+
+/// Removes the socket at `path` that nobody holds, and is `expected` where that is given. Whether it
+/// did.
+fn remove_unheld(path: &Path, expected: Option<Identity>) -> io::Result<bool> {
+    let found = fs::symlink_metadata(path)?;
+    let identity = Identity::of(&found);
+    if !found.file_type().is_socket()
+        || expected.is_some_and(|expected| identity != expected)
+        || is_held(path)?
+    {
+        return Ok(false);
+    }
+    let unique = RandomState::new().build_hasher().finish();
+    let aside = path.with_file_name(format!(".{unique:016x}"));
+    fs::rename(path, &aside)?;
+    let taken = fs::symlink_metadata(&aside)?;
+    let right = Identity::of(&taken) == identity;
+    if !right {
+        // Somebody was quicker; nobody may have taken the name since.
+        fs::hard_link(&aside, path)?;
+    }
+    fs::remove_file(&aside)?;
+    Ok(right)
+}
+
+fn bind_unix(path: &Path) -> anyhow::Result<(UnixListener, Identity)> {
+    let listener = match UnixListener::bind(path) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            let found = fs::symlink_metadata(path)?;
+            if !found.file_type().is_socket() {
+                bail!("there is a file of that name, and it is no socket");
+            }
+            if !remove_unheld(path, None)? {
+                bail!("a process has that socket");
+            }
+            UnixListener::bind(path)?
+        }
+        bound => bound?,
+    };
+    let identity = Identity::of(&fs::symlink_metadata(path)?);
+    Ok((listener, identity))
+}
+
+// ------------------------------------------------------------------------------------ listener
+
+#[derive(Debug)]
+enum Socket {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+}
+
+/// Accepts connections.
+#[derive(Debug)]
+pub(crate) struct Listener {
+    /// `None` only while it is dropped.
+    socket: Option<Socket>,
+    /// The path of a unix socket, and what was made there.
+    path: Option<(PathBuf, Identity)>,
+}
+
+/// What a listener had.
+#[derive(Debug)]
+pub(crate) enum Accepted {
+    Connection(Connection),
+    /// Nobody has come.
+    Nobody,
+    /// The host has no file or no memory for another connection now; it is still there later.
+    Scarce(io::Error),
+}
+
+impl Listener {
+    /// Begins to listen. A unix socket that a process has left behind is replaced; anything else is
+    /// left alone.
+    pub(crate) fn bind(address: &Address) -> anyhow::Result<Self> {
+        let bind = || -> anyhow::Result<Self> {
+            let (socket, path) = match address {
+                Address::Tcp(address) => {
+                    let deadline = deadline(LOOK_UP);
+                    let addresses = resolve(address, deadline, &mut || Ok(()))?;
+                    let listener = TcpListener::bind(&addresses[..])?;
+                    listener.set_nonblocking(true)?;
+                    (Socket::Tcp(listener), None)
+                }
+                Address::Unix(path) => {
+                    let (listener, identity) = bind_unix(path)?;
+                    listener.set_nonblocking(true)?;
+                    (Socket::Unix(listener), Some((path.clone(), identity)))
+                }
+            };
+            let listener = Self {
+                socket: Some(socket),
+                path,
+            };
+            // As many as the host allows: all channels may come at once, and strangers before them.
+            listen(&listener, Backlog::MAXALLOWABLE)?;
+            Ok(listener)
+        };
+        bind().map_err(|error| {
+            if error.is::<Interrupted>() {
+                error
+            } else {
+                error.context(format!("cannot listen on {address}"))
+            }
+        })
+    }
+
+    fn socket(&self) -> &Socket {
+        self.socket.as_ref().expect("it lives")
+    }
+
+    /// Where it listens: with the port that the host has chosen, where that was 0.
+    pub(crate) fn address(&self) -> String {
+        match (self.socket(), &self.path) {
+            (_, Some((path, _))) => format!("unix:{}", path.display()),
+            (Socket::Tcp(listener), None) => listener
+                .local_addr()
+                .map_or_else(|_| "TCP".into(), |address| address.to_string()),
+            (Socket::Unix(_), None) => unreachable!("a unix socket has its path"),
+        }
+    }
+
+    /// A connection, if one has come.
+    pub(crate) fn accept(&self, timeout: Duration) -> anyhow::Result<Accepted> {
+        let accepted = match self.socket() {
+            Socket::Tcp(listener) => listener.accept().map(|(socket, _)| socket.into()),
+            Socket::Unix(listener) => listener.accept().map(|(socket, _)| socket.into()),
+        };
+        let accepted: io::Result<Connection> = accepted;
+        let error = match accepted.map(|connection| connection.tune(timeout)) {
+            Ok(Ok(connection)) => return Ok(Accepted::Connection(connection)),
+            // It was reset before it was set up.
+            Ok(Err(_)) => return Ok(Accepted::Nobody),
+            Err(error) => error,
+        };
+        match Errno::from_raw(error.raw_os_error().unwrap_or_default()) {
+            Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM => {
+                Ok(Accepted::Scarce(error))
+            }
+            // It was reset before it was accepted; Linux also tells here what is wrong with that
+            // connection's network.
+            Errno::EAGAIN
+            | Errno::EINTR
+            | Errno::ECONNABORTED
+            | Errno::ECONNRESET
+            | Errno::EPERM
+            | Errno::EPROTO
+            | Errno::ENOPROTOOPT
+            | Errno::ENETDOWN
+            | Errno::ENETUNREACH
+            | Errno::EHOSTDOWN
+            | Errno::EHOSTUNREACH
+            | Errno::ENONET
+            | Errno::ETIMEDOUT => Ok(Accepted::Nobody),
+            _ => Err(anyhow!(error).context("cannot accept a connection")),
+        }
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self.socket() {
+            Socket::Tcp(listener) => listener.as_fd(),
+            Socket::Unix(listener) => listener.as_fd(),
+        }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        // Before the look: it would be held by ourselves.
+        drop(self.socket.take());
+        if let Some((path, identity)) = &self.path {
+            // Somebody may have been quicker.
+            let _gone = remove_unheld(path, Some(*identity));
+        }
+    }
+}
