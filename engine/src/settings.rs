@@ -49,10 +49,14 @@ pub struct Settings {
     /// Which ring moves the devices' bytes: [`Backend::Auto`].
     pub backend: Backend,
     /// All memory that packets are held in, reserves and staging included, but for what is spilled: see
-    /// [`Settings::memory_bound`] for all that a load takes. One that the host cannot have
-    /// is refused ([`ErrorKind::Host`](crate::ErrorKind::Host)). Unless set: 32 MiB, or
-    /// one buffer for each device where that is more (load), or two (save); for a relay 64 MiB, or
-    /// four of the largest packets.
+    /// [`Settings::memory_bound`] for all that a load takes. One that the host cannot have is refused
+    /// ([`ErrorKind::Host`](crate::ErrorKind::Host)). Unless set:
+    ///
+    /// | for | budget |
+    /// |---|---|
+    /// | load | 32 MiB; a buffer for each device where that is more, up to 64 MiB; 128 KiB for each where that is more |
+    /// | save | 32 MiB; two packets for each device where that is more, up to 256 MiB |
+    /// | relay | 64 MiB, or four of the largest packets |
     pub budget: Option<usize>,
     /// Load: the size of a buffer of the pool; a larger packet passes in pieces. 1 MiB.
     pub buffer_len: usize,
@@ -152,6 +156,10 @@ impl Default for Settings {
 /// The budget unless set, where it is enough for the devices.
 const DEFAULT_BUDGET: usize = 32 << 20;
 
+/// What many devices raise that to at most: a load's is touched when it is made, a save's as it is used.
+const MANY_LOAD: usize = 64 << 20;
+const MANY_SAVE: usize = 256 << 20;
+
 /// The largest reserve: a packet for which only this is left passes in pieces of it.
 const MAX_RESERVE: usize = 64 << 10;
 
@@ -214,9 +222,20 @@ pub(crate) fn check_data_len(what: &'static str, len: usize) -> Result<()> {
 }
 
 impl Settings {
-    /// Refuses what no session can do, whatever its devices are. What depends on these is refused where
-    /// the memory is divided.
-    pub(crate) fn check(&self) -> Result<()> {
+    /// Refuses what no session can do on this host, whatever its devices are: what a start would refuse,
+    /// before there is anything to start.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Config`], which begins with the setting's name; [`ErrorKind::Host`] for a budget that
+    /// the host cannot have.
+    pub fn check(&self) -> Result<()> {
+        self.check_numbers()?;
+        self.budget.map_or(Ok(()), check_budget)
+    }
+
+    /// As [`Settings::check`], but for the budget, which is looked at where memory is divided.
+    pub(crate) fn check_numbers(&self) -> Result<()> {
         let times = [
             (self.no_progress, "no_progress: above 0"),
             (self.hello_timeout, "hello_timeout: above 0"),
@@ -282,9 +301,10 @@ impl Settings {
     /// A load's memory: reserves first, so that every device always gets on; then a part for
     /// gathering; the rest is buffers.
     pub(crate) fn load_memory(&self, devices: u32) -> Result<Memory> {
-        self.check()?;
+        self.check_numbers()?;
         let devices = devices as usize;
-        let default = DEFAULT_BUDGET.max(devices * self.buffer_len);
+        let buffers = (devices * self.buffer_len).min(MANY_LOAD);
+        let default = DEFAULT_BUDGET.max(buffers).max(2 * devices * MAX_RESERVE);
         let budget = self.budget_or(default)?;
         let reserve_len = round_down((budget / devices).min(MAX_RESERVE));
         if reserve_len < MIN_RESERVE {
@@ -318,7 +338,7 @@ impl Settings {
     /// A relay's memory, and the most devices that it takes. A packet leaves whole, so a buffer
     /// holds the largest; and one is kept back, for whichever packet is the next of its device.
     pub(crate) fn relay_memory(&self) -> Result<(Memory, u32)> {
-        self.check()?;
+        self.check_numbers()?;
         let devices = self.max_devices.unwrap_or(RELAY_DEVICES);
         let data_len = self.max_packet as usize - wire::PACKET_HEADER_LEN;
         let packet = data_len.saturating_add(HEADROOM);
@@ -340,14 +360,14 @@ impl Settings {
 
     /// A save's memory, where the largest packet holds `data_len` bytes of data.
     pub(crate) fn save_memory(&self, devices: u32, data_len: usize) -> Result<Memory> {
-        self.check()?;
+        self.check_numbers()?;
         debug_assert!(
             (1..=MAX_DATA_LEN).contains(&data_len),
             "the caller has checked"
         );
         let packet = (HEADROOM + data_len).next_multiple_of(ALIGN);
         let devices = devices as usize;
-        let default = DEFAULT_BUDGET.max(2 * devices * packet);
+        let default = DEFAULT_BUDGET.max((2 * devices * packet).min(MANY_SAVE));
         let budget = self.budget_or(default)?;
         if budget < packet {
             return Err(wrong("budget: at least one packet with its headers"));
@@ -412,6 +432,10 @@ mod tests {
         assert_eq!(memory.pool.buffers, 27);
         let memory = Settings::default().load_memory(64).unwrap();
         assert_eq!(memory.budget, 64 << 20);
+        let memory = Settings::default().load_memory(1024).unwrap();
+        assert_eq!(memory.budget, 128 << 20);
+        let memory = Settings::default().save_memory(1024, 1 << 20).unwrap();
+        assert_eq!(memory.budget, 256 << 20);
         let memory = Settings::default().save_memory(64, 1 << 20).unwrap();
         assert!(memory.pool.buffers >= 128);
     }

@@ -185,8 +185,29 @@ pub(crate) fn poll(entries: &mut [libc::pollfd], timeout: Option<Duration>) -> i
     }
 }
 
-/// Whether `len` bytes of addresses can be had, to be written: maps them, and unmaps them again.
-pub(crate) fn has_room(len: usize) -> io::Result<()> {
+/// Has all threads share one heap, where the process may map only so much (`RLIMIT_AS`): glibc takes
+/// 64 MiB of addresses for a heap, and makes up to eight for each processor. To be called before there is
+/// a second thread; without effect where there is no such limit, or another C library.
+pub fn share_heap() {
+    let mut limit = libc::rlimit {
+        rlim_cur: libc::RLIM_INFINITY,
+        rlim_max: libc::RLIM_INFINITY,
+    };
+    // SAFETY: `limit` is a local that outlives the call.
+    let known = unsafe { libc::getrlimit(libc::RLIMIT_AS, &raw mut limit) } == 0;
+    if known && limit.rlim_cur != libc::RLIM_INFINITY {
+        #[cfg(target_env = "gnu")]
+        // SAFETY: sets a number of the allocator's, under its own lock.
+        let _set = unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+    }
+}
+
+/// Whether `len` bytes of memory can be had: maps them, and unmaps them again. None is touched.
+///
+/// # Errors
+///
+/// What mmap(2) says: `ENOMEM` for more than a limit allows, or the host will commit to.
+pub fn has_room(len: usize) -> io::Result<()> {
     let access = libc::PROT_READ | libc::PROT_WRITE;
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     // SAFETY: a new mapping, wherever the kernel likes, touches no memory of ours.

@@ -18,7 +18,7 @@ use std::{
 
 use nix::sys::signal::{SigSet, SigmaskHow};
 
-use crate::syscall;
+pub use crate::syscall::{has_room, share_heap};
 
 /// The addresses of a thread's stack, in bytes. An embedder whose callbacks need more runs the tasks on
 /// threads of its own.
@@ -49,7 +49,7 @@ impl Drop for Blocked {
 
 /// Has `start` start a thread, with all signals blocked, if the host has room for one.
 fn start<T>(name: &str, start: impl FnOnce(Builder) -> io::Result<T>) -> io::Result<T> {
-    syscall::has_room(STACK + BESIDES)?;
+    has_room(STACK + BESIDES)?;
     let _blocked = Blocked::new()?;
     start(Builder::new().name(name.to_owned()).stack_size(STACK))
 }
@@ -107,8 +107,8 @@ mod tests {
 
     #[test]
     fn room_that_there_is_not_is_an_error() {
-        syscall::has_room(1 << 20).unwrap();
-        let error = syscall::has_room(1 << 60).unwrap_err();
+        has_room(1 << 20).unwrap();
+        let error = has_room(1 << 60).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ENOMEM));
     }
 }

@@ -173,7 +173,7 @@ impl LoadSession {
         others: Vec<DeviceId>,
         devices: usize,
     ) -> Result<(Self, Driver<LoadFlow>)> {
-        parts.settings.check()?;
+        parts.settings.check_numbers()?;
         let limit = parts.settings.device_limit(devices)?;
         let memory = parts.settings.load_memory(limit)?;
         let given = u32::try_from(parts.channels.len()).unwrap_or(u32::MAX);

@@ -140,7 +140,7 @@ impl SaveSession {
             let kind = ErrorKind::Config("a save has 1 to 255 channels");
             return Err(Error::new(kind, Phase::Setup));
         }
-        parts.settings.check()?;
+        parts.settings.check_numbers()?;
         let limit = parts.settings.device_limit(devices.len())?;
         let mut sized: Vec<(DeviceId, usize, u32)> = Vec::with_capacity(devices.len());
         for device in devices {

@@ -66,7 +66,7 @@ impl SourceChannels {
             let kind = ErrorKind::Config("a save has 1 to 255 channels");
             return Err(Error::new(kind, Phase::Setup));
         }
-        settings.check()?;
+        settings.check_numbers()?;
         let terms = Terms {
             uuid: settings.uuid,
             channels: count.into(),

@@ -113,7 +113,12 @@ pub fn start_under<S: AsRef<OsStr>>(
     under: &str,
     arguments: impl IntoIterator<Item = S>,
 ) -> Running {
-    let mut child = command_under(under, arguments).spawn().unwrap();
+    start_command(command_under(under, arguments))
+}
+
+/// As [`start`], of a command that the test has made, with pipes.
+pub fn start_command(mut command: Command) -> Running {
+    let mut child = command.spawn().unwrap();
     Running {
         stdout: child.stdout.take().map(rest),
         stderr: child.stderr.take().map(rest),
@@ -132,7 +137,12 @@ pub fn listen_under<S: AsRef<OsStr>>(
     under: &str,
     arguments: impl IntoIterator<Item = S>,
 ) -> Result<(Running, String), Ended> {
-    let mut child = command_under(under, arguments).spawn().unwrap();
+    listen_command(command_under(under, arguments))
+}
+
+/// As [`listen_under`], of a command that the test has made, with pipes.
+pub fn listen_command(mut command: Command) -> Result<(Running, String), Ended> {
+    let mut child = command.spawn().unwrap();
     let stdout = child.stdout.take().map(rest);
     let mut stderr: BufReader<ChildStderr> = BufReader::new(child.stderr.take().unwrap());
     let mut first = String::new();

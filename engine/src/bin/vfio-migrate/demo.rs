@@ -32,6 +32,7 @@ use crate::{
     interrupt, network,
     output::{self, Downtime, rate, time},
     progress::Progress,
+    room::{Need, of_load, of_save},
 };
 
 /// Migrate simulated devices within this process, and compare
@@ -65,7 +66,8 @@ pub(crate) struct Options {
     packet: usize,
     /// The memory that packets may wait in, of the source and of the destination each
     ///
-    /// Unless given 32MiB, or what two packets of each device take where that is more. The least
+    /// Unless given 32MiB, and more for many devices: up to 128MiB of the destination, 256MiB of the
+    /// source. The least
     /// is 4KiB for each device, and one packet with its headers.
     #[arg(long, value_name = "SIZE", value_parser = args::memory)]
     budget: Option<usize>,
@@ -334,6 +336,17 @@ struct Migrated {
 
 fn migrate(options: &Options) -> anyhow::Result<Migrated> {
     let settings = options.settings();
+    let count = options.devices as usize;
+    let budgets = [
+        of_load(options.budget, count),
+        of_save(options.budget, count),
+    ];
+    let need = Need {
+        budgets: budgets[0].saturating_add(budgets[1]),
+        devices: 2 * count,
+        channels: options.channels as usize,
+    };
+    need.check(&settings)?;
     let mut load = LoadSession::builder().settings(settings.clone());
     let mut device_settings = DeviceSettings::default();
     device_settings.transfer = OnOffAuto::On;

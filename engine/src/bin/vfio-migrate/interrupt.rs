@@ -26,6 +26,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+use vfio_migration_uring::thread::spawn;
+
+use crate::room::NO_THREAD;
 use anyhow::Context;
 use nix::sys::signal::{SigSet, Signal};
 
@@ -75,10 +78,7 @@ pub(crate) fn watch() -> anyhow::Result<()> {
             }
         }
     };
-    std::thread::Builder::new()
-        .name("signals".into())
-        .spawn(wait)
-        .context("cannot start a thread")?;
+    spawn("signals", wait).context(NO_THREAD)?;
     Ok(())
 }
 

@@ -59,6 +59,7 @@ mod progress;
 mod receive;
 mod relay;
 mod replay;
+mod room;
 mod send;
 mod state_files;
 mod stderr;
@@ -201,6 +202,11 @@ fn run(command: Command) -> anyhow::Result<()> {
 }
 
 fn main() -> ExitCode {
+    if !room::to_begin() {
+        // Nothing that allocates: there is nothing to allocate from.
+        eprintln!("vfio-migrate: the host has no memory to begin with");
+        return ExitCode::from(1);
+    }
     let cli = Cli::try_parse().unwrap_or_else(|error| {
         if error.use_stderr() && std::env::args_os().any(|argument| argument == "--json") {
             failure::want_json();

@@ -16,6 +16,7 @@ use std::{
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use vfio_migration::{DeviceId, Stats};
+use vfio_migration_uring::thread::spawn;
 
 /// More bars than this would scroll: then there is one for all.
 const MOST: usize = 16;
@@ -41,7 +42,7 @@ impl Progress {
         let bars = Bars::new(devices);
         let (counters, all) = mpsc::sync_channel(1);
         let draw = move || all.iter().for_each(|stats| bars.update(&stats));
-        let thread = thread::Builder::new().name("progress".into()).spawn(draw);
+        let thread = spawn("progress", draw);
         Some(Self {
             counters: Some(counters),
             thread: thread.ok()?,

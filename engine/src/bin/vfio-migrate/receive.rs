@@ -29,7 +29,7 @@ use vfio_migration::{
     section::Tag,
     stream::{Command, Event, MainChannelOrder, Reader, Reply, SectionKind},
 };
-use vfio_migration_uring::deadline;
+use vfio_migration_uring::{deadline, thread::spawn_scoped};
 
 use crate::{
     Interrupted,
@@ -46,6 +46,7 @@ use crate::{
     network::{self, Address, Connection, Peek, TICK},
     output::{Transfer, rate, say, say_of_stranger},
     progress::Progress,
+    room::{NO_THREAD, Need, of_load},
 };
 
 /// Receive devices' states from a `vfio-migrate send`
@@ -68,7 +69,7 @@ pub(crate) struct Options {
     /// How many multifd channels: as many as the source makes
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=255))]
     channels: u32,
-    /// The memory that packets may wait in [default: 32MiB, 1MiB for each device where that is more]
+    /// The memory that packets may wait in [default: 32MiB, more from 33 devices on: 1024 take 128MiB]
     #[arg(long, value_name = "SIZE", value_parser = args::memory)]
     budget: Option<usize>,
     #[command(flatten)]
@@ -489,7 +490,13 @@ fn load(
         .collect();
     let progress = Progress::new(!options.json, &names);
     let (watched, read) = thread::scope(|scope| {
-        let reading = scope.spawn(|| reader.run());
+        let reading = match spawn_scoped(scope, "reader", || reader.run()) {
+            Ok(reading) => reading,
+            Err(error) => {
+                incoming.fail(main_failed());
+                return (Err(anyhow!(error).context(NO_THREAD)), None);
+            }
+        };
         let watched = watch.run(progress.as_ref(), || reading.is_finished());
         if watched.is_err() {
             incoming.fail(main_failed());
@@ -578,10 +585,7 @@ fn keep<'a>(
                 path.beat();
             }
         };
-        thread::Builder::new()
-            .name("heartbeat".into())
-            .spawn_scoped(scope, beat)
-            .context("cannot start a thread")?;
+        spawn_scoped(scope, "heartbeat", beat).context(NO_THREAD)?;
         let keep = || {
             let mut checked = device::check(subjects, stats)?;
             if interrupt::requested() {
@@ -604,6 +608,12 @@ fn keep<'a>(
 pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let _in_order = interrupt::in_order();
     let files = limits::allow_migration(options.channels, options.devices.len())?;
+    let need = Need {
+        budgets: of_load(options.budget, options.devices.len()),
+        devices: options.devices.len(),
+        channels: options.channels as usize,
+    };
+    need.check(&options.settings())?;
     let (devices, subjects): (Vec<_>, Vec<_>) =
         device::open(&options.devices, false)?.into_iter().unzip();
     let listener = Listener::bind(&options.listen)?;

@@ -31,13 +31,14 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
-    thread::{self, JoinHandle},
+    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, anyhow, bail, ensure};
 use serde::Serialize;
 use vfio_migration::{Channel, Relay, Settings, Stats, wire::PageSize};
+use vfio_migration_uring::thread::spawn;
 
 use crate::{
     Interrupted, args,
@@ -48,6 +49,7 @@ use crate::{
     main_channel::{REASON, main_failed, show_reason},
     network::{self, Address, Connection},
     output::{self, say, say_of_stranger},
+    room::{NO_THREAD, Need, is_the_hosts},
 };
 
 /// Pass a migration on, its devices' states through the engine
@@ -296,9 +298,7 @@ impl MainChannel {
             },
         ];
         for (pump, place) in pumps.into_iter().zip(&mut main.pumps) {
-            let thread = thread::Builder::new().name("main".into());
-            let thread = thread.spawn(|| pump.run());
-            *place = Some(thread.context("cannot start a thread")?);
+            *place = Some(spawn("main", || pump.run()).context(NO_THREAD)?);
         }
         Ok(main)
     }
@@ -606,8 +606,17 @@ impl Output {
 pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let _in_order = interrupt::in_order();
     let files = limits::allow_relay(options.channels)?;
+    let settings = options.settings();
+    let need = Need {
+        budgets: options
+            .budget
+            .unwrap_or_else(|| (64 << 20).max(4 * options.max_packet)),
+        devices: 0,
+        channels: options.channels.unwrap_or(4) as usize,
+    };
+    need.check(&settings)?;
+    let relay = Relay::start(&settings)?;
     let listener = Listener::bind(&options.listen)?;
-    let relay = Relay::start(&options.settings())?;
     say(&format!("listening on {}", listener.address()));
     let mut watch = Watch {
         options,
@@ -627,10 +636,10 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let verdict = main.as_ref().map_or(Ok(()), MainChannel::check);
     let main = main.map(MainChannel::close);
     let report = relay.join();
-    // The destination knows why, if anybody does.
+    // The destination knows why, if anybody does; of this host it knows nothing.
     if watched
         .as_ref()
-        .is_err_and(|error| !error.is::<Interrupted>())
+        .is_err_and(|error| !error.is::<Interrupted>() && !is_the_hosts(error))
     {
         verdict?;
         watched?;

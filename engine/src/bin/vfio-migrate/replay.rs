@@ -24,7 +24,7 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
-    thread::{self, JoinHandle},
+    thread::JoinHandle,
 };
 
 use anyhow::{Context, anyhow, bail};
@@ -37,6 +37,7 @@ use vfio_migration::{
     text::is_printable,
     wire::{self, DeviceKey, PageSize},
 };
+use vfio_migration_uring::thread::spawn;
 
 use crate::{
     Interrupted, Usage,
@@ -46,6 +47,7 @@ use crate::{
     interrupt, network,
     output::{self, Moved, hex},
     progress::Progress,
+    room::{Need, no_thread, of_load},
     state_files::{self, StateFile, Target},
 };
 
@@ -118,9 +120,13 @@ fn lock(kept: &Mutex<Kept>) -> std::sync::MutexGuard<'_, Kept> {
 }
 
 /// Takes a state out of the pipe until the engine closes it.
+const LEAST: usize = 4 << 10;
+const MOST: usize = 256 << 10;
+
 fn record(mut pipe: PipeReader, mut file: Option<File>) -> io::Result<Recorded> {
     let mut digest = Sha256::new();
-    let mut buffer = vec![0; 256 << 10];
+    // Grows with what comes: most of many devices bring little.
+    let mut buffer = vec![0; LEAST];
     let mut bytes = 0;
     loop {
         let count = match pipe.read(&mut buffer) {
@@ -134,6 +140,10 @@ fn record(mut pipe: PipeReader, mut file: Option<File>) -> io::Result<Recorded> 
             file.write_all(&buffer[..count])?;
         }
         bytes += count as u64;
+        let more = buffer.len();
+        if count == more && 2 * more <= MOST && buffer.try_reserve_exact(more).is_ok() {
+            buffer.resize(2 * more, 0);
+        }
     }
     Ok(Recorded {
         bytes,
@@ -160,9 +170,9 @@ impl MigrationDevice for Recorder {
                 let file = file.transpose()?;
                 let copy = file.as_ref().map(|file| file.file().try_clone());
                 let copy = copy.transpose()?;
-                let thread = thread::Builder::new().name("state".into());
                 let mut kept = lock(&self.kept);
-                kept.state = Some(thread.spawn(move || record(reader, copy))?);
+                let thread = spawn("state", move || record(reader, copy));
+                kept.state = Some(thread.map_err(no_thread)?);
                 kept.file = file;
                 Some(writer.into())
             }
@@ -398,6 +408,12 @@ fn load(options: &Options, scans: &[Scan], subjects: &[Subject]) -> anyhow::Resu
     let mut settings = contents::settings(scans);
     settings.backend = options.backend.into();
     options.spill.set(&mut settings);
+    let need = Need {
+        budgets: of_load(settings.budget, subjects.len()),
+        devices: subjects.len(),
+        channels: scans.len(),
+    };
+    need.check(&settings)?;
     let mut builder = LoadSession::builder().settings(settings);
     for subject in subjects {
         builder = builder.device(subject.device()?);

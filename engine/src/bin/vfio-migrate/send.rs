@@ -27,7 +27,7 @@ use vfio_migration::{
     },
     stream::{Command, SectionKind},
 };
-use vfio_migration_uring::deadline;
+use vfio_migration_uring::{deadline, thread::spawn_scoped};
 
 use crate::{
     Interrupted,
@@ -42,6 +42,7 @@ use crate::{
     network::{self, Address, Connection, TICK},
     output::{Transfer, rate, say},
     progress::Progress,
+    room::{NO_THREAD, Need, of_save},
 };
 
 /// Send devices' states to a `vfio-migrate receive`
@@ -217,10 +218,11 @@ fn send_precopy(
     let canceller = channels.canceller();
     let (sending, sent) = mpsc::channel();
     let result = thread::scope(|scope| {
-        scope.spawn(|| {
+        let watching = spawn_scoped(scope, "interrupt", || {
             let sent = sent;
             cancel_on_interrupt(&canceller, &sent);
         });
+        watching.context(NO_THREAD)?;
         let result = iterate(sources, channels, words, replies);
         drop(sending);
         result
@@ -461,7 +463,8 @@ fn talk(
     let heard = Heard::default();
     let mut replies = Replies::new(&heard);
     thread::scope(|scope| {
-        scope.spawn(|| main_channel::listen(listening, options.timeout, &heard));
+        let listen = || main_channel::listen(listening, options.timeout, &heard);
+        spawn_scoped(scope, "listener", listen).context(NO_THREAD)?;
         let result = main
             .try_clone()
             .context("cannot use a connection")
@@ -507,6 +510,12 @@ fn explain(error: anyhow::Error, timeout: Duration, replies: &mut Replies<'_>) -
 pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let _in_order = interrupt::in_order();
     limits::allow_migration(options.channels, options.devices.len())?;
+    let need = Need {
+        budgets: of_save(options.budget, options.devices.len()),
+        devices: options.devices.len(),
+        channels: options.channels as usize,
+    };
+    need.check(&options.settings())?;
     let (devices, subjects): (Vec<_>, Vec<_>) =
         device::open(&options.devices, true)?.into_iter().unzip();
     let main = connect(

@@ -18,7 +18,6 @@ use std::{
     io::{self, Write},
     os::fd::AsFd,
     sync::{Condvar, Mutex, MutexGuard, PoisonError},
-    thread,
     time::{Duration, Instant},
 };
 
@@ -26,6 +25,7 @@ use nix::{
     errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
 };
+use vfio_migration_uring::thread::spawn;
 
 /// The most that waits to be written, in bytes.
 const MOST: usize = 64 << 10;
@@ -115,7 +115,7 @@ fn run() {
 /// Has lines written by a thread of its own from now on, which leaves signals to another: to be called
 /// when they are blocked.
 pub(crate) fn start() {
-    let thread = thread::Builder::new().name("stderr".into()).spawn(run);
+    let thread = spawn("stderr", run);
     lines().started = thread.is_ok();
 }
 

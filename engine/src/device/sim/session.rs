@@ -131,7 +131,7 @@ impl Session {
         }
         let control = Control::new(limit, None)?;
         let mut worker = Worker::new(config, ours, &control);
-        let thread = thread::spawn("sim-save", move || worker.save(image))?;
+        let thread = thread::spawn("sim-save", move || worker.save(image)).map_err(no_thread)?;
         Ok((Self::of_thread(control, thread), theirs))
     }
 
@@ -142,7 +142,7 @@ impl Session {
                 let (ours, theirs) = wire(config, Direction::Load)?;
                 let control = Control::new(0, None)?;
                 let mut worker = Worker::new(config, ours, &control);
-                let thread = thread::spawn("sim-load", move || worker.load())?;
+                let thread = thread::spawn("sim-load", move || worker.load()).map_err(no_thread)?;
                 Ok((Self::of_thread(control, thread), theirs))
             }
             Room::Memory(mapping) => {
@@ -338,6 +338,11 @@ fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
     let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
     fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
     Ok(())
+}
+
+/// Says what it was that the host refused.
+fn no_thread(error: io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("the host has no thread: {error}"))
 }
 
 fn memfd() -> io::Result<File> {

@@ -60,6 +60,21 @@ enum Woken {
     Time,
 }
 
+/// What a load reads at first.
+const LEAST: usize = 4 << 10;
+
+/// `len` bytes of a buffer that grows with what is asked of it; fewer, but one at least, where there is
+/// no memory for more.
+fn room(buffer: &mut Vec<u8>, len: usize) -> &mut [u8] {
+    let more = len.saturating_sub(buffer.len());
+    if buffer.try_reserve_exact(more).is_ok() || buffer.is_empty() {
+        let len = len.max(buffer.len());
+        buffer.resize(len, 0);
+    }
+    let len = len.min(buffer.len());
+    &mut buffer[..len]
+}
+
 impl Worker {
     pub(super) fn new(config: &SimConfig, wire: OwnedFd, control: &Arc<Control>) -> Self {
         Self {
@@ -77,7 +92,7 @@ impl Worker {
     }
 
     pub(super) fn save(&mut self, image: Image) {
-        let mut buffer = vec![0; CHUNK];
+        let mut buffer = Vec::new();
         loop {
             let limit = {
                 let shared = self.control.shared();
@@ -100,9 +115,9 @@ impl Worker {
                 continue;
             }
             let here = self.allowed(limit - self.at);
-            let bytes = &mut buffer[..here];
+            let bytes = room(&mut buffer, here);
             image.fill(self.at, bytes);
-            match self.write_all(here, &buffer) {
+            match self.write_all(bytes) {
                 Ok(true) => {}
                 Ok(false) | Err(_) => return,
             }
@@ -110,8 +125,8 @@ impl Worker {
     }
 
     /// False where the session ended first.
-    fn write_all(&mut self, len: usize, buffer: &[u8]) -> io::Result<bool> {
-        let mut rest = &buffer[..len];
+    fn write_all(&mut self, bytes: &[u8]) -> io::Result<bool> {
+        let mut rest = bytes;
         while !rest.is_empty() {
             match (&self.wire).write(rest) {
                 Ok(n) => {
@@ -133,7 +148,9 @@ impl Worker {
     }
 
     pub(super) fn load(&mut self) {
-        let mut buffer = vec![0; CHUNK];
+        let mut buffer = Vec::new();
+        // How much the last read brought, at the least: an idle device has little memory.
+        let mut most = LEAST;
         let mut digest = Xxh3Default::new();
         let mut header = [0; 24];
         let mut open = true;
@@ -151,13 +168,16 @@ impl Worker {
             }
             let here = self.allowed(CHUNK as u64);
             let got = if open {
-                (&self.wire).read(&mut buffer[..here])
+                (&self.wire).read(room(&mut buffer, here.min(most)))
             } else {
                 Err(io::ErrorKind::WouldBlock.into())
             };
             match got {
                 Ok(0) => open = false,
                 Ok(n) => {
+                    if n == most && n < CHUNK {
+                        most *= 2;
+                    }
                     let bytes = &buffer[..n];
                     if let Ok(at) = usize::try_from(self.at)
                         && at < header.len()

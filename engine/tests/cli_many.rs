@@ -1,0 +1,92 @@
+//! What a thousand devices cost the command, most of which do nothing: within what
+//! `docs/reliability.md` says of one.
+#![cfg(feature = "cli")]
+#![allow(missing_docs, reason = "a test")]
+
+mod common;
+
+use std::{
+    fs,
+    path::PathBuf,
+    process::{Command, Stdio},
+    thread,
+    time::Duration,
+};
+
+use common::{Watchdog, config_packet, hello, packet, sync};
+use nix::sys::resource::{UsageWho, getrusage};
+
+const DEVICES: u32 = 1000;
+
+/// A folder that goes away.
+struct Place(PathBuf);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let _gone = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Runs the command with so many files. Returns the peaks of its memory in KiB and of its threads.
+fn peaks(arguments: &[String], files: u64) -> (u64, u64) {
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", "ulimit -n $1 && shift && exec \"$@\"", "sh"])
+        .arg(files.to_string())
+        .arg(env!("CARGO_BIN_EXE_vfio-migrate"))
+        .args(arguments)
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let path = format!("/proc/{}/status", child.id());
+    let (mut memory, mut threads) = (0, 0);
+    loop {
+        let text = fs::read_to_string(&path).unwrap_or_default();
+        let value = |name| {
+            let line = text.lines().find_map(|line| line.strip_prefix(name));
+            let number = line.and_then(|line| line.split_whitespace().next()?.parse().ok());
+            number.unwrap_or(0_u64)
+        };
+        memory = memory.max(value("VmHWM:"));
+        threads = threads.max(value("Threads:"));
+        if child.try_wait().unwrap().is_some() {
+            break;
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    let output = child.wait_with_output().unwrap();
+    let why = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{arguments:?}: {why}");
+    let largest = getrusage(UsageWho::RUSAGE_CHILDREN).unwrap().max_rss();
+    (memory.max(u64::try_from(largest).unwrap()), threads)
+}
+
+#[test]
+fn a_thousand_devices_cost_what_the_document_says() {
+    let _watchdog = Watchdog::new();
+    let place = std::env::temp_dir().join(format!("vfio-migrate-many-{}", std::process::id()));
+    fs::create_dir(&place).unwrap();
+    let place = Place(place);
+    let mut capture = hello(0);
+    capture.extend(sync());
+    for number in 0..DEVICES {
+        capture.extend(packet(number, 0, b"state"));
+        capture.extend(config_packet(number, 1, b"config"));
+    }
+    let path = place.0.join("capture");
+    fs::write(&path, capture).unwrap();
+    let replay = ["replay".to_owned(), path.to_str().unwrap().to_owned()];
+    let demo = ["demo", "--devices", "1000", "--state", "4KiB"].map(str::to_owned);
+    let devices = u64::from(DEVICES);
+    // In MiB: the budgets, and 128 KiB for each device of a session. A demo has two sessions.
+    for (arguments, sessions, mebibytes, files) in [
+        (&replay[..], 1, 128 + 125, 3100),
+        (&demo[..], 2, 128 + 256 + 250, 6200),
+    ] {
+        let (memory, threads) = peaks(arguments, files);
+        println!("{}: {memory} KiB, {threads} threads", arguments[0]);
+        assert!(memory < mebibytes << 10, "{arguments:?}: {memory} KiB");
+        let most = sessions * 2 * devices + 64;
+        assert!(threads < most, "{arguments:?}: {threads}");
+    }
+}
