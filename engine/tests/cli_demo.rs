@@ -101,7 +101,7 @@ fn wrong_use_is_status_2_and_says_why() {
         ("demo --devices 0", "0 is not in 1..=1024"),
         ("demo --devices 1025", "1025 is not in 1..=1024"),
         ("demo --state 17179869184GiB", "--state"),
-        ("demo --state 9EiB", "more than 2^64"),
+        ("demo --state 9EiB", "at most 1024 TiB"),
         ("demo --state big", "a size is like"),
         ("demo --packet 0", "at least 1 byte"),
         ("demo --packet 16MiB", "less than 16 MiB"),

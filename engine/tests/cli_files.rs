@@ -12,7 +12,8 @@ use std::{
     process::Command,
 };
 
-use command::{Directory, Ended, listen, run, start, words};
+use command::{Directory, Ended, listen, run, start, start_under, words};
+use sha2::Digest;
 
 fn receive(rest: &str) -> (command::Running, String) {
     listen(words(&format!(
@@ -275,6 +276,21 @@ fn capture(path: &str, devices: &[(&str, u32)]) {
     fs::write(path, bytes).unwrap();
 }
 
+/// A limit that the devices' own pipes and files take up: none is left for anything besides.
+#[test]
+fn replay_opens_its_directory_once() {
+    const DEVICES: u32 = 150;
+    let directory = Directory::new();
+    let (channel, out) = (directory.file("channel"), directory.file("out"));
+    let devices: Vec<_> = (0..DEVICES).map(|instance| ("many", instance)).collect();
+    capture(&channel, &devices);
+    let limit = format!("ulimit -n {}", 5 * DEVICES + 100);
+    let ended = start_under(&limit, ["replay", "--out", &out, &channel]).end();
+    assert_eq!(ended.status, Some(0), "{ended:?}");
+    let files = fs::read_dir(&out).unwrap().count();
+    assert_eq!(files, 2 * DEVICES as usize);
+}
+
 #[test]
 fn replay_overwrites_only_when_it_is_told_to() {
     let directory = Directory::new();
@@ -304,7 +320,19 @@ fn replay_finds_a_name_for_every_device() {
     let (channel, out) = (directory.file("channel"), directory.file("out"));
     let long = "x".repeat(255);
     let other = format!("{}y", "x".repeat(254));
-    let devices = [("a/b", 0), ("a_b", 0), (&*long, 1), (&*other, 1)];
+    // What the second of the first two will be called instead.
+    let digest: String = sha2::Sha256::digest("a_b")[..8]
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    let crafted = format!("a/b-{digest}");
+    let devices = [
+        ("a/b", 0),
+        ("a_b", 0),
+        (&*crafted, 0),
+        (&*long, 1),
+        (&*other, 1),
+    ];
     capture(&channel, &devices);
     let ended = run(["replay", "--json", "--out", &out, &channel]);
     let json = ended.json();

@@ -305,6 +305,8 @@ pub(crate) struct Checked<'a> {
     config: Config,
     /// The file that holds a destination's state, which has no name yet.
     written: Option<(&'a Target, StateFile)>,
+    /// The same, to look at when it has its name: PATH may be another's by then.
+    file: Option<File>,
 }
 
 impl Subject {
@@ -313,7 +315,7 @@ impl Subject {
         let config = self.config.get();
         let config = config.with_context(|| format!("device {}: no config was moved", self.id))?;
         let moved = data_bytes(stats, config.bytes);
-        let mut written = None;
+        let (mut written, mut kept) = (None, None);
         let state_bytes = match &self.state {
             State::Sim(handle) => {
                 // What came says itself which image it is; its digest says whether it was all.
@@ -333,10 +335,11 @@ impl Subject {
             State::Written(state) => {
                 let file = state.take();
                 let file = file.with_context(|| format!("device {}: was never loaded", self.id))?;
-                let meta = file.file().metadata();
-                let len = meta.with_context(|| state.target().path().display().to_string())?;
+                let path = || state.target().path().display().to_string();
+                let len = file.file().metadata().with_context(path)?.len();
+                kept = Some(file.file().try_clone().with_context(path)?);
                 written = Some((state.target(), file));
-                len.len()
+                len
             }
             State::Vfio => moved,
         };
@@ -351,18 +354,24 @@ impl Subject {
             state_bytes,
             config,
             written,
+            file: kept,
         })
     }
+}
 
+impl Checked<'_> {
     /// The sha256 of the state as it is now. Nobody's but its driver's of a device of the kernel's.
     fn digest(&self) -> anyhow::Result<Option<String>> {
-        let path = match &self.state {
+        let path = match &self.subject.state {
             State::Sim(handle) => return Ok(Some(digest_image(handle.image()).1)),
             State::Vfio => return Ok(None),
             State::Read(path) => path,
             State::Written(written) => written.target().path(),
         };
-        let read = || digest_file(&state_files::open_regular(path)?);
+        let read = || match &self.file {
+            Some(file) => digest_file(file),
+            None => digest_file(&state_files::open_regular(path)?),
+        };
         let digest = read().with_context(|| path.display().to_string());
         digest.map(|(_, digest)| Some(digest))
     }
@@ -396,7 +405,7 @@ pub(crate) fn describe(checked: Vec<Checked<'_>>) -> Vec<Moved> {
         instance: it.subject.id.instance(),
         packets: it.packets,
         state_bytes: it.state_bytes,
-        state_sha256: it.subject.digest().unwrap_or_else(|error| {
+        state_sha256: it.digest().unwrap_or_else(|error| {
             say(&format!("warning: no digest of the state: {error:#}"));
             None
         }),

@@ -48,7 +48,7 @@ use crate::{
     output::{self, Moved, hex},
     progress::Progress,
     room::{Need, no_thread, of_load},
-    state_files::{self, StateFile, Target},
+    state_files::{self, Directory, StateFile, Target},
 };
 
 /// Receive captured multifd channels, and show the devices' states that they carry
@@ -219,6 +219,12 @@ impl RamSink for PassOver {
 
 // -------------------------------------------------------------------------------------- output
 
+/// Where all files go.
+struct Out<'a> {
+    path: &'a Path,
+    directory: Directory,
+}
+
 /// Where the files of one device go.
 #[derive(Debug)]
 struct Files {
@@ -241,15 +247,21 @@ fn stem(key: &DeviceKey, taken: &mut HashSet<String>) -> String {
         let digest = hex(&Sha256::digest(key.idstr())[..8]);
         name = format!("{name}-{digest}");
     }
-    let stem = format!("{name}-{}", key.instance());
-    taken.insert(stem.clone());
+    let mut stem = format!("{name}-{}", key.instance());
+    let mut number = 1_u32;
+    // Ends: each round is another name, and so many are not taken.
+    while !taken.insert(stem.clone()) {
+        number += 1;
+        stem = format!("{name}.{number}-{}", key.instance());
+    }
     stem
 }
 
 impl Files {
-    fn new(directory: &Path, stem: &str, force: bool) -> anyhow::Result<Self> {
+    fn new(out: &Out<'_>, stem: &str, force: bool) -> anyhow::Result<Self> {
         let target = |ending: &str| {
-            let target = Target::new(&directory.join(format!("{stem}.{ending}")))?;
+            let path = out.path.join(format!("{stem}.{ending}"));
+            let target = Target::within(out.directory.clone(), &path)?;
             if target.exists() && !force {
                 bail!(Usage(format!(
                     "{} is there already: --force replaces it",
@@ -388,12 +400,19 @@ fn first_place(scans: &[Scan], key: &DeviceKey) -> String {
 fn subjects(scans: &[Scan], out: Option<&Path>, force: bool) -> anyhow::Result<Vec<Subject>> {
     let mut subjects = Vec::new();
     let mut names = HashSet::new();
+    let open = |path| -> anyhow::Result<_> {
+        let directory = Directory::open(path)?;
+        Ok(Out { path, directory })
+    };
+    let out = out.map(open).transpose()?;
     for (DeviceKeyOrder(key), _) in by_device(scans) {
         let id = key.id().with_context(|| {
             let (place, key) = (first_place(scans, &key), show_key(&key));
             format!("{place}: device {key}: this idstr is no name")
         })?;
-        let files = out.map(|directory| Files::new(directory, &stem(&key, &mut names), force));
+        let files = out
+            .as_ref()
+            .map(|out| Files::new(out, &stem(&key, &mut names), force));
         subjects.push(Subject {
             key,
             id,

@@ -34,12 +34,13 @@ use std::{
         unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt},
     },
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use anyhow::{Context, bail, ensure};
 use nix::{
     errno::Errno,
-    fcntl::{AT_FDCWD, AtFlags, OFlag, RenameFlags, openat, renameat, renameat2},
+    fcntl::{AT_FDCWD, AtFlags, OFlag, RenameFlags, openat, renameat2},
     sys::stat::{Mode, SFlag, fstatat},
     unistd::{self, AccessFlags, UnlinkatFlags},
 };
@@ -62,18 +63,23 @@ pub(crate) fn open_regular(path: &Path) -> io::Result<File> {
 /// What tells one file from another, however it is spelled.
 type Inode = (u64, u64);
 
-/// A directory that is held open, so that no rename can put another in its place.
-#[derive(Debug)]
-struct Directory(File);
+/// A directory that is held open, so that no rename can put another in its place. All its targets and
+/// files share the one fd.
+#[derive(Clone, Debug)]
+pub(crate) struct Directory(Arc<File>);
 
 impl Directory {
-    fn open(path: &Path) -> io::Result<Self> {
-        let mut options = File::options();
-        options.read(true).custom_flags(OFlag::O_DIRECTORY.bits());
-        let directory = Self(options.open(path)?);
-        let access = AccessFlags::W_OK | AccessFlags::X_OK;
-        unistd::faccessat(&directory.0, ".", access, AtFlags::AT_EACCESS)?;
-        Ok(directory)
+    /// Opens one that can be written to.
+    pub(crate) fn open(path: &Path) -> anyhow::Result<Self> {
+        let open = || -> io::Result<Self> {
+            let mut options = File::options();
+            options.read(true).custom_flags(OFlag::O_DIRECTORY.bits());
+            let directory = Self(Arc::new(options.open(path)?));
+            let access = AccessFlags::W_OK | AccessFlags::X_OK;
+            unistd::faccessat(&directory.0, ".", access, AtFlags::AT_EACCESS)?;
+            Ok(directory)
+        };
+        open().with_context(|| format!("cannot write to its directory {}", path.display()))
     }
 
     fn inode(&self) -> io::Result<Inode> {
@@ -107,6 +113,16 @@ impl Directory {
         Err(io::Error::other(text))
     }
 
+    /// Renames within it.
+    fn rename(&self, from: &OsStr, to: &OsStr, flags: RenameFlags) -> Result<(), Errno> {
+        renameat2(&self.0, from, &self.0, to, flags)
+    }
+
+    /// Links within it.
+    fn link(&self, from: &OsStr, to: &OsStr) -> Result<(), Errno> {
+        unistd::linkat(&self.0, from, &self.0, to, AtFlags::empty())
+    }
+
     fn remove(&self, name: &OsStr) {
         // Perhaps it has never been there.
         let _gone = unistd::unlinkat(&self.0, name, UnlinkatFlags::NoRemoveDir);
@@ -133,12 +149,18 @@ pub(crate) struct Target {
 impl Target {
     /// Checks a path: whether a file can be put there.
     pub(crate) fn new(path: &Path) -> anyhow::Result<Self> {
+        let open = || {
+            let parent = path.parent().filter(|parent| *parent != Path::new(""));
+            Directory::open(parent.unwrap_or(Path::new(".")))
+        };
+        let directory = open().with_context(|| path.display().to_string())?;
+        Self::within(directory, path)
+    }
+
+    /// As [`Target::new`], in the directory of the path, which is open.
+    pub(crate) fn within(directory: Directory, path: &Path) -> anyhow::Result<Self> {
         let make = || -> anyhow::Result<Self> {
             let name = path.file_name().context("this path ends in no name")?;
-            let parent = path.parent().filter(|parent| *parent != Path::new(""));
-            let parent = parent.unwrap_or(Path::new("."));
-            let directory = Directory::open(parent)
-                .with_context(|| format!("cannot write to its directory {}", parent.display()))?;
             Ok(Self {
                 old: directory.look(name)?,
                 path: path.to_owned(),
@@ -179,7 +201,7 @@ impl Target {
             Ok(file) => Ok(StateFile {
                 file,
                 name: None,
-                directory: Directory(self.directory.0.try_clone()?),
+                directory: self.directory.clone(),
             }),
             // This file system has no such files, or there is no way to name one later.
             Err(Errno::EOPNOTSUPP | Errno::EISDIR | Errno::ENOENT | Errno::EINVAL) => self.named(),
@@ -203,7 +225,7 @@ impl Target {
         Ok(StateFile {
             file,
             name: Some(name),
-            directory: Directory(self.directory.0.try_clone()?),
+            directory: self.directory.clone(),
         })
     }
 }
@@ -258,11 +280,14 @@ impl StateFile {
     /// Brings all of it to the disk, with the mode that it is to have.
     fn settle(&self, old: Option<Old>) -> io::Result<()> {
         if let Some(old) = old {
-            // Only root may give a file away. Whoever may not keeps it.
+            // Only root may give a file away. Whoever may not keeps it, and his group, which is another's,
+            // gets no right that it had not.
             let (uid, gid) = old.owner;
-            let _ours = std::os::unix::fs::fchown(self.file.as_fd(), Some(uid), Some(gid));
+            let given = std::os::unix::fs::fchown(self.file.as_fd(), Some(uid), Some(gid));
+            let kept = given.is_ok() || self.file.metadata()?.gid() == gid;
+            let mode = if kept { old.mode } else { old.mode & !0o070 };
             self.file
-                .set_permissions(fs::Permissions::from_mode(old.mode))?;
+                .set_permissions(fs::Permissions::from_mode(mode))?;
         }
         self.file.sync_all()
     }
@@ -291,64 +316,145 @@ pub(crate) fn check_distinct(targets: &[&Target]) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// How a file system puts a file in its place: the best that it has. Those without hard links and without
+/// an exchange are rare, and slow to find for a test.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+enum Means {
+    /// Two names change their files, at once; a link to a name that is free.
+    Exchange,
+    /// The old file gets a second name, then the new one takes its place.
+    Link,
+    /// Renames alone: for a moment nothing stands at PATH.
+    Rename,
+}
+
+/// What is not this file system's to do.
+const CANNOT: [Errno; 5] = [
+    Errno::EINVAL,
+    Errno::ENOSYS,
+    Errno::EOPNOTSUPP,
+    Errno::EPERM,
+    Errno::EMLINK,
+];
+
 impl StateFile {
+    /// Whether `name` is this file.
+    fn is_at(&self, directory: &Directory, name: &OsStr) -> bool {
+        let (Ok(meta), Ok(Some(there))) = (self.file.metadata(), directory.look(name)) else {
+            return false;
+        };
+        (meta.dev(), meta.ino()) == there.inode
+    }
+
     /// Puts the file in its place. What stood there has the file's own name then.
-    fn put(&mut self, target: &Target) -> anyhow::Result<()> {
-        let directory = &target.directory;
+    fn put(&mut self, target: &Target, means: Means) -> anyhow::Result<()> {
+        const CHANGED: &str = "another process has changed it meanwhile";
+        let (directory, place) = (&target.directory, target.name.as_os_str());
         let name = self.name()?;
-        let now = directory.look(&target.name)?;
+        let now = directory.look(place)?;
         let (before, now) = (target.old.map(|old| old.inode), now.map(|now| now.inode));
-        ensure!(before == now, "another process has changed it meanwhile");
-        let place = target.name.as_os_str();
-        if target.exists() {
-            let exchange = RenameFlags::RENAME_EXCHANGE;
-            match renameat2(
-                &directory.0,
-                name.as_os_str(),
-                &directory.0,
-                place,
-                exchange,
-            ) {
-                Ok(()) => {}
-                Err(Errno::EINVAL | Errno::ENOSYS) => {
-                    // The same in two steps: the old file gets a second name first.
-                    let ((), aside) = with_new_name(|aside| {
-                        let flags = AtFlags::empty();
-                        unistd::linkat(&directory.0, place, &directory.0, aside, flags)
-                    })?;
-                    renameat(&directory.0, name.as_os_str(), &directory.0, place)
-                        .inspect_err(|_| directory.remove(&aside))?;
-                    self.name = Some(aside);
-                }
-                Err(errno) => return Err(errno.into()),
-            }
-        } else {
-            // Unlike a rename, a link replaces nothing.
-            let flags = AtFlags::empty();
-            match unistd::linkat(&directory.0, name.as_os_str(), &directory.0, place, flags) {
-                Ok(()) => {}
+        ensure!(before == now, CHANGED);
+        if before.is_none() {
+            return match self.put_fresh(directory, &name, place, means) {
                 Err(Errno::EEXIST) => bail!("another process has made it meanwhile"),
-                Err(errno) => return Err(errno.into()),
-            }
-            directory.remove(&name);
-            self.name = None;
+                put => Ok(put?),
+            };
+        }
+        let aside = self.put_over(directory, &name, place, means)?;
+        let was = directory.look(&aside)?.map(|was| was.inode);
+        self.name = Some(aside);
+        if was != before {
+            // Between the look and the exchange: theirs goes back.
+            self.take_back(target);
+            bail!(CHANGED);
         }
         Ok(())
     }
 
-    /// Puts back what stood there.
+    /// To a name that is free. Unlike a plain rename, neither way replaces anything.
+    fn put_fresh(
+        &mut self,
+        directory: &Directory,
+        name: &OsStr,
+        place: &OsStr,
+        means: Means,
+    ) -> Result<(), Errno> {
+        if means < Means::Rename {
+            match directory.link(name, place) {
+                Ok(()) => directory.remove(name),
+                Err(errno) if CANNOT.contains(&errno) => {
+                    return self.put_fresh(directory, name, place, Means::Rename);
+                }
+                Err(errno) => return Err(errno),
+            }
+        } else {
+            match directory.rename(name, place, RenameFlags::RENAME_NOREPLACE) {
+                Err(errno) if CANNOT.contains(&errno) => {
+                    // It was free a moment ago: no more can be had here.
+                    directory.rename(name, place, RenameFlags::empty())?;
+                }
+                renamed => renamed?,
+            }
+        }
+        self.name = None;
+        Ok(())
+    }
+
+    /// To the old file's place. Returns the name that the old one has then.
+    fn put_over(
+        &self,
+        directory: &Directory,
+        name: &OsStr,
+        place: &OsStr,
+        means: Means,
+    ) -> io::Result<OsString> {
+        if means == Means::Exchange {
+            match directory.rename(name, place, RenameFlags::RENAME_EXCHANGE) {
+                Ok(()) => return Ok(name.to_owned()),
+                Err(errno) if CANNOT.contains(&errno) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        if means <= Means::Link {
+            match with_new_name(|aside| directory.link(place, aside)) {
+                Ok(((), aside)) => {
+                    let renamed = directory.rename(name, place, RenameFlags::empty());
+                    renamed.inspect_err(|_| directory.remove(&aside))?;
+                    return Ok(aside);
+                }
+                Err(error) => {
+                    let errno = error.raw_os_error().map(Errno::from_raw);
+                    if !errno.is_some_and(|errno| CANNOT.contains(&errno)) {
+                        return Err(error);
+                    }
+                }
+            }
+        }
+        let none = RenameFlags::empty();
+        let ((), aside) = with_new_name(|aside| match directory.look(aside) {
+            Ok(None) => directory.rename(place, aside, none),
+            _ => Err(Errno::EEXIST),
+        })?;
+        directory.rename(name, place, none).inspect_err(|_| {
+            // Where that fails too, the old file is there under its other name.
+            let _back = directory.rename(&aside, place, none);
+        })?;
+        Ok(aside)
+    }
+
+    /// Puts back what stood there, unless somebody has replaced this file since.
     fn take_back(&mut self, target: &Target) {
-        let directory = &target.directory;
-        let Some(old) = self.name.take() else {
-            return directory.remove(&target.name);
-        };
-        // Where that fails the old file stays under its other name, for whoever looks for it.
-        let _back = renameat(
-            &directory.0,
-            old.as_os_str(),
-            &directory.0,
-            target.name.as_os_str(),
-        );
+        let (directory, place) = (&target.directory, target.name.as_os_str());
+        let old = self.name.take();
+        if !self.is_at(directory, place) {
+            // The old file stays under its other name, for whoever looks for it.
+            return;
+        }
+        match old {
+            // Where that fails it stays there as well.
+            Some(old) => drop(directory.rename(&old, place, RenameFlags::empty())),
+            None => directory.remove(place),
+        }
     }
 }
 
@@ -357,14 +463,19 @@ impl StateFile {
 /// # Errors
 ///
 /// By the target's path. Every target is as it was then.
-pub(crate) fn publish(mut files: Vec<(&Target, StateFile)>) -> anyhow::Result<()> {
+pub(crate) fn publish(files: Vec<(&Target, StateFile)>) -> anyhow::Result<()> {
+    publish_by(files, Means::Exchange)
+}
+
+fn publish_by(mut files: Vec<(&Target, StateFile)>, means: Means) -> anyhow::Result<()> {
     for (target, file) in &files {
         let settled = file.settle(target.old);
         settled.with_context(|| target.cannot_keep())?;
     }
     let mut put = 0;
     let result = files.iter_mut().try_for_each(|(target, file)| {
-        file.put(target).with_context(|| target.cannot_keep())?;
+        file.put(target, means)
+            .with_context(|| target.cannot_keep())?;
         put += 1;
         anyhow::Ok(())
     });
@@ -432,11 +543,16 @@ mod tests {
         file
     }
 
-    /// Of files with and without a name of their own: what a file system offers.
+    /// Of files with and without a name of their own, and by all means that a file system may offer.
     #[test]
     fn all_files_appear_or_none() {
-        for named in [false, true] {
-            let place = Place::new(&format!("all-{named}"));
+        for (named, means) in [
+            (false, Means::Exchange),
+            (true, Means::Exchange),
+            (true, Means::Link),
+            (true, Means::Rename),
+        ] {
+            let place = Place::new(&format!("all-{named}-{means:?}"));
             fs::write(place.0.join("b"), "old").expect("written");
             let (a, b, c) = (place.target("a"), place.target("b"), place.target("c"));
             let make = |target: &Target| match named {
@@ -447,7 +563,7 @@ mod tests {
             let first = files("first");
             // Somebody makes the last one meanwhile.
             fs::write(place.0.join("c"), "theirs").expect("written");
-            let error = publish(first.into()).expect_err("it was changed");
+            let error = publish_by(first.into(), means).expect_err("it was changed");
             assert!(
                 format!("{error:#}").contains("/c: another process"),
                 "{error:#}"
@@ -459,12 +575,54 @@ mod tests {
             );
 
             fs::remove_file(place.0.join("c")).expect("removed");
-            publish(files("second").into()).expect("nobody is in the way");
+            let b = place.target("b");
+            let files = [&a, &b, &c].map(|target| (target, written(make(target), "second")));
+            publish_by(files.into(), means).expect("nobody is in the way");
             assert_eq!(place.names(), ["a", "b", "c"]);
             for name in place.names() {
                 assert_eq!(place.read(&name), "second");
             }
         }
+    }
+
+    #[test]
+    fn what_somebody_else_has_put_there_since_is_not_taken_back() {
+        for old in [false, true] {
+            let place = Place::new(&format!("theirs-{old}"));
+            if old {
+                fs::write(place.0.join("a"), "old").expect("written");
+            }
+            let target = place.target("a");
+            let mut file = written(target.create(), "ours");
+            file.put(&target, Means::Exchange).expect("put");
+            fs::write(place.0.join("b"), "theirs").expect("written");
+            fs::rename(place.0.join("b"), place.0.join("a")).expect("renamed");
+            file.take_back(&target);
+            drop(file);
+            assert_eq!(place.read("a"), "theirs");
+        }
+    }
+
+    #[test]
+    fn a_directorys_files_share_its_fd() {
+        let place = Place::new("fds");
+        let fds = || {
+            fs::read_dir("/proc/self/fd").expect("fds").filter(|fd| {
+                let link = fd.as_ref().expect("an entry").path().read_link();
+                link.is_ok_and(|link| link == place.0)
+            })
+        };
+        let directory = Directory::open(&place.0).expect("a directory");
+        let target = |name: u32| Target::within(directory.clone(), &place.0.join(name.to_string()));
+        let targets: Vec<_> = (0..10)
+            .map(|name| target(name).expect("a target"))
+            .collect();
+        let files: Vec<_> = targets
+            .iter()
+            .map(|target| target.create().expect("a file"))
+            .collect();
+        assert_eq!(fds().count(), 1);
+        drop(files);
     }
 
     #[test]
