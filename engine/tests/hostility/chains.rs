@@ -24,6 +24,7 @@ tests! {
         a_destination_that_takes_all_and_says_nothing,
         a_source_that_is_gone_before_its_channels,
         a_flood_of_channels_is_refused,
+        a_relay_whose_destination_is_gone_before_it_replied_says_so,
         a_link_that_is_cut_on_either_side,
         a_relay_between_with_any_number_of_channels,
     ],
@@ -193,6 +194,26 @@ fn a_source_that_is_gone_before_its_channels() {
             assert_ne!(ended.status, Some(0), "nothing has passed: {ended:?}");
             rig.untouched(&[]);
         }
+    }
+}
+
+fn a_relay_whose_destination_is_gone_before_it_replied_says_so() {
+    for told in ["", "--channels 2"] {
+        let rig = Rig::new(1000);
+        let door = TcpListener::bind("127.0.0.1:0").unwrap();
+        let to = door.local_addr().unwrap().to_string();
+        let (relay, through) = relay(&rig, &to, Wire::Tcp, "r", &format!("--timeout 2 {told}"));
+        // It ends in order, when it has read all that there was: as a process that is killed does.
+        let accepting = thread::spawn(move || {
+            let (mut main, _) = door.accept().unwrap();
+            main.set_read_timeout(Some(Duration::from_millis(300)))
+                .unwrap();
+            while main.read(&mut [0; 4096]).is_ok_and(|count| count > 0) {}
+        });
+        refused(&end(rig.send(&through, &THROUGH)), &["destination"]);
+        let relayed = end(relay);
+        refused(&relayed, &["main channel"]);
+        accepting.join().unwrap();
     }
 }
 

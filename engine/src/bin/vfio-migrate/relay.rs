@@ -328,6 +328,17 @@ impl MainChannel {
         lock(&self.verdict).check(replied)
     }
 
+    /// As [`MainChannel::check`], when all is over: where there was neither a reply nor a channel,
+    /// nothing says that anything has passed.
+    fn check_all(&self, channels: usize) -> anyhow::Result<()> {
+        self.check()?;
+        ensure!(
+            channels > 0 || self.bytes[1].load(Relaxed) > 0,
+            "the main channel has ended, and there was neither a reply nor a multifd channel"
+        );
+        Ok(())
+    }
+
     /// Ends both ways, and waits for the pumps.
     fn close(mut self) -> [u64; 2] {
         for end in &self.ends {
@@ -633,7 +644,10 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     }
     // And the listener with it.
     drop(watch);
-    let verdict = main.as_ref().map_or(Ok(()), MainChannel::check);
+    let (channels, _) = relay.channels();
+    let verdict = main
+        .as_ref()
+        .map_or(Ok(()), |main| main.check_all(channels));
     let main = main.map(MainChannel::close);
     let report = relay.join();
     // The destination knows why, if anybody does; of this host it knows nothing.
