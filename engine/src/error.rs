@@ -368,10 +368,12 @@ impl Error {
     /// The kernel's errno, where one is behind it.
     #[must_use]
     pub fn raw_os_error(&self) -> Option<i32> {
-        self.0
-            .source
-            .as_ref()
-            .and_then(|source| source.raw_os_error())
+        let source = self.0.source.as_ref()?;
+        // An implementation may have put words around it.
+        source.raw_os_error().or_else(|| {
+            let inner = source.get_ref()?.source()?;
+            inner.downcast_ref::<io::Error>()?.raw_os_error()
+        })
     }
 
     /// Whether somebody cancelled, rather than something failed.

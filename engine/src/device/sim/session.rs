@@ -16,7 +16,7 @@
 //! is in: it says "incomplete" rather than wait for bytes.
 
 use std::{
-    cmp,
+    cmp, fmt,
     fs::{File, OpenOptions},
     io::{self, Read, Seek, SeekFrom, Write},
     os::{
@@ -342,7 +342,23 @@ fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
 
 /// Says what it was that the host refused.
 fn no_thread(error: io::Error) -> io::Error {
-    io::Error::new(error.kind(), format!("the host has no thread: {error}"))
+    io::Error::new(error.kind(), NoThread(error))
+}
+
+/// The host's refusal of a thread, which keeps its errno.
+#[derive(Debug)]
+struct NoThread(io::Error);
+
+impl fmt::Display for NoThread {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the host has no thread: {}", self.0)
+    }
+}
+
+impl std::error::Error for NoThread {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.0)
+    }
 }
 
 fn memfd() -> io::Result<File> {
