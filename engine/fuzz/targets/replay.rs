@@ -39,7 +39,6 @@ mod state_files {
 #[expect(dead_code, reason = "inspect uses the rest")]
 mod capture;
 #[path = "../../src/bin/vfio-migrate/contents.rs"]
-#[expect(dead_code, reason = "the command's messages use the rest")]
 mod contents;
 
 use capture::{Scan, Walker};
