@@ -645,9 +645,11 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     // And the listener with it.
     drop(watch);
     let (channels, _) = relay.channels();
-    let verdict = main
-        .as_ref()
-        .map_or(Ok(()), |main| main.check_all(channels));
+    let verdict = main.as_ref().map_or(Ok(()), |main| match &watched {
+        Ok(()) => main.check_all(channels),
+        // Why it failed is known.
+        Err(_) => main.check(),
+    });
     let main = main.map(MainChannel::close);
     let report = relay.join();
     // The destination knows why, if anybody does; of this host it knows nothing.
