@@ -41,7 +41,7 @@ use nix::{
         self, AddressFamily, SockFlag, SockType, SockaddrStorage, UnixAddr, getsockopt, sockopt,
     },
 };
-use vfio_migration_uring::deadline;
+use vfio_migration_uring::{deadline, later};
 
 use crate::{
     Interrupted, interrupt,
@@ -239,7 +239,7 @@ impl Party<'_> {
             _ => TICK,
         };
         attempt.state = State::Waiting {
-            until: Instant::now() + pause,
+            until: deadline(pause),
         };
         // Of several the one that came from over there says the most.
         if errno != Errno::ETIMEDOUT || self.failure.is_none() {
@@ -271,7 +271,7 @@ impl Party<'_> {
                     attempt.state = State::UnderWay {
                         fd,
                         since: Instant::now(),
-                        until: now + patience,
+                        until: later(now, patience),
                     };
                 }
                 Err(errno) => self.failed(index, errno.into())?,
