@@ -34,22 +34,42 @@ fn chain(unix: bool, source: &str, relay: &str, destination: &str) -> [Ended; 3]
     [sent, relaying.end(), receiving.end()]
 }
 
+/// A chain that has passed: all of it says so.
+fn passes(unix: bool, channels: &str, relay: &str, size: &str) {
+    let source = format!("{channels} --device sim:id=a,{size}");
+    let destination = format!("{channels} --device sim:id=a");
+    let ended = chain(unix, &source, relay, &destination);
+    let statuses = ended.each_ref().map(|ended| ended.status);
+    assert_eq!(statuses, [Some(0); 3], "{source}, {relay}: {ended:?}");
+}
+
 #[test]
 fn a_migration_passes_with_every_default() {
     for unix in [false, true] {
-        for round in 0..2 {
-            for channels in [1, 2, 4, 16, 64] {
-                let size = format!("--device sim:id=a,size={}KiB,seed={round}", 64 << round);
-                let given = format!("--channels {channels}");
-                for (all, relay) in [(&*given, ""), (&*given, &*given), ("", "")] {
-                    let source = format!("{all} {size}");
-                    let destination = format!("{all} --device sim:id=a");
-                    let ended = chain(unix, &source, relay, &destination);
-                    let statuses = ended.each_ref().map(|ended| ended.status);
-                    assert_eq!(statuses, [Some(0); 3], "{source}, {relay}: {ended:?}");
-                }
+        for channels in [1, 2, 4, 16, 64] {
+            let given = format!("--channels {channels}");
+            for (all, relay) in [(&*given, ""), (&*given, &*given), ("", "")] {
+                passes(unix, all, relay, "size=100KiB");
             }
         }
+    }
+}
+
+/// As many as an id can name, and the relay has not been told how many there will be.
+#[test]
+fn as_many_channels_as_there_may_be_pass() {
+    for unix in [false, true] {
+        passes(unix, "--channels 255", "", "size=4MiB");
+    }
+}
+
+/// Over both socket kinds by turns, whichever of the three processes is scheduled first.
+#[test]
+fn a_hundred_migrations_pass_in_a_row() {
+    for round in 0..100 {
+        let channels = format!("--channels {}", 1 << (round / 2 % 6));
+        let size = format!("size=64KiB,seed={round}");
+        passes(round % 2 == 1, &channels, "", &size);
     }
 }
 
