@@ -237,3 +237,68 @@ fn a_terminal_that_stands_still_stops_nobody() {
         }
     }
 }
+
+#[test]
+fn a_failure_is_said_before_its_object_is_printed() {
+    let directory = Directory::new();
+    let path = directory.file("socket");
+    let receive = format!("receive --json --listen unix:{path} --device sim:id=a");
+    // Each way out: the arguments' parser, a command, one that was interrupted, and one that was asked for
+    // its end once more, while it waited for its peer.
+    for (number, (line, interrupts, status)) in [
+        ("send --json", 0, 2),
+        ("replay --json /nowhere", 0, 1),
+        ("demo --json --devices 1 --state 1024GiB", 1, 130),
+        (&receive, 1, 130),
+        (&receive, 2, 130),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let file = directory.file(&number.to_string());
+        let both = fs::File::options().append(true).create(true).open(&file);
+        let both = both.unwrap();
+        let running = start_with(words(line), both.try_clone().unwrap().into(), both.into());
+        let mut source = None;
+        if line == receive {
+            until("it listens", || {
+                source = UnixStream::connect(&path).ok();
+                source.is_some()
+            });
+            source.as_mut().unwrap().write_all(b"QEVM").unwrap();
+        }
+        for number in 0..interrupts {
+            // The second comes while it still lingers.
+            thread::sleep(Duration::from_millis(if number == 0 { 300 } else { 50 }));
+            running.signal("INT");
+        }
+        let ended = running.end();
+        assert_eq!(ended.status, Some(status), "{line}: {ended:?}");
+        let said = fs::read_to_string(&file).unwrap();
+        let (lines, object) = said.split_once("{\n").unwrap();
+        let object = format!("{{{object}");
+        let mut values = serde_json::Deserializer::from_str(&object).into_iter();
+        let object: serde_json::Value = values.next().unwrap().unwrap();
+        let message = object["error"]["message"].as_str().unwrap();
+        // The parser has lines of its own.
+        let why = message.split("   ").next().unwrap();
+        assert!(lines.contains(why), "{line}: {said}");
+    }
+}
+
+#[test]
+fn a_failure_is_said_where_nobody_reads_its_object() {
+    let directory = Directory::new();
+    let path = directory.file("stderr");
+    for line in ["send --json", "replay --json /nowhere"] {
+        let (unread, stdout) = full();
+        let stderr = fs::File::create(&path).unwrap();
+        let running = start_with(words(line), stdout.into(), stderr.into());
+        until("it has said why", || {
+            fs::read_to_string(&path).unwrap().ends_with('\n')
+        });
+        drop(unread);
+        let ended = running.end();
+        assert!(matches!(ended.status, Some(1 | 2)), "{ended:?}");
+    }
+}

@@ -14,7 +14,8 @@
 //! From `kind` on each stands there where it is known. A demo whose states differ has `error` beside
 //! its result.
 //!
-//! Any thread may say it; whoever is first does.
+//! The line is written first: whoever does not read stdout does not lose it. Any thread may say it;
+//! whoever is first does.
 
 use std::{
     fmt, io,
@@ -23,6 +24,7 @@ use std::{
         AtomicU8,
         Ordering::{AcqRel, Acquire},
     },
+    time::Duration,
 };
 
 use nix::{
@@ -35,6 +37,7 @@ use vfio_migration::{DeviceId, Error, ErrorKind, Phase};
 use crate::{
     Interrupted, Usage, interrupt,
     output::{self, json_text, one_line},
+    stderr,
 };
 
 /// An error about a device that no error of the engine's names.
@@ -195,7 +198,7 @@ pub(crate) fn take_object() -> bool {
     taken.is_ok()
 }
 
-/// Prints why the command has failed, where an object is still wanted.
+/// Prints why the command has failed, where an object is still wanted. The line is written already.
 pub(crate) fn print(error: &anyhow::Error) {
     if take_object()
         && let Ok(text) = Failure::new(error).object()
@@ -205,9 +208,11 @@ pub(crate) fn print(error: &anyhow::Error) {
     }
 }
 
-/// Says that the command was interrupted, by a thread that may wait for nothing: neither for whoever holds
-/// stdout now nor for whoever should read it.
-pub(crate) fn tell_interrupted_at_once() {
+/// Says that the command was interrupted, by a thread that waits for nobody: neither for whoever holds stdout
+/// now nor for whoever should read it, and for whoever reads stderr no longer than `patience`.
+pub(crate) fn tell_interrupted_at_once(patience: Duration) {
+    output::say("interrupted");
+    stderr::finish(patience);
     let stdout = io::stdout();
     if take_object()
         && let Ok(text) = Failure::new(&anyhow::anyhow!(Interrupted)).object()
@@ -218,7 +223,6 @@ pub(crate) fn tell_interrupted_at_once() {
             let _lost = nix::unistd::write(stdout.as_fd(), text.as_bytes());
         }
     }
-    output::say("interrupted");
 }
 
 #[cfg(test)]

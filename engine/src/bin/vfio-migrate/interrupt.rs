@@ -72,8 +72,8 @@ pub(crate) fn watch() -> anyhow::Result<()> {
                 State::Busy => *state = State::Asked(Instant::now()),
                 State::Settled(what) => end_settled(what),
                 State::Idle | State::Asked(_) => {
-                    crate::failure::tell_interrupted_at_once();
-                    exit(STATUS);
+                    crate::failure::tell_interrupted_at_once(UNREAD);
+                    std::process::exit(STATUS.into());
                 }
             }
         }
@@ -92,15 +92,14 @@ fn is_ignored(signal: Signal) -> bool {
     mask.is_some_and(|mask| mask & (1 << (signal as i32 - 1)) != 0)
 }
 
-/// Ends the process from any thread: whoever stands in a write is left there.
-fn exit(status: u8) -> ! {
-    crate::stderr::finish(Duration::from_millis(300));
-    std::process::exit(status.into());
-}
+/// How long the end waits for whoever reads stderr.
+const UNREAD: Duration = Duration::from_millis(300);
 
+/// Ends the process from any thread: whoever stands in a write is left there.
 fn end_settled(what: &str) -> ! {
     crate::output::say(&format!("warning: {what}, but the output was interrupted"));
-    exit(0);
+    crate::stderr::finish(UNREAD);
+    std::process::exit(0);
 }
 
 /// From now on the migration has passed: what is left is to be printed, and Ctrl-C ends that. Where it was

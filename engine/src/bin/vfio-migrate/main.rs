@@ -208,11 +208,13 @@ fn main() -> ExitCode {
         return ExitCode::from(1);
     }
     let cli = Cli::try_parse().unwrap_or_else(|error| {
+        // Help, too; where it cannot be written there is still the status.
+        let _lost = error.print();
         if error.use_stderr() && std::env::args_os().any(|argument| argument == "--json") {
             failure::want_json();
             failure::print(&anyhow!(Usage(error.to_string())));
         }
-        error.exit()
+        std::process::exit(error.exit_code())
     });
     let command = cli
         .command
@@ -220,15 +222,14 @@ fn main() -> ExitCode {
     if command.is_json() {
         failure::want_json();
     }
-    let status = match run(command) {
-        Ok(()) => 0,
-        Err(error) if is_closed_pipe(&error) => 0,
-        Err(error) => {
-            failure::print(&error);
-            output::say(&format!("{error:#}"));
-            failure::status(&error)
-        }
-    };
+    let failed = run(command).err().filter(|error| !is_closed_pipe(error));
+    if let Some(error) = &failed {
+        output::say(&format!("{error:#}"));
+    }
     stderr::finish(Duration::from_secs(2));
-    ExitCode::from(status)
+    // Behind the line: nobody may read stdout any more.
+    if let Some(error) = &failed {
+        failure::print(error);
+    }
+    ExitCode::from(failed.as_ref().map_or(0, failure::status))
 }
