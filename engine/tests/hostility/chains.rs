@@ -29,7 +29,6 @@ tests! {
         a_relay_between_with_any_number_of_channels,
     ],
     root: [],
-    later: [],
 }
 
 /// A relay to there.

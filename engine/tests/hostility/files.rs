@@ -42,7 +42,6 @@ tests! {
         a_device_node_stays_one,
         a_directory_of_another_user_is_refused,
     ],
-    later: [],
 }
 
 fn a_file_that_may_not_grow_is_a_failure_on_both_sides() {

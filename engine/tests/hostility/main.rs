@@ -54,19 +54,16 @@ const AT_A_TIME: usize = 8;
 pub(crate) enum Needs {
     Nothing,
     Root,
-    /// A mend of the command that has not been made: run with `-- --ignored`.
-    Mend,
 }
 
 pub(crate) type Test = (&'static str, fn(), Needs);
 
 /// A module's tests, by their names and by what they need.
 macro_rules! tests {
-    (any: [$($any:ident),* $(,)?], root: [$($root:ident),* $(,)?], later: [$($later:ident),* $(,)?],) => {
+    (any: [$($any:ident),* $(,)?], root: [$($root:ident),* $(,)?],) => {
         pub(crate) const TESTS: &[crate::Test] = &[
             $((stringify!($any), $any, crate::Needs::Nothing),)*
             $((stringify!($root), $root, crate::Needs::Root),)*
-            $((stringify!($later), $later, crate::Needs::Mend),)*
         ];
     };
 }
@@ -91,7 +88,7 @@ fn main() -> ExitCode {
                 test();
                 Ok(())
             };
-            let ignored = *needs == Needs::Mend || (*needs == Needs::Root && !root);
+            let ignored = *needs == Needs::Root && !root;
             Trial::test(format!("{module}::{name}"), run).with_ignored_flag(ignored)
         })
     });

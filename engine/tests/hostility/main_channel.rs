@@ -32,7 +32,6 @@ tests! {
         what_is_out_of_order_is_named,
     ],
     root: [],
-    later: [],
 }
 
 const STATE: &[u8] = b"first, second";

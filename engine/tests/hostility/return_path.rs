@@ -33,7 +33,6 @@ tests! {
         a_destination_that_reads_nothing_ends_and_can_be_interrupted,
     ],
     root: [],
-    later: [],
 }
 
 /// A destination of so many connections, which reads all that comes, and hands out its main channel.

@@ -26,7 +26,6 @@ tests! {
         where_nobody_reads_what_is_said,
     ],
     root: [],
-    later: [],
 }
 
 const SIGNALS: [&str; 3] = ["INT", "TERM", "HUP"];

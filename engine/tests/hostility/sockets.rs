@@ -34,18 +34,14 @@ tests! {
         a_link_to_a_unix_socket_that_is_cut_ends_both,
         a_link_in_small_pieces_is_a_link,
         a_destination_that_is_slow_to_accept_is_waited_for,
-        strangers_harm_nobody,
-        strangers_before_a_pipe_that_nobody_reads,
         as_many_channels_as_there_may_be,
-    ],
-    root: [],
-    later: [
         what_stands_at_a_sockets_path_stays,
         a_path_that_has_become_somebody_elses_is_left_alone,
         closed_strangers_keep_no_source_out,
         few_files_and_many_strangers,
         a_full_backlog_ends_and_can_be_interrupted,
     ],
+    root: [],
 }
 
 const RECEIVE: &str = "--accept-timeout 20 --timeout 5 --channels 2 --device sim:id=a";
