@@ -1,6 +1,8 @@
 //! What the tests of the command have in common: a process under a watchdog, and a place for files.
 #![allow(dead_code, reason = "each test uses a part of it")]
 
+mod minded;
+
 use std::{
     ffi::OsStr,
     fmt, fs,
@@ -212,8 +214,11 @@ impl Running {
         self.child.kill().unwrap();
     }
 
-    /// Another signal, by its name.
+    /// Another signal, by its name. One that the command minds is not sent before it does.
     pub fn signal(&self, name: &str) {
+        if matches!(name, "INT" | "TERM" | "HUP") {
+            minded::until_minded(self.id());
+        }
         let kill = Command::new("kill")
             .args(["-s", name, &self.child.id().to_string()])
             .status();

@@ -5,7 +5,7 @@ use std::{fs, io::Write, os::unix::net::UnixStream, path::Path, thread, time::Du
 use nix::{sys::stat::Mode, unistd::mkfifo};
 
 use crate::{
-    command::{Directory, Ended, listen, start, start_unread, words},
+    command::{Directory, Ended, listen, start, start_under, start_unread, words},
     link::{Fate, Link},
     rig::{BOUND, Ends, Rig, case, end, refused, sound, until},
     tests,
@@ -13,6 +13,7 @@ use crate::{
 
 tests! {
     any: [
+        before_it_is_the_command,
         a_stopped_process_goes_on,
         while_nobody_is_there,
         while_a_source_is_awaited,
@@ -42,6 +43,17 @@ fn obeyed(ended: &Ended, signal: &str) {
 
 fn pause() {
     thread::sleep(Duration::from_millis(300));
+}
+
+/// The signal waits until somebody is there who minds it: a test on a busy machine is sooner than an exec.
+fn before_it_is_the_command() {
+    for signal in SIGNALS {
+        case();
+        let nobody = words("send --to 127.0.0.1:1 --connect-timeout 100 --device sim:id=a");
+        let sending = start_under("sleep 0.3", nobody);
+        sending.signal(signal);
+        obeyed(&end(sending), signal);
+    }
 }
 
 fn while_nobody_is_there() {
