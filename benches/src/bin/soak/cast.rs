@@ -29,6 +29,17 @@ pub enum Trouble {
     Cut(Fate),
 }
 
+impl Trouble {
+    /// For how many seconds nothing may move. Where nobody ends without a word nobody has to give up for
+    /// time alone, and a machine that stands still fails nothing.
+    pub const fn patience(self) -> u32 {
+        match self {
+            Self::Nothing | Self::Pauses(..) | Self::Disk(_) => 120,
+            Self::Signal(..) | Self::Stops(_) | Self::Cut(_) => 2,
+        }
+    }
+}
+
 /// A device: its state's length, and whether there is a file of its name already.
 #[derive(Clone, Copy, Debug)]
 pub struct State {
@@ -100,10 +111,7 @@ impl Cast {
             }),
         };
         let backends = ["", "--backend blocking", "--backend uring"];
-        let timeout = match trouble {
-            Trouble::Nothing | Trouble::Pauses(..) => 120,
-            _ => 2,
-        };
+        let timeout = trouble.patience();
         let channels = random.of(&[1, 2, 3, 4, 8, 16, 64]);
         let flags = random.of(&[
             "",

@@ -21,6 +21,8 @@ mod judge;
 #[path = "../../../../engine/tests/hostility/link.rs"]
 mod link;
 mod migrate;
+#[path = "../../../../engine/tests/command/minded.rs"]
+mod minded;
 mod packets;
 mod peer;
 mod plan;

@@ -23,6 +23,7 @@ use crate::{
     cast::{Cast, Role, Trouble},
     judge::check,
     link::{Fate, Link},
+    minded::until_minded,
     plan::{Plan, Random},
 };
 
@@ -150,8 +151,11 @@ impl Process {
         Ok((process, address))
     }
 
-    /// One that has ended already is not sent any.
+    /// One that has ended already is not sent any. One that the command minds is not sent before it does.
     fn signal(&self, name: &str) -> Result<(), String> {
+        if matches!(name, "INT" | "TERM" | "HUP") {
+            until_minded(self.child.id());
+        }
         let status = Command::new("kill")
             .args(["-s", name, &self.child.id().to_string()])
             .stderr(Stdio::null())
@@ -215,8 +219,8 @@ pub fn run(plan: &Plan, cast: &Cast) -> Result<bool, String> {
             after: bytes,
         });
     }
-    // Who may never hear of its source gives up soon.
-    let patience = if cast.must_succeed() { 120 } else { 2 };
+    // Who may never hear of its source gives up soon, where time has a part in it at all.
+    let patience = cast.trouble.patience();
     let at = |name: &str| {
         if cast.tcp {
             "127.0.0.1:0".to_owned()
