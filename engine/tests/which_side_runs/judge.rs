@@ -115,9 +115,10 @@ impl One<'_> {
         };
         match near {
             Near::Home => self.check(self.home, holds, lost),
-            Near::Held if self.truth.state() == DeviceState::StopCopy => {
-                assert!(self.wrong.is_some(), "it has refused to stop");
-                self.check(DeviceState::StopCopy, Holds::Own, Duty::Nothing);
+            // It has refused to stop, and keeps what it holds.
+            Near::Held if matches!(self.wrong, Some(Wrong::Refuses(_))) => {
+                self.check(self.truth.state(), Holds::Own, Duty::Nothing);
+                assert!(!self.truth.state().runs());
             }
             Near::Held => self.check(DeviceState::Stop, holds, lost),
             Near::Retired => self.check(DeviceState::Stop, holds, Duty::Nothing),
@@ -215,7 +216,10 @@ impl Tally {
             if !expected.is_empty() {
                 assert!(at.is_some_and(|at| expected.contains(&at)), "{at:?}");
             }
-            if at.is_some_and(|at| comes_to(Some(at)).0 == Near::Held) && case.wrong.is_none() {
+            let severe = case.wrong.is_some_and(|(_, _, wrong)| wrong.is_severe());
+            let (near, far) = comes_to(at);
+            let back = case.leave != Leave::Dropped;
+            if near == Near::Held && far != Far::Runs && back && !severe {
                 goes_on(case, ended);
             }
             at
@@ -241,18 +245,28 @@ impl Tally {
     }
 }
 
-/// Somebody has said that the VM does not run there: it goes on here.
+/// Somebody has said that the VM does not run there: it goes on here. Where a device refuses, all stand,
+/// the others with what they hold, and those can go on.
 fn goes_on(case: &Case, ended: Ended) {
-    if comes_to(ended.at).1 == Far::Runs || case.leave == Leave::Dropped {
-        return;
-    }
     let (mut back, truth) = ended.sources;
-    state::start(&mut back).unwrap();
-    for (realized, truth) in back.iter().zip(&truth) {
+    if let Err(error) = state::start(&mut back) {
+        assert!(case.wrong.is_some(), "{error}");
+        for (at, (realized, truth)) in back.iter().zip(&truth).enumerate() {
+            let wrong = case.wrong_of(Side::Source, at).is_some();
+            let (holds, duty) = if wrong {
+                (Holds::Nothing, Duty::SetUpAnew)
+            } else {
+                (Holds::Own, Duty::Nothing)
+            };
+            assert_eq!((truth.state(), truth.holds()), (DeviceState::Stop, holds));
+            assert_eq!((realized.state(), realized.duty()), (truth.state(), duty));
+        }
+        state::start(&mut back).unwrap();
+    }
+    for (at, (realized, truth)) in back.iter().zip(&truth).enumerate() {
         assert_eq!(realized.state(), DeviceState::Running);
-        assert_eq!(
-            (truth.state(), truth.holds()),
-            (DeviceState::Running, Holds::Own)
-        );
+        assert_eq!(truth.state(), DeviceState::Running);
+        let wrong = case.wrong_of(Side::Source, at).is_some();
+        assert!(wrong || truth.holds() == Holds::Own);
     }
 }

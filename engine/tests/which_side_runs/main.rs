@@ -314,5 +314,25 @@ fn a_device_refuses_where_nobody_knows() {
             }
         }
     }
+    // Then the VM goes on at the source, and a device refuses that: the first after all the others.
+    for kind in kinds() {
+        for (side, device, calls) in devices(&kind) {
+            let asked = changes(&calls);
+            for k in asked..asked + if kind.alone { 1 } else { 2 } {
+                for wrong in [Wrong::Refuses(k), Wrong::Breaks(k)] {
+                    if side == Side::Source {
+                        let wrong = Some((side, device, wrong));
+                        let link = Link::Lost(At::End);
+                        let case = Case {
+                            wrong,
+                            link,
+                            ..kind
+                        };
+                        tally.case(&case, &[At::End]);
+                    }
+                }
+            }
+        }
+    }
     tally.end("doubts", &[At::End, At::Verdict, At::VerdictOfFailure]);
 }

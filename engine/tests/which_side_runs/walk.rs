@@ -15,7 +15,7 @@ use vfio_migration::{
 use crate::{
     case::{At, Case, Leave, Link, Side, Vm},
     common::hello,
-    side::{Holds, Truth},
+    side::{Holds, Truth, Wrong},
     vm::{Pipe, Sections, id, quick, read_main},
 };
 
@@ -105,7 +105,7 @@ struct Walk<'a> {
     case: &'a Case,
     near: Near,
     far: Far,
-    /// Of the destination's devices.
+    near_truth: Vec<Truth>,
     far_truth: Vec<Truth>,
     main: Sections,
     pipe: Pipe,
@@ -148,6 +148,7 @@ pub fn walk(case: &Case) -> Ended {
         case,
         near: Near::Set(Vec::new(), sources),
         far: Far::Back(Vec::new()),
+        near_truth,
         far_truth,
         main,
         pipe,
@@ -160,6 +161,7 @@ pub fn walk(case: &Case) -> Ended {
     let Walk {
         near,
         far,
+        near_truth,
         far_truth,
         channels,
         paused,
@@ -279,7 +281,10 @@ impl Walk<'_> {
             read_main(&mut self.reader, &self.pipe, incoming).map_err(|_| At::DestinationLoad)?;
             if self.case.vm == Vm::Paused {
                 self.paused = true;
-                vm::stop(sources, vm::Reason::Pause).map_err(|_| At::Pause)?;
+                if vm::stop(sources, vm::Reason::Pause).is_err() {
+                    self.all_stand();
+                    return Err(At::Pause);
+                }
             }
             if sources
                 .iter()
@@ -298,7 +303,10 @@ impl Walk<'_> {
         let Near::Set(sources, _) = &mut self.near else {
             unreachable!()
         };
-        vm::stop(sources, vm::Reason::FinishMigration).map_err(|_| At::Stop)?;
+        if vm::stop(sources, vm::Reason::FinishMigration).is_err() {
+            self.all_stand();
+            return Err(At::Stop);
+        }
         let sources = std::mem::take(sources);
         let save = SaveSession::builder().settings(settings());
         let save = save.greeted_channels(self.channels.take().unwrap());
@@ -310,6 +318,16 @@ impl Walk<'_> {
             }
         }
         Ok(())
+    }
+
+    /// The VM has stopped, and so has every device, one that has refused and was reset as well.
+    fn all_stand(&self) {
+        for (at, truth) in self.near_truth.iter().enumerate() {
+            let wrong = self.case.wrong_of(Side::Source, at);
+            if !wrong.is_some_and(Wrong::is_severe) {
+                assert!(!truth.state().runs(), "{}", truth.state());
+            }
+        }
     }
 
     fn send(&mut self) -> Result<(), At> {
