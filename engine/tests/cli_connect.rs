@@ -6,6 +6,7 @@
 mod command;
 
 use std::{
+    fs,
     io::{Read, Write},
     net::{Shutdown, TcpListener, TcpStream},
     os::{
@@ -239,6 +240,22 @@ fn a_destination_that_accepts_nothing_is_waited_for_no_longer_than_said() {
 }
 
 #[test]
+fn all_connections_have_one_time() {
+    let directory = Directory::new();
+    let [_, address] = addresses(&directory);
+    let line = format!("send --channels 8 --device sim:id=a --to {address} --connect-timeout 4");
+    let sending = start(words(&line));
+    thread::sleep(Duration::from_millis(2500));
+    let destination = NoAccept::new(&address);
+    let ended = sending.end();
+    let (_, left) = ended.why().split_once("were made within ").unwrap();
+    let (left, _) = left.split_once(" s").unwrap();
+    // What the main channel's has left of it.
+    assert!(left.parse::<f64>().unwrap() < 3.0, "{ended:?}");
+    destination.end();
+}
+
+#[test]
 fn an_interrupt_ends_connecting() {
     let directory = Directory::new();
     for address in addresses(&directory) {
@@ -271,6 +288,32 @@ fn an_interrupt_ends_connecting() {
         assert_eq!(relay.end().status, Some(130));
         drop((listener, full));
     }
+}
+
+/// How often a process's main thread has slept.
+fn sleeps(process: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap();
+    let mut lines = status.lines();
+    let count = lines.find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+    count.unwrap().trim().parse().unwrap()
+}
+
+/// For a connection, or for Ctrl-C: none of them has to be looked for.
+#[test]
+fn a_connect_sleeps_until_something_comes() {
+    let (listener, address) = Any::small("127.0.0.1:0");
+    let full = fill(&address);
+    let line = format!("send --device sim:id=a --connect-timeout 1000 --to {address}");
+    let sending = start(words(&line));
+    thread::sleep(Duration::from_millis(1000));
+    let before = sleeps(sending.id());
+    thread::sleep(Duration::from_millis(2000));
+    let times = sleeps(sending.id()) - before;
+    // An attempt has ended, and another begun.
+    assert!(times < 10, "{times} times in two seconds");
+    sending.signal("INT");
+    assert_eq!(sending.end().status, Some(130));
+    drop((listener, full));
 }
 
 #[test]

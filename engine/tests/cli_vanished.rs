@@ -1,42 +1,22 @@
 //! A peer whose host vanishes: with bytes under way that nobody acknowledges, and with none.
 //!
-//! In a network namespace of the test's own, whose loopback goes down. That takes root and `ip`;
-//! where one is missing the test says so, and tests nothing.
+//! In a network namespace of the test's own, whose loopback goes down.
 #![cfg(feature = "cli")]
 #![allow(missing_docs, reason = "a test")]
 
 mod command;
+mod network;
 
 use std::{
     io::{Read, Write},
     net::TcpListener,
     os::unix::net::UnixStream,
-    process::Command,
     thread,
     time::Duration,
 };
 
 use command::{Directory, listen, start, words};
-use nix::sched::{CloneFlags, unshare};
-
-fn ip(arguments: &str) -> bool {
-    let done = Command::new("ip").args(words(arguments)).status();
-    done.is_ok_and(|status| status.success())
-}
-
-/// Runs `test` on a thread in a new network namespace, and all that it starts.
-fn in_a_network_of_its_own(test: impl FnOnce() + Send + 'static) {
-    let ran = thread::spawn(|| {
-        if unshare(CloneFlags::CLONE_NEWNET).is_err() || !ip("link set lo up") {
-            eprintln!("nothing is tested: no network namespace, or no ip");
-            return;
-        }
-        test();
-    });
-    if let Err(panic) = ran.join() {
-        std::panic::resume_unwind(panic);
-    }
-}
+use network::{in_a_network_of_its_own, ip};
 
 #[test]
 fn a_relay_finds_a_destination_whose_host_is_gone() {

@@ -15,11 +15,10 @@
 //! may answer more than it has room for, and reset them when they are used. A far destination is
 //! asked for several side by side, the more the longer the last answer took.
 //!
-//! Used from the command's main thread. Its one wait is a `poll` of a tick at most. What ends it:
-//! the connections, a failure that will not pass, the time, or the caller's `look`, which is asked
-//! in every round; Ctrl-C is among what is looked for. A name is looked up by a thread of its own,
-//! because the look-up cannot be interrupted; one that does not come back is left behind, and ends
-//! with the process.
+//! Used from the command's main thread. Its one wait is a `poll` of the connections and of Ctrl-C. What
+//! ends it: the connections, a failure that will not pass, the time, Ctrl-C, or the caller's `look`, which
+//! is asked each tick, where there is one. A name is looked up by a thread of its own, because the look-up
+//! cannot be interrupted; one that does not come back is left behind, and ends with the process.
 
 use std::{
     io, mem,
@@ -28,7 +27,7 @@ use std::{
         fd::{AsFd, AsRawFd, OwnedFd},
         unix::net::UnixStream,
     },
-    sync::mpsc::{self, RecvTimeoutError},
+    sync::mpsc::{self, TryRecvError},
     thread,
     time::{Duration, Instant},
 };
@@ -72,7 +71,7 @@ enum Target {
 }
 
 impl Target {
-    fn all(address: &Address, deadline: Instant, look: Look<'_>) -> anyhow::Result<Vec<Self>> {
+    fn all(address: &Address, deadline: Instant, look: &mut Look<'_>) -> anyhow::Result<Vec<Self>> {
         Ok(match address {
             Address::Unix(path) => vec![Self::Unix(UnixAddr::new(path)?)],
             Address::Tcp(address) => {
@@ -117,28 +116,44 @@ impl Target {
     }
 }
 
-/// What is asked in every round of a wait: an error ends the wait.
-pub(crate) type Look<'a> = &'a mut dyn FnMut() -> anyhow::Result<()>;
+/// What is asked each tick of a wait, if anything: an error ends the wait.
+pub(crate) type Look<'a> = Option<&'a mut dyn FnMut() -> anyhow::Result<()>>;
 
-fn look_around(look: Look<'_>) -> anyhow::Result<()> {
+/// Waits for one of `fds`, or Ctrl-C, but not beyond `until`; and looks around.
+fn wait(mut fds: Vec<PollFd<'_>>, until: Instant, look: &mut Look<'_>) -> anyhow::Result<()> {
+    fds.extend(interrupt::asked());
+    let left = until.saturating_duration_since(Instant::now());
+    let left = if look.is_some() { left.min(TICK) } else { left };
+    // Rounded up: a time of less than a millisecond would not be one.
+    let left = left.saturating_add(Duration::from_millis(1));
+    match poll(
+        &mut fds,
+        PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX),
+    ) {
+        Ok(_) | Err(Errno::EINTR) => {}
+        Err(errno) => return Err(errno.into()),
+    }
     if interrupt::requested() {
         bail!(Interrupted);
     }
-    look()
+    look.as_mut().map_or(Ok(()), |look| look())
 }
 
 /// The addresses of `HOST:PORT`.
 pub(crate) fn resolve(
     address: &str,
     deadline: Instant,
-    look: Look<'_>,
+    look: &mut Look<'_>,
 ) -> anyhow::Result<Vec<SocketAddr>> {
     if let Ok(address) = address.parse() {
         return Ok(vec![address]);
     }
     let (sender, found) = mpsc::sync_channel(1);
+    // Readable when the thread has ended, however.
+    let (over, ends) = UnixStream::pair()?;
     let name = address.to_owned();
     let looking_up = move || {
+        let _ends = ends;
         let found = name.to_socket_addrs().map(Iterator::collect);
         // Nobody may want to know any more.
         let _left = sender.send(found);
@@ -146,11 +161,19 @@ pub(crate) fn resolve(
     let thread = thread::Builder::new().name("resolve".into());
     thread.spawn(looking_up).context("cannot start a thread")?;
     loop {
-        match found.recv_timeout(TICK) {
+        match found.try_recv() {
             Ok(found) => return Ok(found?),
-            Err(RecvTimeoutError::Timeout) if Instant::now() < deadline => look_around(look)?,
-            Err(RecvTimeoutError::Timeout) => bail!("the name was not found in time"),
-            Err(RecvTimeoutError::Disconnected) => bail!("the look-up of the name panicked"),
+            Err(TryRecvError::Disconnected) => bail!("the look-up of the name panicked"),
+            Err(TryRecvError::Empty) if Instant::now() >= deadline => {
+                bail!("the name was not found in time")
+            }
+            Err(TryRecvError::Empty) => {
+                wait(
+                    vec![PollFd::new(over.as_fd(), PollFlags::POLLIN)],
+                    deadline,
+                    look,
+                )?;
+            }
         }
     }
 }
@@ -280,30 +303,23 @@ impl Party<'_> {
         Ok(())
     }
 
-    /// Waits for those that are under way, a tick at most.
-    fn wait(&self) -> io::Result<()> {
-        let now = Instant::now();
-        let mut wait = TICK;
+    /// What comes of those that are under way, and when the next of all is to be looked at.
+    fn awaited(&self) -> (Vec<PollFd<'_>>, Option<Instant>) {
         let mut fds = Vec::new();
+        let mut times = Vec::new();
+        let room = self.under_way() < self.width;
         for attempt in &self.attempts {
             match &attempt.state {
-                State::UnderWay { fd, .. } => {
+                State::UnderWay { fd, until, .. } => {
                     fds.push(PollFd::new(fd.as_fd(), PollFlags::POLLOUT));
+                    times.push(*until);
                 }
-                State::Waiting { until } if *until > now => wait = wait.min(*until - now),
+                State::Waiting { until } if room => times.push(*until),
                 // It has to wait for one of those under way.
                 State::Waiting { .. } | State::Made => {}
             }
         }
-        // Rounded up: a time of less than a millisecond would not be one.
-        let wait = wait + Duration::from_millis(1);
-        match poll(
-            &mut fds,
-            PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX),
-        ) {
-            Ok(_) | Err(Errno::EINTR) => Ok(()),
-            Err(errno) => Err(errno.into()),
-        }
+        (fds, times.into_iter().min())
     }
 
     /// Looks at what has come of those that were under way.
@@ -351,11 +367,11 @@ pub(crate) fn connect(
     count: usize,
     patience: Duration,
     timeout: Duration,
-    look: Look<'_>,
+    mut look: Look<'_>,
 ) -> anyhow::Result<Vec<Connection>> {
     let cannot = || format!("cannot connect to {address}");
     let deadline = deadline(patience);
-    let targets = match Target::all(address, deadline, look) {
+    let targets = match Target::all(address, deadline, &mut look) {
         Err(error) if error.is::<Interrupted>() => return Err(error),
         other => other.with_context(cannot)?,
     };
@@ -380,16 +396,17 @@ pub(crate) fn connect(
     });
     loop {
         party.begin().with_context(cannot)?;
-        party.wait().with_context(cannot)?;
+        let (fds, next) = party.awaited();
+        wait(fds, next.map_or(deadline, |at| at.min(deadline)), &mut look)?;
         party.judge().with_context(cannot)?;
         if party.made.len() == count {
             return Ok(party.made);
         }
-        look_around(look)?;
         if Instant::now() >= deadline {
             let failure = party.failure.take();
             let failure = failure.unwrap_or_else(|| Errno::ETIMEDOUT.into());
-            let seconds = patience.as_secs_f64();
+            // Some may be gone for others: no more digits than anybody wants to know.
+            let seconds = (patience.as_secs_f64() * 10.0).round() / 10.0;
             let made = party.made.len();
             return Err(anyhow!(failure).context(format!(
                 "{}: {made} of {count} connections were made within {seconds} s",
@@ -406,15 +423,16 @@ mod tests {
     #[test]
     fn a_name_is_looked_up() {
         let soon = Instant::now() + Duration::from_secs(60);
-        let found = resolve("localhost:7", soon, &mut || Ok(())).unwrap();
+        let found = resolve("localhost:7", soon, &mut None).unwrap();
         assert!(
             found
                 .iter()
                 .all(|it| it.port() == 7 && it.ip().is_loopback())
         );
-        let stop = resolve("localhost:7", soon, &mut || bail!("no more"));
+        let mut stops = || bail!("no more");
+        let stop = resolve("localhost:7", soon, &mut Some(&mut stops));
         assert!(stop.is_ok() || stop.unwrap_err().to_string() == "no more");
-        let number = resolve("[::1]:8", soon, &mut || bail!("not asked")).unwrap();
+        let number = resolve("[::1]:8", soon, &mut Some(&mut stops)).unwrap();
         assert_eq!(number, ["[::1]:8".parse().unwrap()]);
     }
 

@@ -15,6 +15,8 @@
 //! Settled is a migration that has passed on both sides, where only the printing is left: its status
 //! stays that of its peer.
 //!
+//! Whoever waits in a `poll` adds [`asked`] to it, or looks around each tick.
+//!
 //! The signals are blocked in every thread; one thread takes them with `sigwait`, for as long as
 //! the process lives, and so no code runs in a signal handler. That thread waits for nobody: not for
 //! who reads stdout or stderr, nor for a lock that is held over a wait. Any thread may ask. SIGHUP is left
@@ -22,7 +24,8 @@
 //! beyond the limit of a file's size is then an `EFBIG`, as any other error of a write.
 
 use std::{
-    sync::{Mutex, MutexGuard, PoisonError},
+    os::fd::AsFd,
+    sync::{Mutex, MutexGuard, OnceLock, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -30,7 +33,13 @@ use vfio_migration_uring::thread::spawn;
 
 use crate::room::NO_THREAD;
 use anyhow::Context;
-use nix::sys::signal::{SigSet, Signal};
+use nix::{
+    poll::{PollFd, PollFlags},
+    sys::{
+        eventfd::{EfdFlags, EventFd},
+        signal::{SigSet, Signal},
+    },
+};
 
 /// The exit status of who was interrupted, by whichever signal: 128 and the number of SIGINT.
 pub(crate) const STATUS: u8 = 130;
@@ -50,6 +59,9 @@ enum State {
 
 static STATE: Mutex<State> = Mutex::new(State::Idle);
 
+/// Readable from the moment at which the user has asked for the end.
+static ASKED: OnceLock<EventFd> = OnceLock::new();
+
 fn state() -> MutexGuard<'static, State> {
     STATE.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -65,11 +77,18 @@ pub(crate) fn watch() -> anyhow::Result<()> {
     let mut blocked = signals;
     blocked.add(Signal::SIGXFSZ);
     blocked.thread_block().context("cannot block signals")?;
+    let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
+    let event = event.context("cannot make an eventfd")?;
+    let event = ASKED.get_or_init(|| event);
     let wait = move || {
         while signals.wait().is_ok() {
             let mut state = state();
             match *state {
-                State::Busy => *state = State::Asked(Instant::now()),
+                State::Busy => {
+                    *state = State::Asked(Instant::now());
+                    // Written once, it is far from its limit.
+                    let _written = event.write(1);
+                }
                 State::Settled(what) => end_settled(what),
                 State::Idle | State::Asked(_) => {
                     crate::failure::tell_interrupted_at_once(UNREAD);
@@ -137,6 +156,12 @@ impl Drop for InOrder {
 /// Whether the user has asked for the end.
 pub(crate) fn requested() -> bool {
     matches!(*state(), State::Asked(_))
+}
+
+/// What a `poll` ends with as soon as [`requested`] is so; for good, so whoever goes on must leave it out.
+pub(crate) fn asked() -> Option<PollFd<'static>> {
+    let event = ASKED.get()?;
+    Some(PollFd::new(event.as_fd(), PollFlags::POLLIN))
 }
 
 /// How much time the last words have, and what goes with them, when the user has asked for the end.

@@ -154,7 +154,7 @@ impl Listener {
             let (socket, path) = match address {
                 Address::Tcp(address) => {
                     let deadline = deadline(LOOK_UP);
-                    let addresses = resolve(address, deadline, &mut || Ok(()))?;
+                    let addresses = resolve(address, deadline, &mut None)?;
                     let listener = TcpListener::bind(&addresses[..])?;
                     listener.set_nonblocking(true)?;
                     (Socket::Tcp(listener), None)

@@ -126,7 +126,7 @@ impl Options {
 
     fn connect(&self) -> anyhow::Result<Connection> {
         let (patience, timeout) = (self.connect_timeout, self.timeout);
-        let mut made = connect(&self.to, 1, patience, timeout, &mut || Ok(()))?;
+        let mut made = connect(&self.to, 1, patience, timeout, None)?;
         Ok(made.remove(0))
     }
 }

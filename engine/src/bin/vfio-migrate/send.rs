@@ -80,10 +80,10 @@ pub(crate) struct Options {
     /// How long nothing may move, or be heard of the destination, in seconds
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = args::seconds)]
     timeout: Duration,
-    /// How long connecting may take, in seconds: of the main channel, then of all others together
+    /// How long connecting may take in all, in seconds: the main channel and all others together
     ///
     /// Within it every connection is tried again where nobody listens yet, the destination is busy,
-    /// or a packet was lost.
+    /// or a packet was lost. What the destination takes to get ready in between does not count.
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = args::seconds)]
     connect_timeout: Duration,
     /// Print one JSON object
@@ -142,9 +142,10 @@ fn greet(
     Ok(sources)
 }
 
-/// Connects the channels; meanwhile says that the source is still there, and listens.
+/// Connects the channels within `patience`; meanwhile says that the source is still there, and listens.
 fn connect_channels(
     options: &Options,
+    patience: Duration,
     words: &mut Words,
     replies: &mut Replies<'_>,
 ) -> anyhow::Result<Vec<Channel>> {
@@ -152,15 +153,15 @@ fn connect_channels(
     let channels = connect(
         &options.to,
         options.channels as usize,
-        options.connect_timeout,
+        patience,
         options.timeout,
-        &mut || {
+        Some(&mut || {
             if said.elapsed() >= HEARTBEAT {
                 said = Instant::now();
                 words.command(Command::Ping(STILL_HERE))?;
             }
             replies.look()
-        },
+        }),
     )?;
     Ok(channels.into_iter().map(Into::into).collect())
 }
@@ -340,13 +341,14 @@ struct Sent {
 
 fn migrate(
     options: &Options,
+    patience: Duration,
     devices: Vec<Device>,
     subjects: &[Subject],
     words: &mut Words,
     replies: &mut Replies<'_>,
 ) -> anyhow::Result<Sent> {
     let mut sources = greet(options, devices, words, replies)?;
-    let channels = connect_channels(options, words, replies)?;
+    let channels = connect_channels(options, patience, words, replies)?;
     let settings = options.settings();
     let mut channels = SourceChannels::greet(channels, &settings)?;
     let precopy = if options.terms.precopy_over_channels {
@@ -451,9 +453,10 @@ fn description(subjects: &[Subject], stats: &Stats) -> anyhow::Result<Vec<u8>> {
     )?)
 }
 
-/// Talks to the destination until all is over.
+/// Talks to the destination until all is over. The channels are connected within `patience`.
 fn talk(
     options: &Options,
+    patience: Duration,
     devices: Vec<Device>,
     subjects: &[Subject],
     main: &Connection,
@@ -470,7 +473,14 @@ fn talk(
             .context("cannot use a connection")
             .and_then(Words::open)
             .and_then(|mut words| {
-                let result = migrate(options, devices, subjects, &mut words, &mut replies);
+                let result = migrate(
+                    options,
+                    patience,
+                    devices,
+                    subjects,
+                    &mut words,
+                    &mut replies,
+                );
                 result.inspect_err(|error| words.give_up(error))
             })
             // What the destination said last may be why the words did not get through.
@@ -518,19 +528,21 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     need.check(&options.settings())?;
     let (devices, subjects): (Vec<_>, Vec<_>) =
         device::open(&options.devices, true)?.into_iter().unzip();
+    let begun = Instant::now();
     let main = connect(
         &options.to,
         1,
         options.connect_timeout,
         options.timeout,
-        &mut || Ok(()),
+        None,
     )?
     .remove(0);
+    let patience = options.connect_timeout.saturating_sub(begun.elapsed());
     let Sent {
         stats,
         precopy,
         took,
-    } = talk(options, devices, &subjects, &main)?;
+    } = talk(options, patience, devices, &subjects, &main)?;
     interrupt::settled("all is loaded, and the destination has said so");
     drop(main);
     // The destination has it all: what cannot be said of it here is no failure.
