@@ -13,43 +13,36 @@
 //! channels has to be given, for its end is what says that no more will come.
 //!
 //! Whether the migration has passed is the destination's to say. On the return path it says SHUT with
-//! 0 or another number, and a `receive` says why it has failed: [`Verdict`] reads that on the way. A
+//! 0 or another number, and a `receive` says why it has failed: that is read on the way (`main_channel`). A
 //! main channel that carries no replies leaves it open.
 //!
 //! # Threads
 //!
-//! Two pump the main channel, one for each direction, and end when their side ends it, when the
-//! other cannot be written to, or when the main thread shuts both connections down; the `Relay` has
-//! threads of its own. The main thread takes connections in and watches over all that. It ends with
+//! Two pump the main channel, and the `Relay` has threads of its own. The main thread takes connections in and watches over all that. It ends with
 //! the last connection, a failure, Ctrl-C, or the time-outs of the options.
 
+mod main_channel;
+mod output;
+
 use std::{
-    io::{self, Read, Write},
-    net::Shutdown,
     os::fd::AsFd,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
-    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, anyhow, bail, ensure};
-use serde::Serialize;
-use vfio_migration::{Channel, Relay, Settings, Stats, wire::PageSize};
-use vfio_migration_uring::thread::spawn;
+use anyhow::{bail, ensure};
+use vfio_migration::{Channel, Relay, Settings, wire::PageSize};
 
+use self::{main_channel::MainChannel, output::Output};
 use crate::{
     Interrupted, args,
     connect::connect,
     door::{self, Caller, Door},
     interrupt, limits,
     listen::Listener,
-    main_channel::{REASON, main_failed, show_reason},
+    main_channel::main_failed,
     network::{self, Address, Connection},
-    output::{self, say, say_of_stranger},
-    room::{NO_THREAD, Need, is_the_hosts},
+    output::{say, say_of_stranger, warn},
+    room::{Need, is_the_hosts},
 };
 
 /// Pass a migration on, its devices' states through the engine
@@ -131,228 +124,6 @@ impl Options {
     }
 }
 
-// ------------------------------------------------------------------------------- main channel
-
-/// What the return path has said, read as it passes. Each message is a be16 kind, a be16 length, and
-/// that many bytes.
-#[derive(Debug, Default)]
-struct Verdict {
-    header: Vec<u8>,
-    payload: Vec<u8>,
-    /// Bytes of the payload that are still to come.
-    left: usize,
-    /// Of SHUT: 0 where all is loaded.
-    shut: Option<u32>,
-    reason: Option<String>,
-}
-
-impl Verdict {
-    const HEADER: usize = 4;
-    const SHUT: u16 = 1;
-
-    fn pass(&mut self, mut bytes: &[u8]) {
-        while !bytes.is_empty() {
-            if self.header.len() < Self::HEADER {
-                self.header.push(bytes[0]);
-                bytes = &bytes[1..];
-                if let [_, _, high, low] = self.header[..] {
-                    self.left = u16::from_be_bytes([high, low]).into();
-                }
-            } else {
-                let (payload, rest) = bytes.split_at(bytes.len().min(self.left));
-                self.payload.extend_from_slice(payload);
-                self.left -= payload.len();
-                bytes = rest;
-            }
-            if self.header.len() == Self::HEADER && self.left == 0 {
-                self.message();
-            }
-        }
-    }
-
-    fn message(&mut self) {
-        let kind = u16::from_be_bytes([self.header[0], self.header[1]]);
-        match (kind, <[u8; 4]>::try_from(&self.payload[..])) {
-            (Self::SHUT, Ok(value)) => self.shut = Some(u32::from_be_bytes(value)),
-            (REASON, _) => self.reason = Some(show_reason(&self.payload)),
-            _ => {}
-        }
-        self.header.clear();
-        self.payload.clear();
-    }
-
-    /// Fails where the destination has said that it failed, or has ended with part of its replies.
-    fn check(&self, replied: bool) -> anyhow::Result<()> {
-        match (&self.reason, self.shut) {
-            (Some(reason), _) => bail!("the destination has failed: {reason}"),
-            (None, Some(0)) => Ok(()),
-            (None, Some(_)) => bail!("the destination has failed: it says why itself"),
-            (None, None) if replied => {
-                bail!("the destination has ended without the word that all is loaded")
-            }
-            // There is no return path.
-            (None, None) => Ok(()),
-        }
-    }
-}
-
-/// One direction of the main channel.
-struct Pump {
-    from: Connection,
-    to: Connection,
-    /// Who reads what it brings.
-    reader: &'static str,
-    bytes: Arc<AtomicU64>,
-    /// On the return path.
-    verdict: Option<Arc<Mutex<Verdict>>>,
-}
-
-impl Pump {
-    /// Passes bytes on until `from` ends, and then says so to `to`.
-    fn run(mut self) -> anyhow::Result<()> {
-        let mut buffer = vec![0; 64 << 10];
-        loop {
-            let count = match self.from.read(&mut buffer) {
-                // One that was reset ends as well: who did it knows why.
-                Ok(0) => break,
-                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => break,
-                Ok(count) => count,
-                // A main channel may be silent for as long as its source likes; a peer that is gone
-                // is found by the keepalive.
-                Err(error)
-                    if matches!(
-                        error.kind(),
-                        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
-                    ) =>
-                {
-                    continue;
-                }
-                Err(error) => return Err(self.failed(error)),
-            };
-            if let Some(verdict) = &self.verdict {
-                lock(verdict).pass(&buffer[..count]);
-            }
-            if let Err(error) = self.to.write_all(&buffer[..count]) {
-                return Err(self.failed(error));
-            }
-            // Relaxed: a counter.
-            self.bytes.fetch_add(count as u64, Relaxed);
-        }
-        self.to.shutdown(Shutdown::Write);
-        Ok(())
-    }
-
-    fn failed(&self, error: io::Error) -> anyhow::Error {
-        // Neither side may wait for what cannot come.
-        self.from.shutdown(Shutdown::Both);
-        self.to.shutdown(Shutdown::Both);
-        let reader = self.reader;
-        match error.kind() {
-            // The connection's own time-out.
-            io::ErrorKind::WouldBlock => {
-                anyhow!("the main channel to the {reader} failed: nothing was taken in time")
-            }
-            _ => anyhow!(error).context(format!("the main channel to the {reader} failed")),
-        }
-    }
-}
-
-fn lock(verdict: &Mutex<Verdict>) -> MutexGuard<'_, Verdict> {
-    verdict.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// The main channel, both ways.
-struct MainChannel {
-    ends: [Connection; 2],
-    /// To the destination, to the source.
-    pumps: [Option<JoinHandle<anyhow::Result<()>>>; 2],
-    bytes: [Arc<AtomicU64>; 2],
-    verdict: Arc<Mutex<Verdict>>,
-}
-
-impl MainChannel {
-    fn start(source: Connection, destination: Connection) -> anyhow::Result<Self> {
-        let bytes: [Arc<AtomicU64>; 2] = Default::default();
-        let verdict = Arc::default();
-        let mut main = Self {
-            pumps: [None, None],
-            bytes: bytes.clone(),
-            ends: [source.try_clone()?, destination.try_clone()?],
-            verdict: Arc::clone(&verdict),
-        };
-        let [there, back] = bytes;
-        let pumps = [
-            Pump {
-                from: source.try_clone()?,
-                to: destination.try_clone()?,
-                reader: "destination",
-                bytes: there,
-                verdict: None,
-            },
-            Pump {
-                from: destination,
-                to: source,
-                reader: "source",
-                bytes: back,
-                verdict: Some(verdict),
-            },
-        ];
-        for (pump, place) in pumps.into_iter().zip(&mut main.pumps) {
-            *place = Some(spawn("main", || pump.run()).context(NO_THREAD)?);
-        }
-        Ok(main)
-    }
-
-    /// Whether the source has ended, and whether the destination has.
-    fn ended(&self) -> [bool; 2] {
-        let ended =
-            |pump: &Option<JoinHandle<_>>| pump.as_ref().is_none_or(JoinHandle::is_finished);
-        self.pumps.each_ref().map(ended)
-    }
-
-    fn is_ended(&self) -> bool {
-        self.ended() == [true, true]
-    }
-
-    /// What has failed, of the pumps that have ended.
-    fn failure(&mut self) -> Option<anyhow::Error> {
-        let pumps = self.pumps.iter_mut();
-        let ended = pumps.filter_map(|pump| pump.take_if(|pump| pump.is_finished()));
-        let joined = ended.map(|pump| pump.join().unwrap_or_else(|_| Err(anyhow!("a panic"))));
-        joined.filter_map(Result::err).next()
-    }
-
-    /// Whether the migration has passed, as far as the destination has said so.
-    fn check(&self) -> anyhow::Result<()> {
-        let replied = self.bytes[1].load(Relaxed) > 0;
-        lock(&self.verdict).check(replied)
-    }
-
-    /// As [`MainChannel::check`], when all is over: where there was neither a reply nor a channel,
-    /// nothing says that anything has passed.
-    fn check_all(&self, channels: usize) -> anyhow::Result<()> {
-        self.check()?;
-        ensure!(
-            channels > 0 || self.bytes[1].load(Relaxed) > 0,
-            "the main channel has ended, and there was neither a reply nor a multifd channel"
-        );
-        Ok(())
-    }
-
-    /// Ends both ways, and waits for the pumps.
-    fn close(mut self) -> [u64; 2] {
-        for end in &self.ends {
-            end.shutdown(Shutdown::Both);
-        }
-        for pump in self.pumps.iter_mut().filter_map(Option::take) {
-            // What it says now is our own doing.
-            let _closed = pump.join();
-        }
-        // Relaxed: the joins have ordered them.
-        self.bytes.each_ref().map(|bytes| bytes.load(Relaxed))
-    }
-}
-
 // --------------------------------------------------------------------------------------- watch
 
 /// The main thread's part.
@@ -403,7 +174,7 @@ impl Watch<'_> {
             Some(expected) => self.relay.channels().0 >= expected as usize,
             None => {
                 let main = self.main.as_ref();
-                let loaded = main.is_some_and(|main| lock(&main.verdict).shut == Some(0));
+                let loaded = main.is_some_and(MainChannel::is_loaded);
                 (loaded || self.main_ended.is_some()) && self.door.is_empty()
             }
         }
@@ -513,106 +284,6 @@ impl Watch<'_> {
     }
 }
 
-// -------------------------------------------------------------------------------------- output
-
-#[derive(Serialize)]
-struct DeviceOutput {
-    idstr: String,
-    instance: u32,
-    /// The config packet included.
-    packets: u64,
-    /// The 12-byte packet headers included.
-    bytes: u64,
-}
-
-#[derive(Serialize)]
-struct ChannelOutput {
-    channel: u32,
-    /// Device-state packets that came in on it, and their bytes.
-    packets: u64,
-    bytes: u64,
-    ram_packets: u64,
-    syncs: u64,
-}
-
-#[derive(Serialize)]
-struct Output {
-    role: &'static str,
-    devices: Vec<DeviceOutput>,
-    channels: Vec<ChannelOutput>,
-    /// Bytes of the main channel; none where it went another way.
-    main_to_destination: Option<u64>,
-    main_to_source: Option<u64>,
-    budget: u64,
-    held_high: u64,
-    late_wakeups: u64,
-}
-
-impl Output {
-    fn new(stats: &Stats, main: Option<[u64; 2]>) -> Self {
-        let devices = stats.devices.iter().map(|device| DeviceOutput {
-            idstr: device.device.idstr().to_owned(),
-            instance: device.device.instance(),
-            packets: device.packets,
-            bytes: device.bytes,
-        });
-        let channels = stats.channels.iter().map(|channel| ChannelOutput {
-            channel: channel.channel,
-            packets: channel.packets,
-            bytes: channel.bytes,
-            ram_packets: channel.ram_packets,
-            syncs: channel.syncs,
-        });
-        Self {
-            role: "relay",
-            devices: devices.collect(),
-            channels: channels.collect(),
-            main_to_destination: main.map(|[there, _]| there),
-            main_to_source: main.map(|[_, back]| back),
-            budget: stats.budget,
-            held_high: stats.held_high,
-            late_wakeups: stats.late_wakeups,
-        }
-    }
-
-    fn print(&self, json: bool) -> anyhow::Result<()> {
-        if json {
-            return output::print_json(self);
-        }
-        let mut text = String::new();
-        for device in &self.devices {
-            text.push_str(&format!(
-                "{:?}, instance {}: {} packets, {} bytes\n",
-                device.idstr, device.instance, device.packets, device.bytes
-            ));
-        }
-        if self.devices.is_empty() {
-            text.push_str("no device's packets\n");
-        }
-        let rows = self.channels.iter().map(|channel| {
-            vec![
-                channel.channel.to_string(),
-                channel.packets.to_string(),
-                channel.bytes.to_string(),
-                channel.ram_packets.to_string(),
-                channel.syncs.to_string(),
-            ]
-        });
-        let rows: Vec<Vec<String>> = rows.collect();
-        text.push('\n');
-        text.push_str(&output::table(
-            &["channel", "device packets", "bytes", "RAM", "SYNC"],
-            &rows,
-        ));
-        if let (Some(there), Some(back)) = (self.main_to_destination, self.main_to_source) {
-            text.push_str(&format!(
-                "main channel: {there} bytes to the destination, {back} bytes back\n"
-            ));
-        }
-        output::print(&text)
-    }
-}
-
 /// Runs `relay`.
 pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let _in_order = interrupt::in_order();
@@ -667,7 +338,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         verdict?;
     }
     interrupt::settled(DONE);
-    output::warn(DONE, Output::new(&report.stats, main).print(options.json));
+    warn(DONE, Output::new(&report.stats, main).print(options.json));
     Ok(())
 }
 
