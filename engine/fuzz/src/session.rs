@@ -10,6 +10,8 @@
 //! * The pool stays within the budget.
 //! * A load in which nothing was wrong succeeds; every load ends; its devices are in the states that
 //!   its report says.
+//! * Nobody else hears of a device that is unplugged: not of what it missed, nor of what still comes
+//!   for it, in whatever order.
 
 use std::{
     cell::{Cell, RefCell},
@@ -216,7 +218,7 @@ struct Run {
     config_after_iterables: bool,
     /// Something was wrong, so the load may fail.
     wrong: bool,
-    /// The load, or a device's part of it, was called off.
+    /// The load was called off.
     called_off: bool,
     /// Every packet was the next one of its device when it was sent.
     orderly: bool,
@@ -322,16 +324,16 @@ impl Run {
         let dev = &mut self.devices[packet.device];
         let Sent { index, config, .. } = packet;
         let fresh = !dev.data.contains(&index) && !dev.configs.contains(&index);
-        let good = fresh
-            && !dev.removed
+        let in_place = fresh
             && index < 0x1000_0000
             && match dev.configs.first() {
                 Some(&last) => !config && index < last,
                 // Packets overtake each other, but a config is a source's last.
                 None => !config || dev.data.last().is_none_or(|&last| last < index),
             };
-        self.wrong |= !good;
-        self.orderly &= index == dev.next;
+        // What comes for a device that has gone is read past, whatever it is.
+        self.wrong |= !in_place && !dev.removed;
+        self.orderly &= index == dev.next || dev.removed;
         if config {
             dev.configs.insert(index);
         } else {
@@ -522,8 +524,6 @@ impl Run {
             return;
         }
         self.devices[at].removed = true;
-        self.called_off = true;
-        self.wrong = true;
         let session = self.session.clone();
         let id = self.devices[at].id.clone();
         let strand = steps::spawn(format!("removing {id}"), move || {
@@ -565,7 +565,8 @@ impl Run {
             "a second notice, or one that nobody wants"
         );
         dev.ready = true;
-        self.wrong |= !good;
+        // One for a device that has gone is refused, and that is all.
+        self.wrong |= !good && !dev.removed;
     }
 
     /// One step of the input.
@@ -785,7 +786,7 @@ impl Run {
         let complete = self
             .devices
             .iter()
-            .all(|dev| dev.configs.first() == Some(&dev.next));
+            .all(|dev| dev.removed || dev.configs.first() == Some(&dev.next));
         let Self {
             session,
             devices,
