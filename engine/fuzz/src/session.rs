@@ -524,6 +524,8 @@ impl Run {
             return;
         }
         self.devices[at].removed = true;
+        // What has failed because of it before is not taken back.
+        self.wrong |= self.session.failure().is_some();
         let session = self.session.clone();
         let id = self.devices[at].id.clone();
         let strand = steps::spawn(format!("removing {id}"), move || {
