@@ -6,35 +6,25 @@
 #![allow(missing_docs, reason = "a test")]
 
 mod common;
+#[path = "../../uring/tests/no_room/mod.rs"]
+mod no_room;
 
 use std::{
     env,
     fs::{self, File, OpenOptions},
     io::{self, Read, Seek, SeekFrom, Write},
-    os::unix::{net::UnixStream, process::parent_id},
+    os::unix::net::UnixStream,
     path::Path,
-    process::{self, Command},
+    process,
     sync::atomic::{AtomicU32, Ordering},
 };
 
 use common::{Mock, Watchdog, collect, id, payload};
-use nix::{
-    mount::{MsFlags, mount},
-    sched::{CloneFlags, unshare},
-    sys::{
-        resource::{Resource, getrlimit, setrlimit},
-        signal::{SigSet, Signal},
-    },
-};
+use no_room::{PAGE, cuts, has_tmpfs, in_a_process, limit, resize, state};
 use vfio_migration::{
     Backend, Error, ErrorKind, LoadSession, SaveSession, Settings, wire::wrap_config,
 };
 use vfio_migration_uring::sim::{Fault, FaultPlan, SimConfig as RingConfig};
-
-const CASE: &str = "VFIO_MIGRATION_FULL_DISK_CASE";
-
-/// The page of a tmpfs.
-const PAGE: usize = 4096;
 
 /// Gathered into one write; each a write of its own, in chains; and both.
 const STATES: [&[usize]; 3] = [
@@ -55,13 +45,6 @@ const RINGS: [Ring; 3] = [
     Ring::Of(Backend::Blocking),
     Ring::Simulated,
 ];
-
-fn state(lens: &[usize]) -> Vec<u8> {
-    let len: usize = lens.iter().sum();
-    (0..len)
-        .map(|at| (at * 31 + at / 251).to_le_bytes()[0])
-        .collect()
-}
 
 /// Loads packets of these lengths into a file, all of which are there before the driver may write. `before`
 /// comes over the main channel.
@@ -109,20 +92,6 @@ fn load(
     load.join().result
 }
 
-/// Around every border of the packets, and within.
-fn cuts(lens: &[usize]) -> Vec<usize> {
-    let mut cuts = vec![0, 1];
-    let mut border = 0;
-    for len in lens {
-        border += len;
-        cuts.extend([border - len / 2, border - 1, border, border + 1]);
-    }
-    cuts.retain(|cut| *cut < border);
-    cuts.sort_unstable();
-    cuts.dedup();
-    cuts
-}
-
 /// Which packet a byte is of.
 fn packet(lens: &[usize], at: usize) -> u32 {
     let mut end = 0;
@@ -148,39 +117,20 @@ fn cut(path: &Path, lens: &[usize], fits: usize, ring: Ring, errno: i32) {
 }
 
 fn limited(directory: &Path) {
-    let mut signals = SigSet::empty();
-    signals.add(Signal::SIGXFSZ);
-    signals.thread_block().unwrap();
-    let (_, hard) = getrlimit(Resource::RLIMIT_FSIZE).unwrap();
     let path = directory.join("state");
     for ring in RINGS {
         for lens in STATES {
             for fits in cuts(lens) {
-                setrlimit(Resource::RLIMIT_FSIZE, fits as u64, hard).unwrap();
+                limit(fits as u64);
                 cut(&path, lens, fits, ring, libc::EFBIG);
             }
         }
     }
 }
 
-/// Mounts a tmpfs of so many pages there, or gives it another number.
-fn tmpfs(directory: &Path, pages: usize, again: MsFlags) -> nix::Result<()> {
-    let size = format!("size={}", pages * PAGE);
-    let none = None::<&str>;
-    mount(none, directory, Some("tmpfs"), again, Some(size.as_str()))
-}
-
 fn full(directory: &Path) {
-    // Gone with this process, however it ends.
-    let own = unshare(CloneFlags::CLONE_NEWNS).and_then(|()| {
-        let none = None::<&str>;
-        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
-        tmpfs(directory, 1, MsFlags::empty())
-    });
-    if let Err(errno) = own {
-        // Loud: this is where the machine decides what was tested.
-        let text = format!("NOT TESTED HERE: a full tmpfs, which needs root: {errno}\n");
-        return io::stderr().write_all(text.as_bytes()).unwrap();
+    if !has_tmpfs(directory) {
+        return;
     }
     // Packets of pages: the cut is at, before and behind each packet's border.
     let by_pages: [&[usize]; 3] = [
@@ -192,33 +142,11 @@ fn full(directory: &Path) {
     for ring in RINGS {
         for lens in by_pages {
             for pages in 1..lens.iter().sum::<usize>().div_ceil(PAGE) {
-                tmpfs(directory, pages, MsFlags::MS_REMOUNT).unwrap();
+                resize(directory, pages);
                 cut(&path, lens, pages * PAGE, ring, libc::ENOSPC);
                 fs::remove_file(&path).unwrap();
             }
         }
-    }
-}
-
-/// Runs `case` in a process of its own, in a directory of its own.
-fn in_a_process(test: &str, case: fn(&Path)) {
-    let directory = |id| env::temp_dir().join(format!("{test}-{id}"));
-    if env::var_os(CASE).is_some() {
-        return case(&directory(parent_id()));
-    }
-    let directory = directory(process::id());
-    fs::create_dir(&directory).unwrap();
-    let output = Command::new(env::current_exe().unwrap())
-        .args(["--exact", test, "--nocapture"])
-        .env(CASE, "")
-        .output()
-        .unwrap();
-    fs::remove_dir_all(&directory).unwrap();
-    let text = String::from_utf8_lossy(&output.stdout);
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{text}{error}");
-    if error.contains("NOT TESTED HERE") {
-        io::stderr().write_all(error.as_bytes()).unwrap();
     }
 }
 

@@ -6,37 +6,28 @@
 //! A limit is the process's, and a file system is mounted: so each case is a process of its own.
 #![cfg(feature = "sim")]
 
+mod no_room;
+
 use std::{
-    env, fs,
+    fs,
     fs::{File, OpenOptions},
-    io::{self, Write},
-    os::unix::{fs::FileExt, process::parent_id},
-    path::{Path, PathBuf},
-    process::{self, Command},
+    os::unix::fs::FileExt,
+    path::Path,
     sync::Arc,
     time::Duration,
 };
 
 use nix::{
-    mount::{MsFlags, mount},
-    sched::{CloneFlags, unshare},
-    sys::{
-        resource::{Resource, getrlimit, setrlimit},
-        signal::{SigSet, Signal},
-    },
+    sys::resource::{Resource, getrlimit},
     unistd::{Whence, lseek},
 };
+use no_room::{PAGE, cuts, has_tmpfs, in_a_process, limit, not_tested, resize, state};
 use vfio_migration_uring::{
     BlockingRing, Fd, KernelRing, Link, Op, Ring, Token, Waker,
     sim::{SimConfig, SimRing},
 };
 
-const CASE: &str = "VFIO_MIGRATION_URING_FULL_CASE";
-
 const LONG: Duration = Duration::from_secs(60);
-
-/// The page of a tmpfs.
-const PAGE: usize = 4096;
 
 /// Where the chain begins in the file.
 const START: usize = 77;
@@ -51,7 +42,7 @@ fn rings() -> Vec<Named> {
     let mut rings: Vec<Named> = Vec::new();
     match KernelRing::new(8, waker(), LONG) {
         Ok(ring) => rings.push(("uring", Box::new(ring))),
-        Err(error) => say(&format!("no io_uring here: {error}")),
+        Err(error) => not_tested(&format!("no io_uring here: {error}")),
     }
     let blocking = BlockingRing::new(8, waker(), LONG).unwrap();
     rings.push(("blocking", Box::new(blocking)));
@@ -60,22 +51,10 @@ fn rings() -> Vec<Named> {
     rings
 }
 
-/// Loud: this is where the machine decides what was tested.
-fn say(what: &str) {
-    let text = format!("NOT TESTED HERE: {what}\n");
-    io::stderr().write_all(text.as_bytes()).unwrap();
-}
-
-fn state() -> Vec<u8> {
-    (0..LENS.iter().sum::<usize>())
-        .map(|at| (at * 31 + at / 251).to_le_bytes()[0])
-        .collect()
-}
-
 /// Writes what is left of the state from `from` on, as one chain. Returns how far it is then, and the
 /// errno of the operation at which it was cut, if that moved nothing.
 fn go_on(ring: &mut dyn Ring<Vec<u8>>, fd: &Fd, from: usize) -> (usize, Option<i32>) {
-    let state = state();
+    let state = state(&LENS);
     let mut begin = 0;
     let mut pieces = Vec::new();
     for len in LENS {
@@ -120,7 +99,7 @@ fn go_on(ring: &mut dyn Ring<Vec<u8>>, fd: &Fd, from: usize) -> (usize, Option<i
 fn case(ring: &mut dyn Ring<Vec<u8>>, path: &Path, fits: usize, errno: i32, room: &dyn Fn()) {
     let file = open(path);
     let fd: Fd = Arc::new(file.try_clone().unwrap().into());
-    let state = state();
+    let state = state(&LENS);
     let mut at = 0;
     // Ends: each round moves a byte, or has an errno.
     loop {
@@ -153,34 +132,11 @@ fn open(path: &Path) -> File {
     file
 }
 
-/// Around every border of the chain, and within.
-fn cuts() -> Vec<usize> {
-    let mut cuts = vec![0, 1];
-    let mut border = 0;
-    for len in LENS {
-        border += len;
-        cuts.extend([border - len / 2, border - 1, border, border + 1]);
-    }
-    let all = state().len();
-    cuts.retain(|cut| *cut < all);
-    cuts.sort_unstable();
-    cuts.dedup();
-    cuts
-}
-
-fn limit(bytes: u64) {
-    let (_, hard) = getrlimit(Resource::RLIMIT_FSIZE).unwrap();
-    setrlimit(Resource::RLIMIT_FSIZE, bytes, hard).unwrap();
-}
-
 fn limited(directory: &Path) {
-    let mut signals = SigSet::empty();
-    signals.add(Signal::SIGXFSZ);
-    signals.thread_block().unwrap();
     let (unlimited, _) = getrlimit(Resource::RLIMIT_FSIZE).unwrap();
     let path = directory.join("state");
     for (name, mut ring) in rings() {
-        for fits in cuts() {
+        for fits in cuts(&LENS) {
             println!("{name}: a limit behind {fits} bytes");
             limit((START + fits) as u64);
             let room = || limit(unlimited);
@@ -189,56 +145,20 @@ fn limited(directory: &Path) {
     }
 }
 
-/// Mounts a tmpfs of so many pages there, or gives it another number.
-fn tmpfs(directory: &Path, pages: usize, again: MsFlags) -> nix::Result<()> {
-    let size = format!("size={}", pages * PAGE);
-    let none = None::<&str>;
-    mount(none, directory, Some("tmpfs"), again, Some(size.as_str()))
-}
-
 fn full(directory: &Path) {
-    // Gone with this process, however it ends.
-    let own = unshare(CloneFlags::CLONE_NEWNS).and_then(|()| {
-        let none = None::<&str>;
-        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
-        tmpfs(directory, 1, MsFlags::empty())
-    });
-    if let Err(errno) = own {
-        return say(&format!("a full tmpfs, which needs root: {errno}"));
+    if !has_tmpfs(directory) {
+        return;
     }
     let path = directory.join("state");
-    let pages = (START + state().len()).div_ceil(PAGE);
+    let pages = (START + state(&LENS).len()).div_ceil(PAGE);
     for (name, mut ring) in rings() {
         for fits in 1..pages {
             println!("{name}: a tmpfs of {fits} pages");
-            tmpfs(directory, fits, MsFlags::MS_REMOUNT).unwrap();
-            let room = || tmpfs(directory, pages, MsFlags::MS_REMOUNT).unwrap();
+            resize(directory, fits);
+            let room = || resize(directory, pages);
             case(&mut *ring, &path, fits * PAGE - START, libc::ENOSPC, &room);
             fs::remove_file(&path).unwrap();
         }
-    }
-}
-
-/// Runs `case` in a process of its own, in a directory of its own.
-fn in_a_process(test: &str, case: fn(&Path)) {
-    if env::var_os(CASE).is_some() {
-        let directory = |id| env::temp_dir().join(format!("uring-full-{test}-{id}"));
-        let directory: PathBuf = directory(parent_id());
-        return case(&directory);
-    }
-    let directory = env::temp_dir().join(format!("uring-full-{test}-{}", process::id()));
-    fs::create_dir(&directory).unwrap();
-    let output = Command::new(env::current_exe().unwrap())
-        .args(["--exact", test, "--nocapture"])
-        .env(CASE, "")
-        .output()
-        .unwrap();
-    fs::remove_dir_all(&directory).unwrap();
-    let text = String::from_utf8_lossy(&output.stdout);
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{text}{error}");
-    if error.contains("NOT TESTED HERE") {
-        io::stderr().write_all(error.as_bytes()).unwrap();
     }
 }
 
