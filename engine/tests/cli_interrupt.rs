@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use command::{Directory, listen, start, start_under, start_under_with, words};
+use command::{Directory, Running, listen, start, start_under, start_under_with, words};
 use vfio_migration::stream::{Command, Event, Reply, Writer};
 
 /// Longer than any watchdog: nothing here ends by itself.
@@ -69,38 +69,9 @@ fn a_destination_that_does_not_read_the_main_channel() {
     }
 }
 
-#[test]
-fn a_peer_that_stands_still() {
-    for signal in SIGNALS {
-        for at_the_source in [true, false] {
-            let directory = Directory::new();
-            let (path, file) = (directory.file("socket"), directory.file("state"));
-            let (receiving, to) = listen(words(&format!(
-                "receive --listen unix:{path} {LONG} --device file:{file},id=b sim:id=a"
-            )));
-            let sending = start(words(&format!(
-                "send --to {to} {LONG} --device sim:id=a,size=1024GiB sim:id=b"
-            )));
-            pause();
-            let (told, mut stopped) = if at_the_source {
-                (sending, receiving)
-            } else {
-                (receiving, sending)
-            };
-            stopped.signal("STOP");
-            pause();
-            told.signal(signal);
-            let ended = told.end();
-            assert_eq!(ended.status, Some(130), "{ended:?}");
-            stopped.kill();
-            stopped.end();
-            assert!(!fs::exists(&file).unwrap());
-        }
-    }
-}
-
-#[test]
-fn each_signal_is_told_to_the_other_and_leaves_nothing() {
+/// A migration that stands in its middle, for each signal and each side that it is sent to: `test` gets the
+/// signal, who is told, its peer, and the directory in which the destination's file would be.
+fn in_the_middle(test: impl Fn(&str, Running, Running, &Directory)) {
     for signal in SIGNALS {
         for at_the_source in [true, false] {
             let directory = Directory::new();
@@ -117,14 +88,35 @@ fn each_signal_is_told_to_the_other_and_leaves_nothing() {
             } else {
                 (receiving, sending)
             };
-            told.signal(signal);
-            let ended = told.end();
-            assert_eq!(ended.status, Some(130), "{ended:?}");
-            let other = other.end();
-            assert!(other.why().contains("failed: interrupted"), "{other:?}");
-            assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+            test(signal, told, other, &directory);
         }
     }
+}
+
+#[test]
+fn a_peer_that_stands_still() {
+    in_the_middle(|signal, told, mut stopped, directory| {
+        stopped.signal("STOP");
+        pause();
+        told.signal(signal);
+        let ended = told.end();
+        assert_eq!(ended.status, Some(130), "{ended:?}");
+        stopped.kill();
+        stopped.end();
+        assert!(!fs::exists(directory.file("state")).unwrap());
+    });
+}
+
+#[test]
+fn each_signal_is_told_to_the_other_and_leaves_nothing() {
+    in_the_middle(|signal, told, other, directory| {
+        told.signal(signal);
+        let ended = told.end();
+        assert_eq!(ended.status, Some(130), "{ended:?}");
+        let other = other.end();
+        assert!(other.why().contains("failed: interrupted"), "{other:?}");
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+    });
 }
 
 #[test]

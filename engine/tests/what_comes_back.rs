@@ -11,7 +11,7 @@ use std::{io, os::unix::net::UnixStream};
 use common::Watchdog;
 use nix::errno::Errno;
 use vfio_migration::{
-    Device, DeviceState, Duty, LoadSession, Report, SaveSession, SourceChannels,
+    Device, DeviceState, Duty, LoadSession, NotStarted, Report, SaveSession, SourceChannels,
     migration::{Ack, Acks, Incoming, OnOffAuto, Realized, Source, Switchover, Terms, vm as state},
     sim::{CallFault, Callback, Fault, Faults, On, SimConfig, SimHandle, TransitionFault, Which},
 };
@@ -296,6 +296,27 @@ fn in_state(report: &Report, handle: &SimHandle, home: DeviceState, what: &str) 
     assert_eq!(handle.state(), home, "{what}");
 }
 
+/// What began: the session, its device, and its peer, who says nothing.
+type Begun<S> = (Result<S, NotStarted>, SimHandle, UnixStream);
+
+/// One that is refused its device's change to `working`, one that is cancelled, and one that is dropped.
+fn comes_to_nothing<S>(
+    begin: impl Fn(Faults) -> Begun<S>,
+    cancelled: impl Fn(S) -> Report,
+    working: DeviceState,
+    home: DeviceState,
+) {
+    let what = home.to_string();
+    let (it, handle, _peer) = begin(refuses(working));
+    let back = it.err().unwrap().devices;
+    assert_eq!((back[0].state(), handle.state()), (home, home), "{what}");
+    let (it, handle, _peer) = begin(Faults::default());
+    in_state(&cancelled(it.unwrap()), &handle, home, &what);
+    let (it, handle, _peer) = begin(Faults::default());
+    drop(it.unwrap());
+    assert_eq!(handle.state(), home, "{what}");
+}
+
 #[test]
 fn a_save_alone() {
     let _watchdog = Watchdog::new();
@@ -312,16 +333,11 @@ fn a_save_alone() {
                 far,
             )
         };
-        let (it, handle, _far) = begin(refuses(DeviceState::StopCopy));
-        let back = it.unwrap_err().devices;
-        assert_eq!((back[0].state(), handle.state()), (home, home), "{what}");
-        let (it, handle, _far) = begin(Faults::default());
-        let it = it.unwrap();
-        it.cancel();
-        in_state(&it.join(), &handle, home, &what);
-        let (it, handle, _far) = begin(Faults::default());
-        drop(it.unwrap());
-        assert_eq!(handle.state(), home, "{what}");
+        let cancelled = |it: SaveSession| {
+            it.cancel();
+            it.join()
+        };
+        comes_to_nothing(begin, cancelled, DeviceState::StopCopy, home);
         let (it, handle, far) = begin(no_config(Callback::SaveConfig));
         drop(far);
         in_state(&it.unwrap().join(), &handle, home, &what);
@@ -369,16 +385,11 @@ fn a_load_alone() {
                 near,
             )
         };
-        let (it, handle, _near) = begin(refuses(DeviceState::Resuming));
-        let back = it.unwrap_err().devices;
-        assert_eq!((back[0].state(), handle.state()), (home, home), "{what}");
-        let (it, handle, _near) = begin(Faults::default());
-        let it = it.unwrap();
-        it.cancel();
-        in_state(&it.join(), &handle, home, &what);
-        let (it, handle, _near) = begin(Faults::default());
-        drop(it.unwrap());
-        assert_eq!(handle.state(), home, "{what}");
+        let cancelled = |it: LoadSession| {
+            it.cancel();
+            it.join()
+        };
+        comes_to_nothing(begin, cancelled, DeviceState::Resuming, home);
         let (it, handle, _near) = begin(Faults::default());
         in_state(&it.unwrap().cleanup(), &handle, home, &what);
         // An unplug.
