@@ -344,6 +344,7 @@ fn migrate(options: &Options) -> anyhow::Result<Migrated> {
     let need = Need {
         budgets: budgets[0].saturating_add(budgets[1]),
         devices: 2 * count,
+        behind: 2 * count,
         channels: options.channels as usize,
     };
     need.check(&settings)?;

@@ -57,6 +57,7 @@ mod output;
 mod probe;
 mod progress;
 mod receive;
+mod recorder;
 mod relay;
 mod replay;
 mod room;

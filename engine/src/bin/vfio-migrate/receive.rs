@@ -432,6 +432,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let need = Need {
         budgets: of_load(options.budget, options.devices.len()),
         devices: options.devices.len(),
+        behind: options.devices.len(),
         channels: options.channels as usize,
     };
     need.check(&options.settings())?;

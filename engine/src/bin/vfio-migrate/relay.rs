@@ -294,6 +294,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
             .budget
             .unwrap_or_else(|| (64 << 20).max(4 * options.max_packet)),
         devices: 0,
+        behind: 0,
         channels: options.channels.unwrap_or(4) as usize,
     };
     need.check(&settings)?;

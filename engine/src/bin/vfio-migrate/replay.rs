@@ -3,9 +3,9 @@
 //! ```text
 //!   FILE … ─┬─▶ Scan: is it whole? which devices? where is which idx?
 //!           │
-//!           └─▶ Channel::from_reader ══▶ LoadSession ──▶ Recorder, a device ──▶ pipe
-//!                                                           │                    │ its thread
-//!                                                           ▼                    ▼
+//!           └─▶ Channel::from_reader ══▶ LoadSession ──▶ Recorder, a device ──▶ pipe ──▶ Crew
+//!                                                           │                            │
+//!                                                           ▼                            ▼
 //!                                                     config, sha256      state, sha256, DIR/…
 //! ```
 //!
@@ -14,30 +14,26 @@
 //!
 //! # Threads
 //!
-//! The session has its own, as always. Behind each device is one more, which takes the state out
-//! of the pipe, and ends when the engine closes the pipe. The main thread waits for the session.
+//! The session has its own, as always; a few more take all devices' states out of their pipes
+//! (`recorder.rs`). The main thread waits for the session.
 
 use std::{
     collections::{BTreeMap, HashSet},
-    fs::{self, File},
-    io::{self, BufReader, PipeReader, Read, Write},
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    fs,
+    io::{self, BufReader, Read, Write},
+    os::fd::AsFd,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
-    thread::JoinHandle,
+    sync::{Arc, Mutex},
 };
 
 use anyhow::{Context, anyhow, bail};
-use nix::{errno::Errno, fcntl};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 use vfio_migration::{
-    Channel, Device, DeviceId, DeviceState, LoadSession, MigrationDevice, MigrationFlags,
-    PrecopyInfo, RamSink, Report,
+    Channel, Device, DeviceId, DeviceState, LoadSession, RamSink, Report, Settings,
     text::is_printable,
-    wire::{self, DeviceKey, PageSize},
+    wire::{DeviceKey, PageSize},
 };
-use vfio_migration_uring::thread::spawn;
 
 use crate::{
     Interrupted, Usage,
@@ -47,7 +43,8 @@ use crate::{
     interrupt, network,
     output::{self, Moved, hex},
     progress::Progress,
-    room::{Need, no_thread, of_load},
+    recorder::{Crew, Kept, Recorder, lock},
+    room::{Need, of_load},
     state_files::{self, Directory, StateFile, Target},
 };
 
@@ -87,121 +84,6 @@ pub(crate) struct Options {
     backend: BackendArg,
     #[command(flatten)]
     spill: SpillArgs,
-}
-
-// ----------------------------------------------------------------------------------- the device
-
-/// What came out of a device's pipe.
-struct Recorded {
-    bytes: u64,
-    sha256: String,
-}
-
-/// What is left of a device when it has been loaded.
-#[derive(Default)]
-struct Kept {
-    state: Option<JoinHandle<io::Result<Recorded>>>,
-    /// The state, where it is written.
-    file: Option<StateFile>,
-    /// Framing tags included.
-    config: Option<Vec<u8>>,
-}
-
-/// A device that takes any state, and keeps its digest.
-struct Recorder {
-    state: DeviceState,
-    /// Where the state is written to as well.
-    target: Option<Arc<Target>>,
-    kept: Arc<Mutex<Kept>>,
-}
-
-fn lock(kept: &Mutex<Kept>) -> std::sync::MutexGuard<'_, Kept> {
-    kept.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Takes a state out of the pipe until the engine closes it.
-const LEAST: usize = 4 << 10;
-const MOST: usize = 256 << 10;
-
-fn record(mut pipe: PipeReader, mut file: Option<File>) -> io::Result<Recorded> {
-    let mut digest = Sha256::new();
-    // Grows with what comes: most of many devices bring little.
-    let mut buffer = vec![0; LEAST];
-    let mut bytes = 0;
-    loop {
-        let count = match pipe.read(&mut buffer) {
-            Ok(0) => break,
-            Ok(count) => count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => return Err(error),
-        };
-        digest.update(&buffer[..count]);
-        if let Some(file) = &mut file {
-            file.write_all(&buffer[..count])?;
-        }
-        bytes += count as u64;
-        let more = buffer.len();
-        if count == more && 2 * more <= MOST && buffer.try_reserve_exact(more).is_ok() {
-            buffer.resize(2 * more, 0);
-        }
-    }
-    Ok(Recorded {
-        bytes,
-        sha256: hex(&digest.finalize()),
-    })
-}
-
-impl MigrationDevice for Recorder {
-    fn flags(&self) -> io::Result<MigrationFlags> {
-        Ok(MigrationFlags::STOP_COPY)
-    }
-
-    fn state(&self) -> io::Result<DeviceState> {
-        Ok(self.state)
-    }
-
-    fn set_state(&mut self, new: DeviceState) -> io::Result<Option<OwnedFd>> {
-        let fd = match new {
-            DeviceState::Resuming => {
-                let (reader, writer) = io::pipe()?;
-                // A larger pipe is only faster.
-                let _as_it_is = fcntl::fcntl(&writer, fcntl::FcntlArg::F_SETPIPE_SZ(1 << 20));
-                let file = self.target.as_ref().map(|target| target.create());
-                let file = file.transpose()?;
-                let copy = file.as_ref().map(|file| file.file().try_clone());
-                let copy = copy.transpose()?;
-                let mut kept = lock(&self.kept);
-                let thread = spawn("state", move || record(reader, copy));
-                kept.state = Some(thread.map_err(no_thread)?);
-                kept.file = file;
-                Some(writer.into())
-            }
-            DeviceState::Stop | DeviceState::Running => None,
-            _ => return Err(Errno::EINVAL.into()),
-        };
-        self.state = new;
-        Ok(fd)
-    }
-
-    fn reset(&mut self) -> io::Result<()> {
-        self.state = DeviceState::Running;
-        Ok(())
-    }
-
-    fn data_size(&self) -> io::Result<u64> {
-        Err(Errno::ENOTTY.into())
-    }
-
-    fn precopy_info(&self, _fd: BorrowedFd<'_>) -> io::Result<PrecopyInfo> {
-        Err(Errno::EINVAL.into())
-    }
-
-    fn load_config(&mut self, reader: &mut dyn Read) -> io::Result<()> {
-        let mut body = Vec::new();
-        reader.read_to_end(&mut body)?;
-        lock(&self.kept).config = Some(wire::wrap_config(&body));
-        Ok(())
-    }
 }
 
 /// Passes over what is not a device's: the session counts it.
@@ -286,21 +168,20 @@ struct Subject {
 }
 
 impl Subject {
-    fn device(&self) -> anyhow::Result<Device> {
+    fn device(&self, crew: &Crew) -> anyhow::Result<Device> {
         let recorder = Recorder {
             state: DeviceState::Stop,
             target: self.files.as_ref().map(|files| files.state.clone()),
             kept: self.kept.clone(),
+            pipes: crew.pipes().clone(),
         };
         Ok(Device::new(self.id.clone(), Box::new(recorder))?)
     }
 
     /// Why the device's state could not be kept, where that is why the load failed.
     fn failure(&self) -> Option<anyhow::Error> {
-        let thread = lock(&self.kept)
-            .state
-            .take_if(|thread| thread.is_finished())?;
-        let error = thread.join().ok()?.err()?;
+        let recorded = lock(&self.kept).state.as_ref()?.try_recv();
+        let error = recorded.ok()?.err()?;
         let files = self.files.as_ref()?;
         Some(anyhow!(error).context(format!("cannot write {}", files.state.path().display())))
     }
@@ -312,7 +193,8 @@ impl Subject {
             (kept.state.take(), kept.file.take(), kept.config.take())
         };
         let state = state.context("the device was never loaded")?;
-        let state = state.join().map_err(|_| anyhow!("a thread panicked"))??;
+        // Comes when the engine has closed the pipe, which it has.
+        let state = state.recv().map_err(|_| anyhow!("a thread panicked"))??;
         let config = config.context("the device's config was never loaded")?;
         let mut written = Vec::new();
         if let (Some(files), Some(file)) = (&self.files, file) {
@@ -423,19 +305,16 @@ fn subjects(scans: &[Scan], out: Option<&Path>, force: bool) -> anyhow::Result<V
     Ok(subjects)
 }
 
-fn load(options: &Options, scans: &[Scan], subjects: &[Subject]) -> anyhow::Result<Report> {
-    let mut settings = contents::settings(scans);
-    settings.backend = options.backend.into();
-    options.spill.set(&mut settings);
-    let need = Need {
-        budgets: of_load(settings.budget, subjects.len()),
-        devices: subjects.len(),
-        channels: scans.len(),
-    };
-    need.check(&settings)?;
+fn load(
+    options: &Options,
+    scans: &[Scan],
+    subjects: &[Subject],
+    settings: Settings,
+    crew: &Crew,
+) -> anyhow::Result<Report> {
     let mut builder = LoadSession::builder().settings(settings);
     for subject in subjects {
-        builder = builder.device(subject.device()?);
+        builder = builder.device(subject.device(crew)?);
     }
     for scan in scans {
         let file =
@@ -497,7 +376,18 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
 }
 
 fn receive(options: &Options, scans: &[Scan], subjects: &[Subject]) -> anyhow::Result<Vec<Moved>> {
-    let report = load(options, scans, subjects)?;
+    let mut settings = contents::settings(scans);
+    settings.backend = options.backend.into();
+    options.spill.set(&mut settings);
+    let need = Need {
+        budgets: of_load(settings.budget, subjects.len()),
+        devices: subjects.len(),
+        behind: Crew::threads(subjects.len()),
+        channels: scans.len(),
+    };
+    need.check(&settings)?;
+    let crew = Crew::start(subjects.len())?;
+    let report = load(options, scans, subjects, settings, &crew)?;
     if let Err(error) = report.result {
         if interrupt::requested() && error.is_cancelled() {
             bail!(Interrupted);

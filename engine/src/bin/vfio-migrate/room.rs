@@ -6,8 +6,6 @@
 //! a buffer in the middle of a migration. What the command allocates besides is small, and within
 //! [`BESIDES`]. Any thread; no wait.
 
-use std::io;
-
 use anyhow::{Context, anyhow};
 use vfio_migration::{Error, ErrorKind, Settings};
 use vfio_migration_uring::thread::{STACK, has_room, share_heap};
@@ -16,11 +14,6 @@ use crate::args::show;
 
 /// What a thread that the host refuses is an error of.
 pub(crate) const NO_THREAD: &str = "the host has no thread";
-
-/// The same, where a callback of a device's says it.
-pub(crate) fn no_thread(error: io::Error) -> io::Error {
-    io::Error::new(error.kind(), format!("{NO_THREAD}: {error}"))
-}
 
 /// For all that is neither budget nor thread.
 const BESIDES: usize = 64 << 20;
@@ -37,6 +30,8 @@ pub(crate) struct Need {
     /// The memory of all sessions' packets.
     pub(crate) budgets: usize,
     pub(crate) devices: usize,
+    /// Threads behind the devices' data fds.
+    pub(crate) behind: usize,
     pub(crate) channels: usize,
 }
 
@@ -44,8 +39,8 @@ impl Need {
     /// Refuses what the settings cannot be, or the host has no room for.
     pub(crate) fn check(self, settings: &Settings) -> anyhow::Result<()> {
         settings.check()?;
-        // A device has a thread of the session's, and one behind its data fd; a channel two at the most.
-        let threads = 2 * (self.devices + self.channels) + 8;
+        // A device has a thread of the session's, a channel two at the most.
+        let threads = self.devices + self.behind + 2 * self.channels + 8;
         let stacks = threads.saturating_mul(STACK + OF_A_THREAD);
         let needed = self.budgets.saturating_add(stacks).saturating_add(BESIDES);
         has_room(needed).with_context(|| {

@@ -523,6 +523,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let need = Need {
         budgets: of_save(options.budget, options.devices.len()),
         devices: options.devices.len(),
+        behind: options.devices.len(),
         channels: options.channels as usize,
     };
     need.check(&options.settings())?;

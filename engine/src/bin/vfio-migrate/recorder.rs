@@ -1,0 +1,299 @@
+//! `replay`'s devices: they take any state, and keep its digest.
+//!
+//! ```text
+//!   engine ══▶ Recorder: RESUMING ══▶ pipe ─┐                ┌─▶ thread ─┐
+//!   engine ══▶ Recorder           ══▶ pipe ─┼─▶ one epoll ───┼─▶ thread ─┼─▶ sha256, DIR/…
+//!        …                                  ┘                └─▶ …      ─┘
+//! ```
+//!
+//! # Threads
+//!
+//! Of a [`Crew`] there are as many as the host has processors, and no more than devices: what they do is
+//! to compute. Each sleeps in the epoll, which gives a pipe that has something to one of them; that one
+//! takes some of it, and lets go. A pipe's part ends when the engine closes it, and a crew's threads when
+//! the crew is dropped.
+
+use std::{
+    fs::File,
+    io::{self, PipeReader, Read, Write},
+    os::fd::{BorrowedFd, OwnedFd},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        mpsc::{self, Receiver, Sender},
+    },
+    thread::{self, JoinHandle},
+};
+
+use anyhow::Context;
+use nix::{
+    errno::Errno,
+    fcntl::{FcntlArg, OFlag, fcntl},
+    sys::{
+        epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout},
+        eventfd::{EfdFlags, EventFd},
+    },
+};
+use sha2::{Digest, Sha256};
+use vfio_migration::{DeviceState, MigrationDevice, MigrationFlags, PrecopyInfo, wire};
+use vfio_migration_uring::thread::spawn;
+
+use crate::{
+    output::hex,
+    room::NO_THREAD,
+    state_files::{StateFile, Target},
+};
+
+/// What is taken out of a pipe with one call.
+const PIECE: usize = 256 << 10;
+
+/// How many of those, before another pipe gets its turn.
+const TURN: usize = 16;
+
+/// In the place of a pipe's number: the crew is to end.
+const END: u64 = u64::MAX;
+
+/// What came out of a device's pipe.
+pub(crate) struct Recorded {
+    pub(crate) bytes: u64,
+    pub(crate) sha256: String,
+}
+
+/// A pipe, and what is kept of it.
+struct Tape {
+    pipe: PipeReader,
+    file: Option<File>,
+    digest: Sha256,
+    bytes: u64,
+    recorded: Sender<io::Result<Recorded>>,
+}
+
+impl Tape {
+    /// Takes what there is, up to a turn. False where the engine has closed the pipe.
+    fn record(&mut self, buffer: &mut [u8]) -> io::Result<bool> {
+        for _ in 0..TURN {
+            let count = match self.pipe.read(buffer) {
+                Ok(0) => return Ok(false),
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error),
+            };
+            self.digest.update(&buffer[..count]);
+            if let Some(file) = &mut self.file {
+                file.write_all(&buffer[..count])?;
+            }
+            self.bytes += count as u64;
+        }
+        Ok(true)
+    }
+
+    /// Its end. Told before the pipe is closed: whoever sees that can ask why.
+    fn end(self, result: io::Result<()>) {
+        let recorded = result.map(|()| Recorded {
+            bytes: self.bytes,
+            sha256: hex(&self.digest.finalize()),
+        });
+        // A device that nobody asks about is gone already.
+        let _gone = self.recorded.send(recorded);
+        drop(self.pipe);
+    }
+}
+
+/// What the threads of a crew share.
+pub(crate) struct Pipes {
+    epoll: Epoll,
+    end: EventFd,
+    /// By their numbers; a pipe is not here while a thread has it, nor when it has ended.
+    tapes: Mutex<Vec<Option<Box<Tape>>>>,
+}
+
+impl Pipes {
+    fn tapes(&self) -> MutexGuard<'_, Vec<Option<Box<Tape>>>> {
+        self.tapes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has the crew take what comes out of `pipe`.
+    fn add(
+        &self,
+        pipe: PipeReader,
+        file: Option<File>,
+    ) -> io::Result<Receiver<io::Result<Recorded>>> {
+        let flags = OFlag::from_bits_retain(fcntl(&pipe, FcntlArg::F_GETFL)?);
+        fcntl(&pipe, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+        let (recorded, result) = mpsc::channel();
+        let mut tapes = self.tapes();
+        // A thread that is told of it waits for the lock.
+        self.epoll.add(&pipe, once(tapes.len()))?;
+        tapes.push(Some(Box::new(Tape {
+            pipe,
+            file,
+            digest: Sha256::new(),
+            bytes: 0,
+            recorded,
+        })));
+        Ok(result)
+    }
+
+    /// One of the threads.
+    fn serve(&self, buffer: &mut [u8]) {
+        loop {
+            let mut told = [EpollEvent::empty()];
+            match self.epoll.wait(&mut told, EpollTimeout::NONE) {
+                Ok(0) | Err(Errno::EINTR) => continue,
+                Ok(_) => {}
+                Err(errno) => panic!("the epoll is ours: {errno}"),
+            }
+            if told[0].data() == END {
+                return;
+            }
+            let at = usize::try_from(told[0].data()).expect("it was one");
+            let Some(mut tape) = self.tapes()[at].take() else {
+                continue;
+            };
+            match tape.record(buffer) {
+                Ok(true) => {
+                    let mut tapes = self.tapes();
+                    match self.epoll.modify(&tape.pipe, &mut once(at)) {
+                        Ok(()) => tapes[at] = Some(tape),
+                        Err(errno) => tape.end(Err(errno.into())),
+                    }
+                }
+                Ok(false) => tape.end(Ok(())),
+                Err(error) => tape.end(Err(error)),
+            }
+        }
+    }
+}
+
+/// One thread is told once that there is something.
+fn once(at: usize) -> EpollEvent {
+    EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLONESHOT, at as u64)
+}
+
+/// The threads that take states out of pipes. Dropping it ends them.
+pub(crate) struct Crew {
+    pipes: Arc<Pipes>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Crew {
+    /// How many threads it has, for so many devices.
+    pub(crate) fn threads(devices: usize) -> usize {
+        let processors = thread::available_parallelism().map_or(1, usize::from);
+        processors.min(devices)
+    }
+
+    pub(crate) fn start(devices: usize) -> anyhow::Result<Self> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        let end = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        epoll.add(&end, EpollEvent::new(EpollFlags::EPOLLIN, END))?;
+        let pipes = Pipes {
+            epoll,
+            end,
+            tapes: Mutex::default(),
+        };
+        let mut crew = Self {
+            pipes: Arc::new(pipes),
+            threads: Vec::new(),
+        };
+        for _ in 0..Self::threads(devices) {
+            let pipes = crew.pipes.clone();
+            let mut buffer = Vec::new();
+            buffer.try_reserve_exact(PIECE)?;
+            buffer.resize(PIECE, 0);
+            let thread = spawn("state", move || pipes.serve(&mut buffer)).context(NO_THREAD)?;
+            crew.threads.push(thread);
+        }
+        Ok(crew)
+    }
+
+    pub(crate) const fn pipes(&self) -> &Arc<Pipes> {
+        &self.pipes
+    }
+}
+
+impl Drop for Crew {
+    fn drop(&mut self) {
+        // Never full: this is all that is written.
+        let _told = self.pipes.end.write(1);
+        for thread in self.threads.drain(..) {
+            // A panic has been shown, and its pipes' devices have failed.
+            let _ended = thread.join();
+        }
+    }
+}
+
+/// What is left of a device when it has been loaded.
+#[derive(Default)]
+pub(crate) struct Kept {
+    pub(crate) state: Option<Receiver<io::Result<Recorded>>>,
+    /// The state, where it is written.
+    pub(crate) file: Option<StateFile>,
+    /// Framing tags included.
+    pub(crate) config: Option<Vec<u8>>,
+}
+
+/// A device that takes any state, and keeps its digest.
+pub(crate) struct Recorder {
+    pub(crate) state: DeviceState,
+    /// Where the state is written to as well.
+    pub(crate) target: Option<Arc<Target>>,
+    pub(crate) kept: Arc<Mutex<Kept>>,
+    pub(crate) pipes: Arc<Pipes>,
+}
+
+pub(crate) fn lock(kept: &Mutex<Kept>) -> MutexGuard<'_, Kept> {
+    kept.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl MigrationDevice for Recorder {
+    fn flags(&self) -> io::Result<MigrationFlags> {
+        Ok(MigrationFlags::STOP_COPY)
+    }
+
+    fn state(&self) -> io::Result<DeviceState> {
+        Ok(self.state)
+    }
+
+    fn set_state(&mut self, new: DeviceState) -> io::Result<Option<OwnedFd>> {
+        let fd = match new {
+            DeviceState::Resuming => {
+                let (reader, writer) = io::pipe()?;
+                // A larger pipe is only faster.
+                let _as_it_is = fcntl(&writer, FcntlArg::F_SETPIPE_SZ(1 << 20));
+                let file = self.target.as_ref().map(|target| target.create());
+                let file = file.transpose()?;
+                let copy = file.as_ref().map(|file| file.file().try_clone());
+                let copy = copy.transpose()?;
+                let mut kept = lock(&self.kept);
+                kept.state = Some(self.pipes.add(reader, copy)?);
+                kept.file = file;
+                Some(writer.into())
+            }
+            DeviceState::Stop | DeviceState::Running => None,
+            _ => return Err(Errno::EINVAL.into()),
+        };
+        self.state = new;
+        Ok(fd)
+    }
+
+    fn reset(&mut self) -> io::Result<()> {
+        self.state = DeviceState::Running;
+        Ok(())
+    }
+
+    fn data_size(&self) -> io::Result<u64> {
+        Err(Errno::ENOTTY.into())
+    }
+
+    fn precopy_info(&self, _fd: BorrowedFd<'_>) -> io::Result<PrecopyInfo> {
+        Err(Errno::EINVAL.into())
+    }
+
+    fn load_config(&mut self, reader: &mut dyn Read) -> io::Result<()> {
+        let mut body = Vec::new();
+        reader.read_to_end(&mut body)?;
+        lock(&self.kept).config = Some(wire::wrap_config(&body));
+        Ok(())
+    }
+}
