@@ -167,6 +167,33 @@ fn a_directory_that_cannot_be_written_to_is_refused_first() {
     assert!(!ended.stderr.contains("Panic"), "{ended:?}");
 }
 
+/// After the last look at it, and before anything is written or read.
+#[test]
+fn a_file_that_is_gone_by_then_is_named_on_both_sides() {
+    let directory = Directory::new();
+    let (source, _) = state(&directory, "source", 1000, 1);
+    let folder = directory.file("folder");
+    let path = format!("{folder}/state");
+    fs::create_dir(&folder).unwrap();
+    let (receiving, to) = receive(&format!("--json --device file:{path},id=nic"));
+    fs::remove_dir(&folder).unwrap();
+    let sent = send(&to, &format!("--device file:{source},id=nic"));
+    let received = receiving.end();
+    for ended in [&sent, &received] {
+        assert_eq!(ended.status, Some(1), "{ended:?}");
+        assert_eq!(ended.stderr.matches(&path).count(), 1, "{ended:?}");
+        assert_eq!(ended.stderr.matches("os error").count(), 1, "{ended:?}");
+    }
+    // Which of them it is the file system decides.
+    let object: serde_json::Value = serde_json::from_str(&received.stdout).unwrap();
+    let errno = object["error"]["errno"].as_i64().unwrap();
+    assert!(
+        [libc::ENOENT, libc::EPERM].contains(&i32::try_from(errno).unwrap()),
+        "{object}"
+    );
+    assert_eq!(names(&directory), [] as [&str; 0]);
+}
+
 #[test]
 fn two_spellings_of_one_file_are_refused() {
     let directory = Directory::new();

@@ -86,6 +86,7 @@ fn is_done(what: &str, ended: &Ended) -> bool {
         Some(1) => {
             let says = ended.stderr.contains("the host has no");
             assert!(says, "{what}: {ended:?}");
+            ended.says_nothing_twice();
             false
         }
         Some(127) => false,

@@ -58,7 +58,17 @@ impl Ended {
         let why = why.unwrap_or_else(|| panic!("it does not say why: {self:?}"));
         assert!(why.starts_with("vfio-migrate: "), "{self:?}");
         assert_eq!(lines.count(), 0, "one line: {self:?}");
+        self.says_nothing_twice();
         why
+    }
+
+    /// No line repeats the part of a reason that is before it.
+    pub fn says_nothing_twice(&self) {
+        for line in self.stderr.lines() {
+            let parts: Vec<_> = line.split(": ").collect();
+            let twice = parts.windows(2).any(|pair| pair[0] == pair[1]);
+            assert!(!twice, "{self:?}");
+        }
     }
 }
 

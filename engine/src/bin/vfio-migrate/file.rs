@@ -14,10 +14,10 @@
 //! one at a time; the command takes the file out of [`Written`] when the session is over.
 
 use std::{
-    fs,
+    fmt, fs,
     io::{self, Read},
     os::fd::{BorrowedFd, OwnedFd},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -56,10 +56,36 @@ impl Written {
 
     /// Begins anew.
     fn create(&self) -> io::Result<OwnedFd> {
-        let file = self.target.create()?;
+        let file = self.target.create();
+        let file = file.map_err(|error| at(self.target.path(), error))?;
         let fd = file.file().try_clone()?;
         *self.lock() = Some(file);
         Ok(fd.into())
+    }
+}
+
+/// Says which file it was.
+fn at(path: &Path, error: io::Error) -> io::Error {
+    let path = path.into();
+    io::Error::new(error.kind(), At { path, error })
+}
+
+/// A file's failure, which keeps its errno.
+#[derive(Debug)]
+struct At {
+    path: PathBuf,
+    error: io::Error,
+}
+
+impl fmt::Display for At {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.path.display().fmt(f)
+    }
+}
+
+impl std::error::Error for At {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.error)
     }
 }
 
@@ -109,7 +135,10 @@ impl MigrationDevice for FileDevice {
         use DeviceState::{Resuming, Running, RunningP2p, Stop, StopCopy};
         let fd = match (self.state, new) {
             (Running | RunningP2p | Stop, StopCopy) => match &self.end {
-                End::Source(path) => Some(state_files::open_regular(path)?.into()),
+                End::Source(path) => {
+                    let file = state_files::open_regular(path);
+                    Some(file.map_err(|error| at(path, error))?.into())
+                }
                 End::Destination(_) => return Err(Errno::EINVAL.into()),
             },
             (Running | RunningP2p | Stop, Resuming) => match &self.end {
