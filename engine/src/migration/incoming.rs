@@ -735,7 +735,8 @@ impl fmt::Debug for Incoming {
 /// The first step of [`vm::start`](super::vm::start) has each driver check what was loaded, unless
 /// [`Settings::stop_after_load`](crate::Settings) had it check before: then the devices are in STOP.
 /// So the source is told that all is loaded after the start, and told that it failed where the start
-/// does: every device is reset and stopped then.
+/// does: every device is reset and stopped then. A VM that stands is not started: there the drivers
+/// check before, the source is told after [`Incoming::finish`], and [`Loaded::join`] comes next.
 ///
 /// Dropping it before the VM has started resets and stops the devices, as [`Loaded::abort`] does.
 #[must_use = "it holds the VM's devices"]
@@ -760,6 +761,10 @@ impl Loaded {
     /// Waits for the channels' end, which a source may make only when it knows that all is loaded,
     /// and gives the devices back. Ends with that, or with the session's time without progress.
     ///
+    /// Devices in STOP, of a VM that stands, are the VM's from then on as if it had started: their
+    /// drivers have checked them, and nobody else has its state. A later start that fails resets
+    /// those that refuse, and no other.
+    ///
     /// # Errors
     ///
     /// What a channel has failed with since. The devices are loaded nevertheless, and come along.
@@ -768,7 +773,12 @@ impl Loaded {
             .session
             .take()
             .map_or(Ok(()), |session| session.join().result);
-        let devices = std::mem::take(&mut self.devices);
+        let mut devices = std::mem::take(&mut self.devices);
+        for realized in &mut devices {
+            if realized.state() == DeviceState::Stop {
+                realized.device.has_arrived();
+            }
+        }
         match result {
             Ok(()) => Ok(devices),
             Err(error) => Err(Failed::new(error, devices)),

@@ -263,7 +263,8 @@ pub fn stop<M: Member>(devices: &mut [M], reason: Reason) -> Result<()> {
 ///
 /// The first device's that refused. The VM must not start: every device that was to be started is
 /// stopped again. The one that refused was reset; those that were loaded, all of them, are reset
-/// too, and a destination tells its source that it has failed. [`Device::duty`] says what is left to
+/// too, and a destination tells its source that it has failed (not of a VM that was loaded standing,
+/// once its devices have been [joined](super::Loaded::join): its source has let it go). [`Device::duty`] says what is left to
 /// be done about each. A VM whose devices have its state here can be started again, without what was
 /// reset.
 pub fn start<M: Member>(devices: &mut [M]) -> Result<()> {

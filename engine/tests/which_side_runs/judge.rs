@@ -212,7 +212,7 @@ impl Tally {
     pub fn case(&mut self, case: &Case, expected: &[At]) {
         self.cases += 1;
         let judged = catch_unwind(AssertUnwindSafe(|| {
-            let (at, ended) = judge(case);
+            let (at, mut ended) = judge(case);
             if !expected.is_empty() {
                 assert!(at.is_some_and(|at| expected.contains(&at)), "{at:?}");
             }
@@ -220,7 +220,8 @@ impl Tally {
             let (near, far) = comes_to(at);
             let back = case.leave != Leave::Dropped;
             if near == Near::Held && far != Far::Runs && back && !severe {
-                goes_on(case, ended);
+                // Somebody has said that the VM does not run there: it goes on here.
+                goes_on(case, Side::Source, &mut ended.sources);
             }
             at
         }));
@@ -245,28 +246,31 @@ impl Tally {
     }
 }
 
-/// Somebody has said that the VM does not run there: it goes on here. Where a device refuses, all stand,
-/// the others with what they hold, and those can go on.
-fn goes_on(case: &Case, ended: Ended) {
-    let (mut back, truth) = ended.sources;
-    if let Err(error) = state::start(&mut back) {
+/// The VM starts on this side, which has its state. Where a device refuses, all stand, the others with what
+/// they hold, and those can go on.
+pub fn goes_on(case: &Case, side: Side, (back, truth): &mut (Vec<Realized>, Vec<Truth>)) {
+    let held = match side {
+        Side::Source => Holds::Own,
+        Side::Destination => Holds::Arrived,
+    };
+    if let Err(error) = state::start(back) {
         assert!(case.wrong.is_some(), "{error}");
-        for (at, (realized, truth)) in back.iter().zip(&truth).enumerate() {
-            let wrong = case.wrong_of(Side::Source, at).is_some();
+        for (at, (realized, truth)) in back.iter().zip(truth.iter()).enumerate() {
+            let wrong = case.wrong_of(side, at).is_some();
             let (holds, duty) = if wrong {
                 (Holds::Nothing, Duty::SetUpAnew)
             } else {
-                (Holds::Own, Duty::Nothing)
+                (held, Duty::Nothing)
             };
             assert_eq!((truth.state(), truth.holds()), (DeviceState::Stop, holds));
             assert_eq!((realized.state(), realized.duty()), (truth.state(), duty));
         }
-        state::start(&mut back).unwrap();
+        state::start(back).unwrap();
     }
-    for (at, (realized, truth)) in back.iter().zip(&truth).enumerate() {
+    for (at, (realized, truth)) in back.iter().zip(truth.iter()).enumerate() {
         assert_eq!(realized.state(), DeviceState::Running);
         assert_eq!(truth.state(), DeviceState::Running);
-        let wrong = case.wrong_of(Side::Source, at).is_some();
-        assert!(wrong || truth.holds() == Holds::Own);
+        let wrong = case.wrong_of(side, at).is_some();
+        assert!(wrong || truth.holds() == held);
     }
 }

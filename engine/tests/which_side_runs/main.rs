@@ -19,11 +19,17 @@ mod side;
 mod vm;
 mod walk;
 
+use std::io;
+
 use case::{At, Case, Leave, Link, Side, Vm, Ways};
 use common::Watchdog;
-use judge::{Tally, judge};
-use side::{LEN, Wrong};
-use vfio_migration::{DeviceState, sim::Callback};
+use judge::{Tally, goes_on, judge};
+use side::{Holds, LEN, Wrong};
+use vfio_migration::{
+    DeviceState, SaveSession,
+    migration::{Ack, Acks, OnOffAuto, Source, Switchover, Terms, vm as state},
+    sim::Callback,
+};
 
 /// All kinds of VM.
 fn kinds() -> Vec<Case> {
@@ -335,4 +341,67 @@ fn a_device_refuses_where_nobody_knows() {
         }
     }
     tally.end("doubts", &[At::End, At::Verdict, At::VerdictOfFailure]);
+}
+
+/// A VM that stands has moved, and its source has let it go. Its state is here alone, in devices that no VM has
+/// started with: where one refuses the start, the others keep it.
+#[test]
+fn a_vm_that_was_moved_standing_starts_or_stands() {
+    let _watchdog = Watchdog::new();
+    let mut refused = 0;
+    for kind in kinds().into_iter().filter(|kind| kind.vm != Vm::Runs) {
+        for (side, device, calls) in devices(&kind) {
+            if side == Side::Source {
+                continue;
+            }
+            let asked = changes(&calls);
+            for k in asked..asked + if kind.alone { 1 } else { 2 } {
+                for wrong in [Wrong::Refuses(k), Wrong::Breaks(k)] {
+                    let wrong = Some((side, device, wrong));
+                    let case = Case { wrong, ..kind };
+                    println!("{case:?}");
+                    let (at, mut ended) = judge(&case);
+                    assert_eq!(at, None);
+                    goes_on(&case, side, &mut ended.destinations);
+                    assert_eq!(ended.destinations.1[device].holds(), Holds::Nothing);
+                    refused += 1;
+                }
+            }
+        }
+    }
+    assert!(refused > 50, "{refused}");
+}
+
+/// It moves on from there before it has started: nothing is reset that nobody has asked to be.
+#[test]
+fn a_vm_that_was_moved_standing_moves_on() {
+    let _watchdog = Watchdog::new();
+    for kind in kinds().into_iter().filter(|kind| kind.vm != Vm::Runs) {
+        println!("{kind:?}");
+        let (at, ended) = judge(&kind);
+        assert_eq!(at, None);
+        let (back, truth) = ended.destinations;
+        let acks = Acks::new(Ack::Off);
+        let sources = back.into_iter().map(|mut realized| {
+            realized.settings_mut().transfer = OnOffAuto::Off;
+            Source::setup(realized, &Terms::default(), &acks, io::sink()).unwrap()
+        });
+        let mut sources: Vec<_> = sources.collect();
+        state::stop(&mut sources, state::Reason::FinishMigration).unwrap();
+        let mut switchover = Switchover::begin(sources, SaveSession::builder()).unwrap();
+        for number in 1..=u32::try_from(kind.devices()).unwrap() {
+            switchover.complete(&vm::id(number), io::sink()).unwrap();
+            switchover.config(&vm::id(number), io::sink()).unwrap();
+        }
+        for realized in switchover.finish().unwrap().cleanup().unwrap() {
+            assert_eq!(realized.state(), DeviceState::Stop);
+            assert!(!realized.was_reset());
+        }
+        for truth in truth {
+            assert_eq!(
+                (truth.state(), truth.holds()),
+                (DeviceState::Stop, Holds::Arrived)
+            );
+        }
+    }
 }
