@@ -4,6 +4,7 @@
 #![allow(missing_docs, reason = "a test")]
 
 mod command;
+mod false_source;
 
 use std::{
     fs,
@@ -14,12 +15,9 @@ use std::{
 };
 
 use command::{Directory, Running, listen, start, words};
+use false_source::{config, packet, section_of};
 use nix::sys::socket::{setsockopt, sockopt};
-use vfio_migration::{
-    DeviceId, section,
-    stream::{Command, Event, MAIN_MAGIC, Section, SectionKind, Writer},
-    wire::{DeviceKey, Hello, PageSize, encode_packet, encode_sync, wrap_config},
-};
+use vfio_migration::stream::{Command, Event, MAIN_MAGIC, SectionKind, Writer};
 
 fn receive(rest: &str) -> (Running, String) {
     listen(words(&format!("receive --listen 127.0.0.1:0 {rest}")))
@@ -28,34 +26,6 @@ fn receive(rest: &str) -> (Running, String) {
 // ------------------------------------------------------------------------------ a silent source
 
 const ID: &str = "0000:00:03.0/vfio";
-
-/// A section of the device.
-fn write(
-    main: &mut Writer<TcpStream>,
-    kind: SectionKind,
-    body: impl FnOnce(&mut section::Writer<&mut TcpStream>),
-) {
-    let owner = DeviceId::new(ID, 0).unwrap();
-    main.write(&Event::Section(Section {
-        kind,
-        id: 1,
-        owner,
-        version: 1,
-    }))
-    .unwrap();
-    let mut writer = section::Writer::new(main.body());
-    body(&mut writer);
-    writer.end().unwrap();
-    main.footer(1).unwrap();
-}
-
-fn packet(channel: &mut TcpStream, index: u32, config: bool, data: &[u8]) {
-    let key = DeviceKey::new(&DeviceId::new(ID, 0).unwrap());
-    let len = u32::try_from(data.len()).unwrap();
-    let mut bytes = encode_packet(&key, index, config, len).to_vec();
-    bytes.extend(data);
-    channel.write_all(&bytes).unwrap();
-}
 
 #[test]
 fn a_destination_waits_for_a_source_whose_vm_runs_on() {
@@ -77,16 +47,8 @@ fn waits(over_channels: bool) {
     let options = format!("--channels 1 --timeout 3 {agreed} --device file:{path},id={ID}");
     let (receiving, to) = receive(&options);
     let mut main = Writer::open(TcpStream::connect(&to).unwrap()).unwrap();
-    let mut channel = TcpStream::connect(&to).unwrap();
-    let hello = Hello {
-        uuid: [0; 16],
-        id: 0,
-    };
-    let sync = encode_sync(PageSize::new(4096).unwrap(), 0);
-    channel
-        .write_all(&[&hello.encode()[..], &sync].concat())
-        .unwrap();
-    write(&mut main, SectionKind::Start, |body| {
+    let mut channel = false_source::channel(&to, 0);
+    section_of(&mut main, ID, SectionKind::Start, |body| {
         if over_channels {
             body.setup_over_channels().unwrap();
         } else {
@@ -102,21 +64,17 @@ fn waits(over_channels: bool) {
     };
     hold(&mut main);
     if over_channels {
-        packet(&mut channel, 0, false, b"first, ");
+        packet(&mut channel, ID, 0, b"first, ");
         hold(&mut main);
     }
     main.write(&Event::Command(Command::SwitchoverStart))
         .unwrap();
     if !over_channels {
-        packet(&mut channel, 0, false, b"first, ");
+        packet(&mut channel, ID, 0, b"first, ");
     }
-    packet(&mut channel, 1, false, b"second");
-    packet(&mut channel, 2, true, &wrap_config(b"config"));
-    write(&mut main, SectionKind::End, |_| {});
-    write(&mut main, SectionKind::Full, |_| {});
-    main.write(&Event::Eof).unwrap();
-    let description = Event::Description(b"{}".to_vec());
-    main.write(&description).unwrap();
+    packet(&mut channel, ID, 1, b"second");
+    config(&mut channel, ID, 2);
+    false_source::end(&mut main, ID);
     drop(channel);
     let mut replies = Vec::new();
     main.body().read_to_end(&mut replies).unwrap();

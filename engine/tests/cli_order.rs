@@ -4,6 +4,7 @@
 #![allow(missing_docs, reason = "a test")]
 
 mod command;
+mod false_source;
 
 use std::{
     io::{Read, Write},
@@ -11,15 +12,8 @@ use std::{
 };
 
 use command::{Directory, Running, listen, words};
-use vfio_migration::{
-    DeviceId, section,
-    stream::{Command, Event, Reply, Section, SectionKind, Writer},
-    wire::{DeviceKey, Hello, PageSize, encode_packet, encode_sync, wrap_config},
-};
-
-fn device(name: &str) -> DeviceId {
-    DeviceId::new(name, 0).unwrap()
-}
+use false_source::{config, device, packet};
+use vfio_migration::stream::{Command, Event, Reply, Section, SectionKind, Writer};
 
 fn receive(options: &str) -> (Running, String) {
     let first = words("receive --listen 127.0.0.1:0 --channels 1 --timeout 20");
@@ -41,7 +35,7 @@ fn say(main: &mut Writer<TcpStream>, what: &str) {
                 continue;
             }
             _ => {
-                section(main, &word);
+                say_section(main, &word);
                 continue;
             }
         };
@@ -49,7 +43,7 @@ fn say(main: &mut Writer<TcpStream>, what: &str) {
     }
 }
 
-fn section(main: &mut Writer<TcpStream>, word: &str) {
+fn say_section(main: &mut Writer<TcpStream>, word: &str) {
     let kind = match word.as_bytes()[0] {
         b'S' => SectionKind::Start,
         b'P' => SectionKind::Part,
@@ -57,41 +51,26 @@ fn section(main: &mut Writer<TcpStream>, word: &str) {
         _ => SectionKind::Full,
     };
     let (id, name) = (word[1..2].parse().unwrap(), &word[2..]);
-    main.write(&Event::Section(Section {
+    let section = Section {
         kind,
         id,
         owner: device(name.trim_end_matches(['!', '~'])),
         version: if name.ends_with('!') { 7 } else { 1 },
-    }))
-    .unwrap();
-    let mut body = section::Writer::new(main.body());
-    if (kind == SectionKind::Start) != name.ends_with('~') {
-        body.setup().unwrap();
-    }
-    body.end().unwrap();
-    main.footer(id).unwrap();
+    };
+    false_source::section(main, section, |body| {
+        if (kind == SectionKind::Start) != name.ends_with('~') {
+            body.setup().unwrap();
+        }
+    });
 }
 
 /// One whole channel, with the device's only packet and its config.
 fn channel(to: &str, devices: &[&str]) -> TcpStream {
-    let mut bytes = Hello {
-        uuid: [0; 16],
-        id: 0,
-    }
-    .encode()
-    .to_vec();
-    bytes.extend(encode_sync(PageSize::new(4096).unwrap(), 0));
+    let mut channel = false_source::channel(to, 0);
     for name in devices {
-        let key = DeviceKey::new(&device(name));
-        bytes.extend(encode_packet(&key, 0, false, 5));
-        bytes.extend(b"state");
-        let config = wrap_config(b"config");
-        let len = u32::try_from(config.len()).unwrap();
-        bytes.extend(encode_packet(&key, 1, true, len));
-        bytes.extend(config);
+        packet(&mut channel, name, 0, b"state");
+        config(&mut channel, name, 1);
     }
-    let mut channel = TcpStream::connect(to).unwrap();
-    channel.write_all(&bytes).unwrap();
     channel
 }
 

@@ -4,6 +4,7 @@
 #![allow(missing_docs, reason = "a test")]
 
 mod command;
+mod false_source;
 
 use std::{
     fs,
@@ -14,12 +15,9 @@ use std::{
 };
 
 use command::{Directory, Ended, Running, listen, random, run, start, words};
+use false_source::section_of;
 use sha2::{Digest, Sha256};
-use vfio_migration::{
-    DeviceId, section,
-    stream::{Command, Event, Section, SectionKind, Writer},
-    wire::{DeviceKey, Hello, PageSize, encode_packet, encode_sync, wrap_config},
-};
+use vfio_migration::stream::{Command, Event, Section, SectionKind, Writer};
 
 /// Where destinations listen: TCP for even numbers, a unix socket for odd ones.
 fn address(directory: &Directory, number: u64) -> String {
@@ -426,50 +424,20 @@ fn an_interrupt_before_anything_came_leaves_nothing() {
 struct False {
     main: Writer<TcpStream>,
     channels: Vec<TcpStream>,
-    key: DeviceKey,
 }
 
 const FALSE_ID: &str = "0000:00:03.0/vfio";
 
-/// A section of the device, as it is where its data goes over the channels.
-fn section(main: &mut Writer<TcpStream>, kind: SectionKind) {
-    let owner = DeviceId::new(FALSE_ID, 0).unwrap();
-    main.write(&Event::Section(Section {
-        kind,
-        id: 1,
-        owner,
-        version: 1,
-    }))
-    .unwrap();
-    let mut body = section::Writer::new(main.body());
-    if kind == SectionKind::Start {
-        body.setup().unwrap();
-    }
-    body.end().unwrap();
-    main.footer(1).unwrap();
-}
-
 impl False {
     /// Connects a main channel and two channels, and starts the switchover.
     fn new(to: &str) -> Self {
-        let id = DeviceId::new(FALSE_ID, 0).unwrap();
         let mut main = Writer::open(TcpStream::connect(to).unwrap()).unwrap();
-        section(&mut main, SectionKind::Start);
-        let channel = |number| {
-            let mut channel = TcpStream::connect(to).unwrap();
-            let hello = Hello {
-                uuid: [0; 16],
-                id: number,
-            };
-            channel.write_all(&hello.encode()).unwrap();
-            let sync = encode_sync(PageSize::new(4096).unwrap(), 0);
-            channel.write_all(&sync).unwrap();
-            channel
-        };
+        section_of(&mut main, FALSE_ID, SectionKind::Start, |body| {
+            body.setup().unwrap();
+        });
         let mut source = Self {
-            key: DeviceKey::new(&id),
             main,
-            channels: vec![channel(0), channel(1)],
+            channels: vec![false_source::channel(to, 0), false_source::channel(to, 1)],
         };
         source.command(Command::SwitchoverStart);
         source
@@ -480,27 +448,16 @@ impl False {
     }
 
     fn packet(&mut self, channel: usize, index: u32, data: &[u8]) {
-        let len = u32::try_from(data.len()).unwrap();
-        let header = encode_packet(&self.key, index, false, len);
-        self.channels[channel].write_all(&header).unwrap();
-        self.channels[channel].write_all(data).unwrap();
+        false_source::packet(&mut self.channels[channel], FALSE_ID, index, data);
     }
 
     fn config(&mut self, channel: usize, index: u32) {
-        let data = wrap_config(b"config");
-        let len = u32::try_from(data.len()).unwrap();
-        let header = encode_packet(&self.key, index, true, len);
-        self.channels[channel].write_all(&header).unwrap();
-        self.channels[channel].write_all(&data).unwrap();
+        false_source::config(&mut self.channels[channel], FALSE_ID, index);
     }
 
     /// Says that all has been sent.
     fn eof(&mut self) {
-        section(&mut self.main, SectionKind::End);
-        section(&mut self.main, SectionKind::Full);
-        self.main.write(&Event::Eof).unwrap();
-        let description = Event::Description(b"{}".to_vec());
-        self.main.write(&description).unwrap();
+        false_source::end(&mut self.main, FALSE_ID);
     }
 }
 
@@ -632,7 +589,7 @@ fn a_section_of_another_device() {
     let section = Section {
         kind: SectionKind::Full,
         id: 9,
-        owner: DeviceId::new("ram", 0).unwrap(),
+        owner: false_source::device("ram"),
         version: 4,
     };
     main.write(&Event::Section(section)).unwrap();
