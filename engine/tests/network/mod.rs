@@ -28,12 +28,17 @@ pub fn ip(arguments: &str) -> bool {
     done.is_ok_and(|status| status.success())
 }
 
+/// Loud: this is where the machine decides what was tested.
+fn not_tested(what: &str) {
+    let text = format!("NOT TESTED HERE: {what}\n");
+    io::stderr().write_all(text.as_bytes()).unwrap();
+}
+
 /// Runs `test` on a thread in a new network namespace, and all that it starts.
 pub fn in_a_network_of_its_own(test: impl FnOnce() + Send + 'static) {
     let ran = thread::spawn(|| {
         if unshare(CloneFlags::CLONE_NEWNET).is_err() || !ip("link set lo up") {
-            eprintln!("nothing is tested: no network namespace, or no ip");
-            return;
+            return not_tested("no network namespace, or no ip");
         }
         test();
     });
@@ -61,10 +66,11 @@ impl Far {
     /// Each packet takes `way`. The TCP connections' first packets, each time they are sent, are counted from 0;
     /// `is_lost` says which are lost. `None` where there is no such device.
     pub fn new(way: Duration, is_lost: fn(usize) -> bool) -> Option<Self> {
-        let tun = tun().ok()?;
-        if !ip(&format!("addr add {HERE}/24 dev far")) || !ip("link set far up") {
+        let Ok(tun) = tun() else {
+            not_tested("no /dev/net/tun");
             return None;
-        }
+        };
+        assert!(ip(&format!("addr add {HERE}/24 dev far")) && ip("link set far up"));
         let (ends, end) = UnixStream::pair().unwrap();
         let mut mirror = Mirror {
             tun,
