@@ -225,6 +225,13 @@ fn garbage_is_no_main_channel() {
         let (ended, rig) = load(&main, &channels(), true);
         assert!(!whole_or_not(&ended, &rig), "seed {seed}: {ended:?}");
     }
+    // One byte that is no event's, and all else right.
+    for byte in [0x0f, 0x55, 0xff] {
+        let mut main = bytes(&right());
+        main.insert(8, byte);
+        let (ended, rig) = load(&main, &channels(), true);
+        assert!(!whole_or_not(&ended, &rig), "{byte}: {ended:?}");
+    }
 }
 
 fn what_is_out_of_order_is_named() {
