@@ -1,4 +1,4 @@
-//! How long does it take from a cancellation until the driver has given the device back, where it
+//! How long does it take from a cancellation until the I/O thread has given the device back, where it
 //! sleeps, and where a full pipe blocks its write?
 
 use criterion::{Criterion, criterion_group, criterion_main};

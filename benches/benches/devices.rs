@@ -1,4 +1,4 @@
-//! What do 8 and 64 devices on one driver cost, beside one device, and beside a thread for each?
+//! What do 8 and 64 devices on one I/O thread cost, beside one device, and beside a thread for each?
 //!
 //! Every row moves 64 MiB in all, in packets of 64 KiB from 4 channels into memfds.
 
@@ -31,7 +31,7 @@ fn devices(c: &mut Criterion) {
     for count in [1, 8, 64] {
         let plan = Plan::of_bytes(count, 4, PACKET, BYTES);
         let sinks = Sink::several(Kind::Memfd, count, plan.device_bytes()).expect("memfds");
-        group.bench_function(BenchmarkId::new("one-driver", count), |b| {
+        group.bench_function(BenchmarkId::new("one-io-thread", count), |b| {
             b.iter_custom(|n| {
                 timed(n, || {
                     engine::load_memory(&plan, &sinks, &source, Settings::default()).sample

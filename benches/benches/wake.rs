@@ -1,4 +1,4 @@
-//! How long does it take from publishing to a sleeping driver until the bytes are in its pipe, beside
+//! How long does it take from publishing to a sleeping I/O thread until the bytes are in its pipe, beside
 //! a loader that sleeps on a condition variable?
 
 use std::time::Duration;

@@ -144,7 +144,7 @@ pub(crate) fn nanos(since: Instant) -> u64 {
 pub fn load_memory(plan: &Plan, sinks: &[Sink], source: &Source, settings: Settings) -> Outcome {
     let backend = settings.backend;
     let ids = plan.ids();
-    let (mut session, ended) = start_load(&ids, sinks, settings, Vec::new());
+    let (session, ended) = start_load(&ids, sinks, settings, Vec::new());
     let start = Barrier::new(plan.channels as usize + 1);
     let tickets = Tickets::default();
     let (begun, times) = thread::scope(|scope| {

@@ -32,7 +32,7 @@ const REST: Duration = Duration::from_micros(300);
 /// The bytes of the packets whose wake-ups are timed: so few that copying them takes no time.
 const SMALL: usize = 64;
 
-/// A pipe: where a driver writes, and where the first byte shows without waiting.
+/// A pipe: where an I/O thread writes, and where the first byte shows without waiting.
 fn pipe() -> io::Result<(Sink, File)> {
     let (reader, writer) = io::pipe()?;
     fcntl(&reader, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
@@ -78,7 +78,7 @@ fn timed(count: u32, pipe: &mut File, mut wake: impl FnMut(u32)) -> io::Result<V
     Ok(times)
 }
 
-/// From publishing to a sleeping driver until the bytes are in its pipe, in nanoseconds.
+/// From publishing to a sleeping I/O thread until the bytes are in its pipe, in nanoseconds.
 ///
 /// # Errors
 ///
@@ -222,13 +222,13 @@ pub fn wake_ring(count: u32) -> io::Result<Vec<u64>> {
 /// Where a load is cancelled.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Cancelled {
-    /// The driver sleeps: no packet has come.
+    /// The I/O thread sleeps: no packet has come.
     Starved,
     /// A write is blocked on a full pipe.
     Blocked,
 }
 
-/// From `cancel` to the device's thread having its device back from the driver.
+/// From `cancel` to the device's thread having its device back from the I/O thread.
 ///
 /// # Errors
 ///
@@ -246,7 +246,7 @@ pub fn cancel(at: Cancelled) -> io::Result<Duration> {
         let mut publisher = session.publisher();
         publish(&mut publisher, &ids[0], 0, &[7; 1 << 20]);
     }
-    // Until the pipe is full, or the driver asleep, by far.
+    // Until the pipe is full, or the I/O thread asleep, by far.
     thread::sleep(Duration::from_millis(3));
     let since = Instant::now();
     session.cancel();
@@ -282,7 +282,7 @@ pub fn ready_64(bursts: u32) -> io::Result<(Stats, u32)> {
         let (device, _): (Device, _) = sink::device(id, sink, 0);
         builder = builder.device(device);
     }
-    let mut session = builder.start().expect("a load starts");
+    let session = builder.start().expect("a load starts");
     let mut publisher = session.publisher();
     session.no_more_channels();
     for number in 0..plan.count() {

@@ -5,8 +5,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nix::sys::resource::{UsageWho, getrusage};
-use nix::sys::time::TimeVal;
+use nix::sys::{
+    resource::{UsageWho, getrusage},
+    time::TimeVal,
+};
 
 /// A moment: the time, and what the process had used by then.
 #[derive(Clone, Copy, Debug)]

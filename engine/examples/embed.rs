@@ -18,7 +18,8 @@ use std::{os::unix::net::UnixStream, thread};
 use vfio_migration::{
     Device, DeviceId, Error, LoadSession, Result, SaveSession, Settings, SourceChannels,
     migration::{
-        Ack, Acks, DeviceSettings, Incoming, Realized, Source, Switchover, Terms,
+        Capabilities, DeviceSettings, Incoming, MigratableDevice, Outgoing, OutgoingDevice,
+        SwitchoverAck, SwitchoverAcks,
         vm::{self, Reason},
     },
     sim::{SimConfig, SimDevice, SimHandle},
@@ -26,11 +27,11 @@ use vfio_migration::{
 };
 
 /// What both ends have agreed on.
-fn terms(over_channels: bool) -> Terms {
-    let mut terms = Terms::default();
-    terms.switchover_ack = Ack::Once;
-    terms.precopy_over_channels = over_channels;
-    terms
+fn capabilities(over_channels: bool) -> Capabilities {
+    let mut capabilities = Capabilities::default();
+    capabilities.switchover_ack = SwitchoverAck::Once;
+    capabilities.precopy_over_channels = over_channels;
+    capabilities
 }
 
 /// Writes one section of a device into the main channel.
@@ -50,15 +51,15 @@ fn section<R>(
 
 /// The source: until the VM runs on the destination, or goes on here.
 fn source(
-    devices: Vec<Realized>,
+    devices: Vec<MigratableDevice>,
     main: &UnixStream,
     channels: Vec<UnixStream>,
-    terms: &Terms,
+    capabilities: &Capabilities,
 ) -> Result<()> {
     let channels = channels.into_iter().map(Into::into).collect();
     // The destination does not wait for their hellos for long, but then for as long as the VM runs.
     let mut channels = SourceChannels::greet(channels, &Settings::default())?;
-    let acks = Acks::new(terms.switchover_ack);
+    let acks = SwitchoverAcks::new(capabilities.switchover_ack);
     let mut writer = Writer::open(main)?;
     let mut sources = Vec::new();
     for (id, device) in (0..).zip(devices) {
@@ -67,7 +68,7 @@ fn source(
             &mut writer,
             SectionKind::Start,
             (id, &owner),
-            |body| Ok(Source::setup(device, terms, &acks, body)?),
+            |body| Ok(OutgoingDevice::setup(device, capabilities, &acks, body)?),
         )?);
     }
     // While the VM runs: until little enough is left, and the destination is ready. A destination that
@@ -91,19 +92,19 @@ fn source(
     // The processors stand still from here on.
     vm::stop(&mut sources, Reason::FinishMigration)?;
     let session = SaveSession::builder().greeted_channels(channels);
-    let mut switchover = Switchover::begin(sources, session)?;
+    let mut outgoing = Outgoing::begin(sources, session)?;
     writer.write(&Event::Command(Command::SwitchoverStart))?;
     for device in (0..).zip(&ids) {
         section(&mut writer, SectionKind::End, device, |body| {
-            switchover.complete(device.1, body)
+            outgoing.write_state(device.1, body)
         })?;
     }
     for device in (0..).zip(&ids) {
         section(&mut writer, SectionKind::Full, device, |body| {
-            switchover.config(device.1, body)
+            outgoing.write_config(device.1, body)
         })?;
     }
-    let saved = switchover.finish()?;
+    let saved = outgoing.finish()?;
     // With this the destination may start its VM: from here on it is the one who knows.
     let verdict = writer.write(&Event::Eof);
     match verdict.and_then(|()| Reply::read(&mut &*main)) {
@@ -119,18 +120,16 @@ fn source(
 
 /// The destination: until the VM runs here.
 fn destination(
-    devices: Vec<Realized>,
+    devices: Vec<MigratableDevice>,
     main: &UnixStream,
     channels: Vec<UnixStream>,
-    terms: &Terms,
+    capabilities: &Capabilities,
 ) -> Result<()> {
-    let session = channels
-        .into_iter()
-        .fold(LoadSession::builder(), |it, channel| it.channel(channel));
+    let session = LoadSession::builder().channels(channels);
     let path = main.try_clone().expect("a descriptor is to be had");
     let approve = move || Reply::SwitchoverAck.write(&mut &path);
     let mut order = MainChannelOrder::new(devices.iter().map(|it| it.id().clone()));
-    let incoming = Incoming::setup(devices, terms, session, Box::new(approve))?;
+    let incoming = Incoming::setup(devices, capabilities, session, Box::new(approve))?;
     let mut reader = Reader::open(main)?;
     while let Some(event) = reader.next_event()? {
         order.event(&event)?;
@@ -164,7 +163,7 @@ fn destination(
 }
 
 /// Two simulated devices.
-fn devices(seed: u64) -> Result<(Vec<Realized>, Vec<SimHandle>)> {
+fn devices(seed: u64) -> Result<(Vec<MigratableDevice>, Vec<SimHandle>)> {
     let device = |number| {
         let config = SimConfig {
             seed: seed + u64::from(number),
@@ -177,20 +176,23 @@ fn devices(seed: u64) -> Result<(Vec<Realized>, Vec<SimHandle>)> {
             DeviceId::new("0000:00:03.0/vfio", number)?,
             Box::new(device),
         )?;
-        Ok((Realized::new(device, DeviceSettings::default()), handle))
+        Ok((
+            MigratableDevice::new(device, DeviceSettings::default()),
+            handle,
+        ))
     };
     (0..2).map(device).collect()
 }
 
 /// Moves a VM.
-fn migrate(terms: &Terms) -> Result<()> {
+fn migrate(capabilities: &Capabilities) -> Result<()> {
     let pair = || UnixStream::pair().expect("sockets are to be had");
     let (main, main_there) = pair();
     let (channels, channels_there) = (0..2).map(|_| pair()).unzip();
     let ((devices_here, before), (devices_there, after)) = (devices(1)?, devices(100)?);
     thread::scope(|scope| {
-        let source = scope.spawn(|| source(devices_here, &main, channels, terms));
-        let moved = destination(devices_there, &main_there, channels_there, terms);
+        let source = scope.spawn(|| source(devices_here, &main, channels, capabilities));
+        let moved = destination(devices_there, &main_there, channels_there, capabilities);
         moved.and(source.join().expect("no side panics"))
     })?;
     for (before, after) in before.iter().zip(&after) {
@@ -202,8 +204,8 @@ fn migrate(terms: &Terms) -> Result<()> {
 
 /// Moves a VM, in both ways.
 pub fn main() -> Result<()> {
-    migrate(&terms(false))?;
-    migrate(&terms(true))?;
+    migrate(&capabilities(false))?;
+    migrate(&capabilities(true))?;
     println!("moved");
     Ok(())
 }

@@ -63,7 +63,7 @@ use crate::{
     error::{Error, ErrorKind, Phase, Result},
     id::DeviceId,
     state::{DeviceState, MigrationFlags, PrecopyInfo},
-    task::{self, Spawner, Task},
+    tasks::{self, Spawner, Task},
     trace,
 };
 
@@ -246,7 +246,7 @@ impl Device {
     /// [`SaveBuilder::spawn_with`](crate::SaveBuilder::spawn_with), of which a device keeps what its first
     /// session has.
     pub fn spawn_with(&mut self, spawn: impl Fn(Task) -> io::Result<()> + Send + Sync + 'static) {
-        self.spawner = Some(task::spawner(spawn));
+        self.spawner = Some(tasks::spawner(spawn));
     }
 
     /// Keeps a session's, where it has none of its own.
@@ -304,7 +304,7 @@ impl Device {
     ///
     /// [`ErrorKind::State`] with the *first* errno; `EBADF` where a data fd came although one was
     /// held (the state has changed then, the new fd is closed). [`ErrorKind::Lost`],
-    /// [`ErrorKind::Panicked`]. [`ErrorKind::Config`] for ERROR, which cannot be requested.
+    /// [`ErrorKind::Panicked`]. [`ErrorKind::Misuse`] for ERROR, which cannot be requested.
     ///
     /// # Panics
     ///
@@ -327,7 +327,7 @@ impl Device {
             return Ok(());
         }
         if new == DeviceState::Error {
-            let kind = ErrorKind::Config("ERROR is no state to ask for");
+            let kind = ErrorKind::Misuse("ERROR is no state to ask for");
             let error = Error::new(kind, Phase::State).on_device(&self.id);
             return Err(error.between(from, new));
         }
@@ -433,12 +433,12 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Config`] outside the PRE_COPY states, where 0 would mean something else;
+    /// [`ErrorKind::Misuse`] outside the PRE_COPY states, where 0 would mean something else;
     /// [`ErrorKind::Device`], [`ErrorKind::Lost`], [`ErrorKind::Panicked`].
     pub fn read_precopy(&mut self, buffer: &mut [u8]) -> Result<usize> {
         let fd = self.lend()?;
         if !self.state.is_precopy() {
-            let kind = ErrorKind::Config("not in a PRE_COPY state");
+            let kind = ErrorKind::Misuse("not in a PRE_COPY state");
             return Err(Error::new(kind, Phase::Save).on_device(&self.id));
         }
         self.query(Phase::Save, |inner| {
@@ -460,12 +460,12 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Config`] in another state; [`ErrorKind::Device`], [`ErrorKind::Lost`],
+    /// [`ErrorKind::Misuse`] in another state; [`ErrorKind::Device`], [`ErrorKind::Lost`],
     /// [`ErrorKind::Panicked`].
     pub fn read_stop_copy(&mut self, buffer: &mut [u8]) -> Result<usize> {
         let fd = self.lend()?;
         if self.state != DeviceState::StopCopy {
-            let kind = ErrorKind::Config("not in STOP_COPY");
+            let kind = ErrorKind::Misuse("not in STOP_COPY");
             return Err(Error::new(kind, Phase::Save).on_device(&self.id));
         }
         loop {
@@ -483,12 +483,12 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Config`] in another state; [`ErrorKind::Device`], final for the session;
+    /// [`ErrorKind::Misuse`] in another state; [`ErrorKind::Device`], final for the session;
     /// [`ErrorKind::Lost`], [`ErrorKind::Panicked`].
     pub fn write_resuming(&mut self, bytes: &[u8]) -> Result<()> {
         let fd = self.lend()?;
         if self.state != DeviceState::Resuming {
-            let kind = ErrorKind::Config("not in RESUMING");
+            let kind = ErrorKind::Misuse("not in RESUMING");
             return Err(Error::new(kind, Phase::Section).on_device(&self.id));
         }
         write_all(&fd, bytes).map_err(|error| self.error(Phase::Section).caused_by(error))

@@ -3,9 +3,15 @@
 //! An [`Error`] is one allocation, shared: the session, the device and the statistics may all hold
 //! the same one. Everything that a program could want to know is a method; the text is for people.
 
-use std::{error, fmt, io, sync::Arc};
+use std::{
+    error, fmt, io,
+    sync::{Arc, Mutex, PoisonError},
+};
 
-use crate::{id::DeviceId, state::DeviceState};
+use crate::{
+    id::{DeviceId, InvalidDeviceId},
+    state::DeviceState,
+};
 
 /// The engine's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -32,7 +38,7 @@ struct Place {
 #[non_exhaustive]
 pub enum ErrorKind {
     /// The embedder's own call or setting was wrong; nothing was done.
-    Config(&'static str),
+    Misuse(&'static str),
     /// The peer broke the protocol; its stream cannot be trusted any further.
     Protocol(Violation),
     /// The input ended, or cannot go on, and a packet is missing: [`Error::index`] is the first.
@@ -209,7 +215,7 @@ pub enum Violation {
     /// A tag that a device's section cannot have here.
     SectionTag(u64),
     /// PRE_COPY data over the channels
-    /// ([`Terms::precopy_over_channels`](crate::migration::Terms::precopy_over_channels)) is on at one
+    /// ([`Capabilities::precopy_over_channels`](crate::migration::Capabilities::precopy_over_channels)) is on at one
     /// end alone.
     PrecopyOverChannels {
         /// At this one; otherwise at the source.
@@ -427,10 +433,77 @@ impl error::Error for Error {
     }
 }
 
+/// Something has failed, and what was handed over for it comes back.
+///
+/// It converts into an [`Error`] and is `Send + Sync`, so `?` takes it to where an error goes; what was
+/// handed over is dropped then.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Failed<T> {
+    /// Why.
+    pub error: Error,
+    /// Behind a lock that is never taken: a device may be `Send` alone.
+    back: Mutex<T>,
+}
+
+impl<T> Failed<T> {
+    pub(crate) const fn new(error: Error, back: T) -> Self {
+        Self {
+            error,
+            back: Mutex::new(back),
+        }
+    }
+
+    /// What was handed over, put back. Each device says where it is and what must be done about it
+    /// ([`Device::duty`](crate::Device::duty)); one that is missing has a call stuck in it, and must not
+    /// be touched.
+    pub fn into_back(self) -> T {
+        self.into_parts().1
+    }
+
+    /// What was handed over, to look at.
+    pub fn back_mut(&mut self) -> &mut T {
+        self.back.get_mut().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The error, and what was handed over: see [`Failed::into_back`].
+    pub fn into_parts(self) -> (Error, T) {
+        let back = self
+            .back
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner);
+        (self.error, back)
+    }
+}
+
+impl<T> fmt::Display for Failed<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+impl<T: fmt::Debug> error::Error for Failed<T> {
+    fn source(&self) -> Option<&(dyn error::Error + 'static)> {
+        error::Error::source(&self.error)
+    }
+}
+
+impl<T> From<Failed<T>> for Error {
+    fn from(failed: Failed<T>) -> Self {
+        failed.error
+    }
+}
+
+impl From<InvalidDeviceId> for Error {
+    fn from(_: InvalidDeviceId) -> Self {
+        Self::new(ErrorKind::Misuse(InvalidDeviceId::TEXT), Phase::Setup)
+    }
+}
+
 impl fmt::Display for ErrorKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Config(what) => write!(f, "wrong use: {what}"),
+            Self::Misuse(what) => write!(f, "wrong use: {what}"),
             Self::Protocol(violation) => write!(f, "{violation}"),
             Self::Missing => f.write_str("the input has ended without this packet"),
             Self::Channel => f.write_str("the connection failed"),

@@ -1,11 +1,8 @@
 //! A device's name on the wire.
 
-use std::{fmt, sync::Arc};
+use std::{error, fmt, sync::Arc};
 
-use crate::{
-    error::{Error, ErrorKind, Phase},
-    text::Printable,
-};
+use crate::text::Printable;
 
 /// Names a device on the wire and in every error: the `idstr` of its section and the instance id.
 ///
@@ -17,7 +14,7 @@ use crate::{
 /// let id = DeviceId::new("0000:00:03.0/vfio", 0)?;
 /// assert_eq!(id.to_string(), "0000:00:03.0/vfio");
 /// assert!(DeviceId::new("x".repeat(256), 0).is_err());
-/// # Ok::<(), vfio_migration::Error>(())
+/// # Ok::<(), vfio_migration::InvalidDeviceId>(())
 /// ```
 #[derive(Clone, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct DeviceId {
@@ -33,15 +30,12 @@ impl DeviceId {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Config`] where `idstr` is empty, longer than [`DeviceId::MAX_IDSTR`] bytes, or
-    /// holds a NUL.
-    pub fn new(idstr: impl Into<Arc<str>>, instance: u32) -> Result<Self, Error> {
+    /// Where `idstr` is empty, longer than [`DeviceId::MAX_IDSTR`] bytes, or holds a NUL. It converts
+    /// into an [`Error`](crate::Error) of kind [`Misuse`](crate::ErrorKind::Misuse).
+    pub fn new(idstr: impl Into<Arc<str>>, instance: u32) -> Result<Self, InvalidDeviceId> {
         let idstr = idstr.into();
         if idstr.is_empty() || idstr.len() > Self::MAX_IDSTR || idstr.contains('\0') {
-            return Err(Error::new(
-                ErrorKind::Config("an idstr has 1 to 255 bytes and no NUL"),
-                Phase::Setup,
-            ));
+            return Err(InvalidDeviceId(()));
         }
         Ok(Self { idstr, instance })
     }
@@ -58,6 +52,22 @@ impl DeviceId {
         self.instance
     }
 }
+
+/// A text that is no idstr: see [`DeviceId::new`].
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct InvalidDeviceId(());
+
+impl InvalidDeviceId {
+    pub(crate) const TEXT: &str = "an idstr has 1 to 255 bytes and no NUL";
+}
+
+impl fmt::Display for InvalidDeviceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(Self::TEXT)
+    }
+}
+
+impl error::Error for InvalidDeviceId {}
 
 impl fmt::Display for DeviceId {
     /// A name may be a peer's: what would steer a terminal is escaped.

@@ -29,7 +29,7 @@
 //! | a file with positions | each at its place: the lane's, and the lengths of those before it in the chain |
 //! | the same, written and open with `O_APPEND` | without a place: the kernel goes to the end for each |
 //!
-//! The device's thread makes a lane, and looks at the file's type for that; from then on the driver thread
+//! The device's thread makes a lane, and looks at the file's type for that; from then on the I/O thread
 //! alone uses the lane. The lane holds a clone of the device's data fd, and gives it up when it is dropped,
 //! unless the kernel still has an operation: see [`Lane::abandon`].
 
@@ -80,7 +80,7 @@ enum Place {
 }
 
 impl Place {
-    /// How a file is to be used. No call here waits for a driver.
+    /// How a file is to be used. No call here waits for an I/O thread.
     fn of(fd: &Fd, direction: Direction) -> Self {
         let kind = fstat(fd).map(|stat| SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT);
         if !matches!(kind, Ok(SFlag::S_IFREG | SFlag::S_IFBLK)) {

@@ -5,7 +5,7 @@
 //! when the switchover starts, and gets the devices back in a [`Report`].
 //!
 //! ```text
-//!                  channel side (many threads)          device side (one driver thread)
+//!                  channel side (many threads)          device side (one I/O thread)
 //!                ┌─────────────────────────────────┬──────────────────────────────────────────┐
 //!   load         │ receive → decode → publish ─────┼──▶ take → submit → complete → recycle ─┐ │
 //!                │     ▲                           │                                        │ │
@@ -27,12 +27,15 @@ compile_error!("`--cfg loom` without `--cfg crossbeam_loom` models the slots but
 mod arena;
 mod channel;
 mod device;
-mod driver;
 mod error;
+mod first_failure;
+mod framed;
 mod host;
 mod id;
+mod io_loop;
 mod lane;
 mod load;
+mod memory_plan;
 pub mod migration;
 mod relay;
 mod reorder;
@@ -46,10 +49,9 @@ mod state;
 mod stats;
 pub mod stream;
 mod sync;
-mod task;
+mod tasks;
 pub mod text;
 mod trace;
-mod verdict;
 pub mod wire;
 
 pub use vfio_migration_uring::Backend;
@@ -66,17 +68,17 @@ pub use crate::{
         Device, Duty, MAX_DATA_SIZE, MigrationDevice, Recover, StateEvent, buffer_len,
         stop_copy_estimate,
     },
-    error::{Error, ErrorKind, Phase, Refusal, Result, Violation},
-    id::DeviceId,
+    error::{Error, ErrorKind, Failed, Phase, Refusal, Result, Violation},
+    id::{DeviceId, InvalidDeviceId},
+    load::{LoadBuilder, LoadSession, PacketLease, Publisher},
+    memory_plan::MemoryBound,
     relay::{Relay, RelayReport},
-    session::{
-        Canceller, DeviceReport, LoadBuilder, LoadSession, NotStarted, PacketLease, Publisher,
-        Report, SaveBuilder, SaveSession, SourceChannels,
-    },
-    settings::{MemoryBound, Settings, Spill},
+    save::{SaveBuilder, SaveSession, SourceChannels},
+    session::{Canceller, DeviceReport, Report},
+    settings::{Settings, Spill},
     state::{DeviceState, MigrationFlags, PrecopyInfo, UnknownState},
     stats::{ChannelStats, DeviceStats, Latency, Phases, SpillStats, Stats},
-    task::{Task, TaskKind},
+    tasks::{Task, TaskKind},
     trace::TARGET as TRACE_TARGET,
 };
 
@@ -85,7 +87,7 @@ pub use crate::{
 #[doc(hidden)]
 pub mod internals {
     pub use crate::reorder::{
-        admission, control, cursor, doorbell, pool, queue, slot, table, waiters,
+        doorbell, flags, memory_policy, pool, reorder_buffer, send_queue, slot, table, waiters,
     };
 
     pub mod router {

@@ -1,7 +1,7 @@
 //! The destination's work: packets in on many channels, bytes out to each device in order.
 //!
 //! ```text
-//!                 channel side (many threads)          device side (one driver thread)
+//!                 channel side (many threads)          device side (one I/O thread)
 //!               ┌─────────────────────────────────┬──────────────────────────────────────────┐
 //!   load.rs     │ receive → decode → publish ─────┼──▶ take → submit → complete → recycle ─┐ │
 //!               │     ▲                           │                                        │ │
@@ -11,81 +11,75 @@
 //!
 //! | who | owns | may touch |
 //! |---|---|---|
-//! | a channel's thread | its socket, its [`Packer`] | every device's [`Inbox`] |
-//! | the driver | every [`LoadFlow`]: cursor, lane, a clone of the data fd | the pool |
-//! | a device's thread | the [`Device`]: its state, its config, its data fd | its [`Control`], its result |
+//! | a channel's thread | its socket, its `LeaseCutter` | every device's [`ReorderBuffer`] |
+//! | the I/O thread | every [`LoadTransfer`]: reader, lane, a clone of the data fd | the pool |
+//! | a device's thread | the [`Device`](crate::Device): its state, its config, its data fd | its [`DeviceFlags`], its result |
 //! | the main thread | the session | flags |
 //!
-//! What ends each wait: a channel that waits for room, the driver's progress or a stop; the driver,
-//! see `driver.rs`; a device's thread, the driver's result, a notice or a stop; whoever cleans up,
+//! What ends each wait: a channel that waits for room, the I/O thread's progress or a stop; the I/O thread,
+//! see `driver.rs`; a device's thread, the I/O thread's result, a notice or a stop; whoever cleans up,
 //! the device's end or the grace time.
 
-use std::{
-    fmt, io, mem,
-    path::PathBuf,
-    time::{Duration, Instant},
-};
+use std::{fmt, path::PathBuf, time::Duration};
 
-use crossbeam_epoch::{Collector, Guard, LocalHandle};
-use vfio_migration_uring::{Completion, Fd, Ring, deadline, later};
+use crossbeam_epoch::Collector;
+use vfio_migration_uring::{Fd, deadline};
 
+mod backpressure;
 mod channel_side;
 mod device_side;
 mod device_thread;
-mod room;
+mod publisher;
+mod session;
 
 pub(crate) use self::{
-    channel_side::{BOUNCE, Incoming, LoadInlet},
-    device_side::{LoadFlow, READ_BACK},
+    backpressure::Backpressure,
+    channel_side::{IncomingPacket, LoadSink},
+    device_side::LoadTransfer,
     device_thread::{serve_device, start, start_early, wait_written, write_iterable},
-    room::Room,
+};
+pub use self::{
+    publisher::{PacketLease, Publisher},
+    session::{LoadBuilder, LoadSession},
 };
 use crate::{
     arena::NoMemory,
-    channel::{Inlet, Space},
-    device::{Device, Recover, write_all},
-    driver::{Context, Flow, Handle, Pump},
     error::{Error, ErrorKind, Phase, Result, Violation},
-    host::zeroed,
+    first_failure::FirstFailure,
     id::DeviceId,
-    lane::{Buffer, CHAIN, Direction, Filled, Lane, Progress},
+    io_loop::IoHandle,
     reorder::{
-        admission::{Admission, Asked, Ways},
-        control::{Control, SLACK},
-        cursor::{Cursor, Inbox, Next},
-        pool::{Packer, Piece, Pool, PoolLayout},
-        slot::{Packet, Payload, Publish},
+        flags::{DeviceFlags, SLACK},
+        pool::{Pool, PoolLayout},
+        reorder_buffer::ReorderBuffer,
+        slot::{Packet, Payload},
         waiters::Waiters,
     },
     router::Router,
-    spill::{SpillFile, Spilled},
-    state::DeviceState,
-    stats::{ChannelCounters, Counter, DeviceCounters, SpillStats},
+    spill::{SpillExtent, SpillFile},
+    stats::{Counter, DeviceCounters, SpillStats},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU32, Ordering, fence},
         lock,
     },
-    trace,
-    verdict::Verdict,
-    wire,
 };
 
-/// What became of the driver's part of a load: the config packet's data, framing tags included.
-type Drained = Result<Vec<u8>>;
+/// What became of the I/O thread's part of a load: the config packet's data, framing tags included.
+type TransferResult = Result<Vec<u8>>;
 
-/// One device, as the channels, the driver and its own thread share it.
+/// One device, as the channels, the I/O thread and its own thread share it.
 pub(crate) struct LoadDevice {
     pub(crate) id: DeviceId,
     pub(crate) ordinal: u32,
-    pub(crate) inbox: Inbox,
-    pub(crate) control: Control,
+    pub(crate) reorder: ReorderBuffer,
+    pub(crate) flags: DeviceFlags,
     pub(crate) counters: DeviceCounters,
     /// For iterable data: from setup to the switchover's start, or an earlier one of the loader's.
     iterable: Mutex<Option<Fd>>,
     /// Whether its config waits for a notice.
     pub(crate) config_waits: bool,
-    drained: Mutex<Option<Drained>>,
+    drained: Mutex<Option<TransferResult>>,
     /// How many packets are in the device, as far as that is told: before the switchover.
     written: AtomicU32,
     /// Who waits for that.
@@ -108,12 +102,12 @@ impl LoadDevice {
 
     /// See [`Waiters::late`].
     pub(crate) fn late(&self) -> u64 {
-        self.control.late() + self.progress.late()
+        self.flags.late() + self.progress.late()
     }
 
-    fn leave(&self, drained: Drained) {
+    fn set_result(&self, drained: TransferResult) {
         *lock(&self.drained) = Some(drained);
-        self.control.drained();
+        self.flags.drained();
         self.progress.notify_all();
     }
 
@@ -141,10 +135,10 @@ pub(crate) struct Load {
     pub(crate) router: Router<Route>,
     pub(crate) pool: Arc<Pool>,
     pub(crate) staging: Arc<Pool>,
-    pub(crate) driver: Arc<Handle<LoadFlow>>,
+    pub(crate) io: Arc<IoHandle<LoadTransfer>>,
     pub(crate) settings: LoadSettings,
     /// Channels that wait for room.
-    pub(crate) room: Room,
+    pub(crate) backpressure: Backpressure,
     /// Where packets go that must not wait for it, once somebody may need that.
     spill: Mutex<Option<Arc<SpillFile>>>,
     /// Channels and publishers that may still bring packets.
@@ -153,7 +147,7 @@ pub(crate) struct Load {
     dropped: Dropped,
     /// Channels that were announced and have not come. For messages.
     awaited: AtomicU32,
-    pub(crate) verdict: Verdict,
+    pub(crate) first_failure: FirstFailure,
 }
 
 /// See [`Load::dropped`].
@@ -191,7 +185,7 @@ impl Load {
     pub(crate) fn new(
         pool: PoolLayout,
         staging: PoolLayout,
-        driver: Arc<Handle<LoadFlow>>,
+        io: Arc<IoHandle<LoadTransfer>>,
         settings: LoadSettings,
     ) -> Result<Self, NoMemory> {
         let collector = Collector::new();
@@ -199,16 +193,16 @@ impl Load {
         Ok(Self {
             router: Router::new(Collector::new()),
             collector,
-            room: Room::new(pool.clone()),
+            backpressure: Backpressure::new(pool.clone()),
             spill: Mutex::new(None),
             pool,
             staging: Arc::new(Pool::new(staging)?),
-            driver,
+            io,
             settings,
             inputs: AtomicU32::new(0),
             dropped: Dropped::default(),
             awaited: AtomicU32::new(0),
-            verdict: Verdict::default(),
+            first_failure: FirstFailure::default(),
         })
     }
 
@@ -233,8 +227,8 @@ impl Load {
         let device = Arc::new(LoadDevice {
             id: id.clone(),
             ordinal,
-            inbox: Inbox::new(self.collector.clone(), self.settings.window),
-            control: Control::new(),
+            reorder: ReorderBuffer::new(self.collector.clone(), self.settings.window),
+            flags: DeviceFlags::new(),
             counters: DeviceCounters::default(),
             iterable: Mutex::new(None),
             config_waits: config_waits.unwrap_or(self.settings.config_after_iterables),
@@ -248,7 +242,7 @@ impl Load {
         // two finds the other: a device that comes too late is stopped here.
         fence(Ordering::SeqCst);
         if self.failure().is_some() {
-            device.control.quit();
+            device.flags.quit();
         }
         Ok(device)
     }
@@ -265,7 +259,7 @@ impl Load {
         {
             Ok(())
         } else {
-            let kind = ErrorKind::Config("two devices of one name");
+            let kind = ErrorKind::Misuse("two devices of one name");
             Err(Error::new(kind, Phase::Setup).on_device(id))
         }
     }
@@ -281,10 +275,10 @@ impl Load {
         let _first = self
             .router
             .put(idstr, device.id.instance(), route, is_this, &handle.pin());
-        device.control.quit();
+        device.flags.quit();
         device.progress.notify_all();
-        self.driver.wake();
-        self.room.notify_all();
+        self.io.wake();
+        self.backpressure.notify_all();
     }
 
     /// The file that a channel may spill to, or a publisher; none where it must not. The first who
@@ -316,7 +310,7 @@ impl Load {
     }
 
     /// Takes over a packet that was spilled, by its number.
-    fn adopt_spilled(&self, number: u64) -> Spilled {
+    fn adopt_spilled(&self, number: u64) -> SpillExtent {
         let spill = lock(&self.spill);
         let file = spill.as_ref().expect("who spilled had a file");
         SpillFile::adopt(file, number)
@@ -325,9 +319,9 @@ impl Load {
     /// Gives back what a packet is kept in.
     fn recycle(&self, packet: Packet) {
         match packet.payload {
-            Payload::Aside(number) => {
+            Payload::External(number) => {
                 drop(self.adopt_spilled(number));
-                self.room.notify_all();
+                self.backpressure.notify_all();
             }
             _ => packet.recycle(&self.pool),
         }
@@ -345,31 +339,31 @@ impl Load {
 
     /// The first failure, if there was one.
     pub(crate) fn failure(&self) -> Option<Error> {
-        self.verdict.failure()
+        self.first_failure.failure()
     }
 
     /// Ends everything, for this reason if it is the first. Returns whether it was.
     pub(crate) fn fail(&self, error: Error) -> bool {
-        let first = self.verdict.fail(error);
+        let first = self.first_failure.fail(error);
         if first {
             // Partner: the fence in `add`.
             fence(Ordering::SeqCst);
             for device in self.devices() {
-                device.control.quit();
+                device.flags.quit();
                 device.progress.notify_all();
             }
-            self.driver.wake();
-            self.room.notify_all();
+            self.io.wake();
+            self.backpressure.notify_all();
         }
         first
     }
 
     /// Waits until it is known why the load has failed. For a channel that found a device closed: the
-    /// driver closes it, and the device's thread says why. Ends with that; or soon, should nothing have
+    /// I/O thread closes it, and the device's thread says why. Ends with that; or soon, should nothing have
     /// failed.
     pub(crate) fn wait_for_reason(&self) {
         let soon = deadline(SLACK);
-        let _reason = self.room.wait_until(soon, || self.failure());
+        let _reason = self.backpressure.wait_until(soon, || self.failure());
     }
 
     /// Says that one more thread may bring packets.
@@ -382,7 +376,7 @@ impl Load {
     pub(crate) fn close_input(&self) {
         // Release: whoever sees no input left sees all that was published.
         if self.inputs.fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.driver.wake();
+            self.io.wake();
         }
     }
 

@@ -1,28 +1,28 @@
 //! The whole life cycle of a device's migration, around the sessions that move the bytes.
 //!
 //! ```text
-//!   Admission::realize() ─▶ Realized                                  at rest, RUNNING
+//!   MigrationBlockers::admit() ─▶ MigratableDevice                                  at rest, RUNNING
 //!                              │
 //!   source                     │                      destination
 //!   ──────                     │                      ───────────
 //!   SourceChannels::greet()    │
-//!   Source::setup() ◀──────────┴────────────────────▶ Incoming::setup()
+//!   OutgoingDevice::setup() ◀──────────┴────────────────────▶ Incoming::setup()
 //!     │ iterate(), pending_*()      main channel ────▶   device(id)?.load_state()
 //!   vm::stop()        all P2P, then all STOP_COPY     │
 //!     │                                               │
-//!   Switchover::begin()                               switchover_start()
+//!   Outgoing::begin()                               switchover_start()
 //!     │ complete(), config()        both ────────────▶│  …
 //!   finish() ─▶ Saved               the end ─────────▶ finish() ─▶ Loaded, devices in RESUMING
 //!     │                                               vm::start()   RUNNING: drivers check
-//!     │ cleanup()   STOP            ◀──── verdict      │
+//!     │ cleanup()   STOP            ◀──── first_failure      │
 //!     ▼ abort()     as at set-up                       ▼
-//!   Realized                                          Realized
+//!   MigratableDevice                                          MigratableDevice
 //! ```
 //!
 //! # Which side runs
 //!
 //! The main channel's end is the destination's permission to start. A source writes it when
-//! [`Switchover::finish`] has given [`Saved`], and not before: until then a failure, whatever it is,
+//! [`Outgoing::finish`] has given [`Saved`], and not before: until then a failure, whatever it is,
 //! lets the VM go on here. From then on the source is in doubt, and its VM must not run by itself,
 //! until the destination's verdict has been heard:
 //!
@@ -34,35 +34,35 @@
 //!
 //! A destination says that all is loaded when [`vm::start`] has returned, for it is there that the
 //! devices' drivers check their states. Where it fails, every device is reset and stopped before it
-//! returns, and the verdict is that it has failed. After a failure, [`Realized::state`],
-//! [`Realized::was_reset`] and [`Realized::duty`] say of each device where it is and what is left
+//! returns, and the verdict is that it has failed. After a failure, [`MigratableDevice::state`],
+//! [`MigratableDevice::was_reset`] and [`MigratableDevice::duty`] say of each device where it is and what is left
 //! for the VMM to do.
 //!
 //! Each arrow is a method that takes what is on its left and gives what is on its right, so most
-//! of what would be a wrong order does not compile: there is no [`Switchover`] without a
-//! [`Source`], no [`Source`] without its set-up, no second start of either. What a peer decides
+//! of what would be a wrong order does not compile: there is no [`Outgoing`] without a
+//! [`OutgoingDevice`], no [`OutgoingDevice`] without its set-up, no second start of either. What a peer decides
 //! (tags, commands) is checked when it comes. Whatever fails gives the devices back ([`Failed`]) in
 //! the state that they had at set-up, RUNNING or STOP, by a reset where there is no other way; a
 //! device that a call is stuck in is left out.
 //!
 //! ```compile_fail
-//! # use vfio_migration::{SaveSession, migration::{Acks, Ack, Source, Switchover}};
-//! # fn twice(source: Source) -> vfio_migration::Result<()> {
-//! let first = Switchover::begin(vec![source], SaveSession::builder())?;
-//! let second = Switchover::begin(vec![source], SaveSession::builder())?; // it was moved
+//! # use vfio_migration::{SaveSession, migration::{SwitchoverAcks, SwitchoverAck, OutgoingDevice, Outgoing}};
+//! # fn twice(source: OutgoingDevice) -> vfio_migration::Result<()> {
+//! let first = Outgoing::begin(vec![source], SaveSession::builder())?;
+//! let second = Outgoing::begin(vec![source], SaveSession::builder())?; // it was moved
 //! # Ok(()) }
 //! ```
 //!
 //! ```compile_fail
-//! # use vfio_migration::{SaveSession, migration::{Realized, Switchover}};
-//! # fn before_setup(device: Realized) -> vfio_migration::Result<()> {
-//! let switchover = Switchover::begin(vec![device], SaveSession::builder())?; // no Source
+//! # use vfio_migration::{SaveSession, migration::{MigratableDevice, Outgoing}};
+//! # fn before_setup(device: MigratableDevice) -> vfio_migration::Result<()> {
+//! let switchover = Outgoing::begin(vec![device], SaveSession::builder())?; // no OutgoingDevice
 //! # Ok(()) }
 //! ```
 //!
 //! ```compile_fail
-//! # use vfio_migration::migration::Switchover;
-//! # fn after_the_end(mut switchover: Switchover) -> vfio_migration::Result<()> {
+//! # use vfio_migration::migration::Outgoing;
+//! # fn after_the_end(mut switchover: Outgoing) -> vfio_migration::Result<()> {
 //! let saved = switchover.finish()?;
 //! switchover.cancel(); // it is over
 //! # Ok(()) }
@@ -80,94 +80,63 @@
 //!
 //! # Threads
 //!
-//! Everything up to [`Switchover::begin`] and [`Incoming`] runs on the caller's thread, except that
+//! Everything up to [`Outgoing::begin`] and [`Incoming`] runs on the caller's thread, except that
 //! changes of state for a set of devices use a thread for each. From there on a session has its
 //! threads, and sections are written and read on the caller's. What ends each wait is said there
 //! and at each method.
 
-mod acks;
-mod admission;
+mod blockers;
+mod capabilities;
 mod incoming;
+mod incoming_device;
+mod incoming_member;
+mod loaded;
+mod outgoing;
+mod outgoing_device;
 mod saved;
-mod settings;
-mod source;
-mod switchover;
+mod switchover_acks;
 pub mod vm;
 
-use std::{fmt, io, time::Duration};
+use std::{io, time::Duration};
 
 pub use self::{
-    acks::Acks,
-    admission::{Admission, Realization, Surroundings},
-    incoming::{Approve, Destination, Incoming, Loaded},
+    blockers::{Admitted, MigrationBlockers, PlatformSupport},
+    capabilities::{Capabilities, DeviceSettings, OnOffAuto, SwitchoverAck},
+    incoming::{Incoming, SendSwitchoverAck},
+    incoming_device::IncomingDevice,
+    loaded::Loaded,
+    outgoing::Outgoing,
+    outgoing_device::{Iteration, OutgoingDevice, Pending},
     saved::Saved,
-    settings::{Ack, DeviceSettings, OnOffAuto, Terms},
-    source::{Iteration, Pending, Source},
-    switchover::Switchover,
+    switchover_acks::SwitchoverAcks,
 };
 use crate::{
     device::{Device, Duty, set::for_all},
-    error::Error,
     id::DeviceId,
     state::{DeviceState, MigrationFlags},
-    task::Task,
+    tasks::Task,
     trace,
 };
-
-/// Something has failed, and this is what was handed over for it.
-#[derive(Debug)]
-#[non_exhaustive]
-pub struct Failed<T> {
-    /// Why.
-    pub error: Error,
-    /// What was handed over, put back. Each device says where it is and what must be done about it
-    /// ([`Realized::duty`]); one that is missing has a call stuck in it, and must not be touched.
-    pub back: T,
-}
-
-impl<T> Failed<T> {
-    const fn new(error: Error, back: T) -> Self {
-        Self { error, back }
-    }
-}
-
-impl<T> fmt::Display for Failed<T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.error.fmt(f)
-    }
-}
-
-impl<T: fmt::Debug> std::error::Error for Failed<T> {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        std::error::Error::source(&self.error)
-    }
-}
-
-impl<T> From<Failed<T>> for Error {
-    fn from(failed: Failed<T>) -> Self {
-        failed.error
-    }
-}
 
 /// A device that can be migrated, and is not being: what a migration begins with and ends in.
 #[derive(Debug)]
 #[must_use = "this is the VMM's device"]
-pub struct Realized {
+pub struct MigratableDevice {
     device: Device,
     settings: DeviceSettings,
     /// What the VM's stops and starts have taken of it since the last migration.
-    took: Duration,
+    transition_time: Duration,
 }
 
-impl Realized {
-    /// Takes a device that the VMM admits by rules of its own; [`Admission::realize`] has the
+impl MigratableDevice {
+    /// Takes a device that the VMM admits by rules of its own; [`MigrationBlockers::admit`] has the
     /// usual ones.
     pub fn new(mut device: Device, settings: DeviceSettings) -> Self {
         device.set_events(settings.events);
         Self {
             device,
             settings,
-            took: Duration::ZERO,
+            transition_time: Duration::ZERO,
         }
     }
 
@@ -236,6 +205,6 @@ fn at_once<M: vm::Member, R: Send>(all: &mut [M], f: impl Fn(&mut M) -> R + Sync
 }
 
 /// Takes all devices of a migration that is off back to the state at set-up, all at once.
-fn put_all_back(devices: &mut [Realized]) {
-    at_once(devices, |realized| put_back(&mut realized.device));
+fn put_all_back(devices: &mut [MigratableDevice]) {
+    at_once(devices, |migratable| put_back(&mut migratable.device));
 }

@@ -4,48 +4,47 @@
 //! ```text
 //!   source                            relay                                      destination
 //!                  ┌───────────────────────────────────────────────────┐
-//!   channel 0 ═════╪═▶ inlet 0 ── hello, RAM, SYNC, as they come ─────▶ ╪═▶ channel 0
-//!   channel 1 ═════╪═▶ inlet 1 ── … ──────────────────────────────────▶ ╪═▶ channel 1
+//!   channel 0 ═════╪═▶ sink 0 ── hello, RAM, SYNC, as they come ─────▶ ╪═▶ channel 0
+//!   channel 1 ═════╪═▶ sink 1 ── … ──────────────────────────────────▶ ╪═▶ channel 1
 //!                  │      │                                       ▲    │
 //!                  │      │ lease, publish at idx                 │ send, recycle
 //!                  │      ▼                                       │    │
-//!                  │   each device's slots ─▶ mover ─▶ queue ─▶ outlet 0, 1 … whichever is free
+//!                  │   each device's slots ─▶ sequencer ─▶ queue ─▶ egress 0, 1 … whichever is free
 //!                  │        (by idx)       (next only)  (one sequence)  │
 //!                  └───────────────────────────────────────────────────┘
 //! ```
 //!
-//! It is the load's channel side, joined to the save's channel side: no device, no data fd, no ring.
-//! An inlet receives a packet's data into a leased buffer, behind room for headers; the *mover*, in
-//! the driver's place, takes each device's next packet and appends it to the queue; and an outlet
-//! sends headers and data from that same buffer. So nothing is copied, a device's packets leave in
-//! the order of their idx, and a packet is on the way out what it was on the way in: its name, idx,
-//! flags and data.
+//! It is the load's channel side, joined to the save's channel side: no device, no data fd, no ring. An
+//! ingress thread receives a packet's data into a leased buffer, behind room for headers; the *sequencer*, in
+//! the I/O thread's place, takes each device's next packet and appends it to the queue; and an egress thread
+//! sends headers and data from that same buffer. So nothing is copied, a device's packets leave in the order
+//! of their idx, and a packet is on the way out what it was on the way in: its name, idx, flags and data.
 //!
 //! | who | owns | may touch |
 //! |---|---|---|
-//! | an inlet's thread | the source's connection, its packer | every device's slots, its line's sender |
-//! | the mover | every device's cursor | the slots, the queue |
-//! | an outlet's thread | the packet that it took | the queue, its line's sender |
+//! | an ingress thread | the source's connection, its lease cutter | every device's slots, its egress channel's sender |
+//! | the sequencer | every device's reader | the slots, the queue |
+//! | an egress thread | the packet that it took | the queue, its egress channel's sender |
 //! | the main thread | the session | flags |
 //!
 //! # What a destination relies on
 //!
 //! - Within a channel, hello, RAM and SYNC packets stay in their order: one thread passes them on.
 //! - No device packet comes on a channel before that channel's hello and first SYNC.
-//! - A packet is sent whole: inlet and outlet of a line share its sender behind a lock, which each
-//!   holds for one packet. What ends the wait for it is the end of that packet, or the connection's
-//!   time-out.
+//! - A packet is sent whole: the ingress and the egress thread of a channel share its sender behind a lock,
+//!   which each holds for one packet. What ends the wait for it is the end of that packet, or the
+//!   connection's time-out.
 //! - A channel is ended only when all device state has been sent, on whichever; and closed only when the
 //!   destination has had time to read it.
 //!
 //! # Memory
 //!
 //! Packets are held in a pool: the budget. One buffer of it, of the largest packet's size, is kept
-//! back for a packet that is the next of its device, and the mover hands on such a packet at once.
+//! back for a packet that is the next of its device, and the sequencer hands on such a packet at once.
 //!
 //! RAM shares the channels, and a destination's channel stands still at a SYNC until all have come to
-//! theirs. So device state goes only on lines that are not ahead of another in their SYNCs (see
-//! `relay/line.rs`): on those the destination reads, whatever the relay holds; what has been taken is
+//! theirs. So device state goes only on egress channels that are not ahead of another in their SYNCs (see
+//! `relay/egress_channel.rs`): on those the destination reads, whatever the relay holds; what has been taken is
 //! sent, and its memory comes back. Then there is always a packet that gets on, however full the
 //! pool is, where the source
 //!
@@ -63,55 +62,48 @@
 //!
 //! # What ends each wait
 //!
-//! An inlet that waits for bytes: the source's, or its end; within a packet, the connection's
-//! time-out. One that waits for room: a packet sent, or taken by the mover; the end of all. The mover:
+//! An ingress thread that waits for bytes: the source's, or its end; within a packet, the connection's
+//! time-out. One that waits for room: a packet sent, or taken by the sequencer; the end of all. The sequencer:
 //! a packet, the inputs' end, and while a device's state is incomplete or unsent, the time without
 //! progress; with [`Settings::precopy_over_channels`], while something that came is not passed on.
-//! An outlet: a packet that it may send, the queue's end; in a write, the connection's time-out.
+//! An egress thread: a packet that it may send, the queue's end; in a write, the connection's time-out.
 //! Every failure hangs up all connections of both sides, and ends them all.
 
 use std::{
     fmt, io,
-    io::{IoSlice, Read},
     os::fd::{AsFd, BorrowedFd},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use crossbeam_epoch::{Collector, Guard, LocalHandle};
-use vfio_migration_uring::{deadline, later};
+use crossbeam_epoch::{Collector, Guard};
+use vfio_migration_uring::later;
 
-mod inlet;
-mod line;
-mod mover;
-mod outlet;
+mod egress;
+mod egress_channel;
+mod ingress;
+mod sequencer;
 
-use self::line::Line;
+use self::egress_channel::EgressChannel;
 use crate::{
-    channel::{Channel, Finished, Inlet, RamSink, Receiver, Sender, Space, Terms},
+    channel::{Channel, ChannelLimits, Finished, Sender},
     error::{Error, ErrorKind, Phase, Result, Violation},
-    host::{no_budget, zeroed},
+    first_failure::FirstFailure,
+    host::no_budget,
     id::DeviceId,
-    lane::Buffer,
+    memory_plan::Memory,
     reorder::{
-        control::SLACK,
-        cursor::{Cursor, Inbox, Next},
-        pool::{Lease, Packer, Pool},
-        queue::{Queue, Ticket},
-        slot::{Packet, Payload, Publish},
+        flags::SLACK, pool::Pool, reorder_buffer::ReorderBuffer, send_queue::SendQueue,
         waiters::Waiters,
     },
     router::Router,
-    save::{HEADERS, HEADROOM},
-    settings::{Memory, Settings},
+    settings::Settings,
     stats::{ChannelCounters, DeviceCounters, SpillStats, Stats},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU32, Ordering},
-        lock, lock_across_waits,
+        lock,
     },
-    task::{self, Crew, Spawner, Task, TaskKind},
-    trace,
-    verdict::Verdict,
+    tasks::{self, Spawner, Task, TaskKind, Tasks},
     wire,
 };
 
@@ -120,7 +112,7 @@ struct RelayDevice {
     id: DeviceId,
     ordinal: u32,
     key: wire::DeviceKey,
-    inbox: Inbox,
+    reorder: ReorderBuffer,
     counters: DeviceCounters,
 }
 
@@ -144,33 +136,33 @@ struct Shared {
     /// Whether a device may be incomplete for as long as its source likes.
     patient: bool,
     pool: Arc<Pool>,
-    queue: Queue,
+    queue: SendQueue,
     channels: Mutex<Vec<Arc<ChannelCounters>>>,
-    /// Inlets that wait for room.
-    room: Waiters,
-    /// The mover, which waits for packets.
+    /// Ingress threads that wait for room.
+    backpressure: Waiters,
+    /// The sequencer, which waits for packets.
     arrivals: Waiters,
-    /// Outlets that wait for packets, and for their lines to be no longer ahead.
+    /// Egress threads that wait for packets, and for their egress channels to be no longer ahead.
     outgoing: Waiters,
     /// By number.
-    lines: Mutex<Vec<Arc<Line>>>,
+    egress_channels: Mutex<Vec<Arc<EgressChannel>>>,
     /// Set when the queue has all packets.
     moved: AtomicBool,
-    /// How many threads have something to send now, the wait for a line's sender included.
+    /// How many threads have something to send now, the wait for an egress channel's sender included.
     sending: Arc<AtomicU32>,
-    /// Inlets that have not ended, and one for those still to come.
+    /// Ingress threads that have not ended, and one for those still to come.
     inputs: AtomicU32,
-    verdict: Verdict,
+    first_failure: FirstFailure,
 }
 
 impl Shared {
     /// Ends everything, for this reason if it is the first. Not from within a look of `Waiters`.
     fn fail(&self, error: Error) {
-        if self.verdict.fail(error) {
+        if self.first_failure.fail(error) {
             let epoch = self.collector.register();
             self.queue
                 .close(&epoch.pin(), |packet| packet.recycle(&self.pool));
-            self.room.notify_all();
+            self.backpressure.notify_all();
             self.arrivals.notify_all();
             self.outgoing.notify_all();
         }
@@ -178,7 +170,7 @@ impl Shared {
 
     /// Why nothing more should be done, if so.
     fn stopped(&self) -> Option<Error> {
-        self.verdict.failure()
+        self.first_failure.failure()
     }
 
     /// The device of this name: a new one where it is not known yet.
@@ -199,33 +191,33 @@ impl Shared {
             // Another channel was faster.
             return Ok(device.clone());
         }
-        // Under the lock, under which the mover looks for devices for the last time, once the relay
+        // Under the lock, under which the sequencer looks for devices for the last time, once the relay
         // has failed: it closes this one's slots, or this sees that it has.
         if let Some(error) = self.stopped() {
             return Err(error);
         }
         let ordinal = u32::try_from(devices.len()).unwrap_or(u32::MAX);
         if ordinal >= self.max_devices {
-            let kind = ErrorKind::Config("more devices than max_devices");
+            let kind = ErrorKind::Misuse("more devices than max_devices");
             return Err(Error::new(kind, Phase::Receive).on_device(&id));
         }
         let device = Arc::new(RelayDevice {
             key: wire::DeviceKey::new(&id),
             id,
             ordinal,
-            inbox: Inbox::new(self.collector.clone(), self.window),
+            reorder: ReorderBuffer::new(self.collector.clone(), self.window),
             counters: DeviceCounters::default(),
         });
         let added = self.router.insert(idstr, instance, device.clone(), guard);
         assert!(added, "names are added under the lock alone");
         devices.push(device.clone());
-        // The mover looks at the devices while it holds the lock of its wait.
+        // The sequencer looks at the devices while it holds the lock of its wait.
         drop(devices);
         self.arrivals.notify_all();
         Ok(device)
     }
 
-    /// Says that one inlet will bring no more packets.
+    /// Says that one ingress thread will bring no more packets.
     fn close_input(&self) {
         // Release: whoever sees no input left sees all that was published.
         if self.inputs.fetch_sub(1, Ordering::AcqRel) == 1 {
@@ -239,13 +231,16 @@ impl Shared {
         self.inputs.load(Ordering::Acquire) == 0
     }
 
-    /// Whether device state may be sent on this line: it is open, and not ahead of another.
-    fn may_send(&self, line: &Line) -> bool {
-        let mine = line.syncs();
-        mine > 0 && lock(&self.lines).iter().all(|other| other.syncs() >= mine)
+    /// Whether device state may be sent on this egress channel: it is open, and not ahead of another.
+    fn may_send(&self, egress_channel: &EgressChannel) -> bool {
+        let mine = egress_channel.syncs();
+        mine > 0
+            && lock(&self.egress_channels)
+                .iter()
+                .all(|other| other.syncs() >= mine)
     }
 
-    /// Says that the queue has all packets. The mover.
+    /// Says that the queue has all packets. The sequencer.
     fn end_moving(&self) {
         // Release: whoever sees it sees all that was published.
         self.moved.store(true, Ordering::Release);
@@ -353,8 +348,8 @@ pub struct RelayReport {
 #[must_use = "dropping a relay cancels it"]
 pub struct Relay {
     shared: Arc<Shared>,
-    crew: Arc<Crew>,
-    terms: Terms,
+    tasks: Arc<Tasks>,
+    limits: ChannelLimits,
     greeted: Arc<Mutex<Vec<u8>>>,
     complete: AtomicBool,
     budget: usize,
@@ -363,18 +358,18 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// Allocates all memory, and starts the mover. Channels are added as they come.
+    /// Allocates all memory, and starts the sequencer. Channels are added as they come.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Config`] for settings that cannot be; [`ErrorKind::Host`] for what the host does
+    /// [`ErrorKind::Misuse`] for settings that cannot be; [`ErrorKind::Host`] for what the host does
     /// not have.
     pub fn start(settings: &Settings) -> Result<Self> {
         Self::start_on(settings, None)
     }
 
     /// As [`Relay::start`], where `spawn` puts each [`Task`] on a thread of the embedder's. It is
-    /// called on this thread for the mover, and in [`Relay::add_channel`] for a channel's two.
+    /// called on this thread for the sequencer, and in [`Relay::add_channel`] for a channel's two.
     ///
     /// # Errors
     ///
@@ -396,7 +391,7 @@ impl Relay {
         settings: &Settings,
         spawn: impl Fn(Task) -> io::Result<()> + Send + Sync + 'static,
     ) -> Result<Self> {
-        Self::start_on(settings, Some(task::spawner(spawn)))
+        Self::start_on(settings, Some(tasks::spawner(spawn)))
     }
 
     fn start_on(settings: &Settings, spawner: Option<Spawner>) -> Result<Self> {
@@ -410,23 +405,23 @@ impl Relay {
             no_progress: settings.no_progress,
             patient: settings.precopy_over_channels,
             pool: Arc::new(Pool::new(pool).map_err(no_budget)?),
-            queue: Queue::new(collector.clone()),
+            queue: SendQueue::new(collector.clone()),
             collector,
             channels: Mutex::new(Vec::new()),
-            room: Waiters::new(),
+            backpressure: Waiters::new(),
             arrivals: Waiters::new(),
             outgoing: Waiters::new(),
-            lines: Mutex::new(Vec::new()),
+            egress_channels: Mutex::new(Vec::new()),
             moved: AtomicBool::new(false),
             sending: Arc::default(),
             // The one that stands for the channels still to come.
             inputs: AtomicU32::new(1),
-            verdict: Verdict::default(),
+            first_failure: FirstFailure::default(),
         });
         let relay = Self {
             shared: shared.clone(),
-            crew: Arc::new(Crew::new(spawner)?),
-            terms: Terms {
+            tasks: Arc::new(Tasks::new(spawner)?),
+            limits: ChannelLimits {
                 uuid: settings.uuid,
                 channels: settings.channels,
                 max_packet: settings.max_packet,
@@ -440,14 +435,14 @@ impl Relay {
             grace: settings.grace,
             joined: false,
         };
-        let crew = relay.crew.clone();
-        shared.verdict.add(Box::new(move || crew.notify()));
+        let tasks = relay.tasks.clone();
+        shared.first_failure.add(Box::new(move || tasks.notify()));
         let failing = shared.clone();
-        Crew::spawn(
-            &relay.crew,
-            TaskKind::Driver,
-            "vfio-mig-mover".into(),
-            move || mover::run(&shared),
+        Tasks::spawn(
+            &relay.tasks,
+            TaskKind::Io,
+            "vfio-mig-seq".into(),
+            move || sequencer::run(&shared),
             move |error| {
                 if let Some(error) = error {
                     failing.fail(error);
@@ -463,7 +458,7 @@ impl Relay {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Host`] without a thread; [`ErrorKind::Config`] after
+    /// [`ErrorKind::Host`] without a thread; [`ErrorKind::Misuse`] after
     /// [`Relay::no_more_channels`].
     pub fn add_channel(
         &self,
@@ -481,7 +476,7 @@ impl Relay {
             let mut channels = lock(&self.shared.channels);
             // Relaxed: written under the lock.
             if self.complete.load(Ordering::Relaxed) {
-                let kind = ErrorKind::Config("a channel after no_more_channels");
+                let kind = ErrorKind::Misuse("a channel after no_more_channels");
                 return Err(Error::new(kind, Phase::Setup));
             }
             channels.push(counters.clone());
@@ -492,29 +487,34 @@ impl Relay {
         // Not before: they keep the connections of a channel that is refused.
         hangups
             .into_iter()
-            .for_each(|hangup| self.shared.verdict.add(hangup));
+            .for_each(|hangup| self.shared.first_failure.add(hangup));
         let sender = Sender::new(destination, number);
-        let line = Arc::new(Line::new(number, sender, self.shared.sending.clone()));
-        lock(&self.shared.lines).push(line.clone());
-        self.spawn_outlet(line.clone())?;
-        self.spawn_inlet(source, line, counters)
+        let egress_channel = Arc::new(EgressChannel::new(
+            number,
+            sender,
+            self.shared.sending.clone(),
+        ));
+        lock(&self.shared.egress_channels).push(egress_channel.clone());
+        self.spawn_egress(egress_channel.clone())?;
+        self.spawn_ingress(source, egress_channel, counters)
     }
 
-    fn spawn_inlet(
+    fn spawn_ingress(
         &self,
         source: Channel,
-        line: Arc<Line>,
+        egress_channel: Arc<EgressChannel>,
         counters: Arc<ChannelCounters>,
     ) -> Result<()> {
-        let (shared, greeted, terms) = (self.shared.clone(), self.greeted.clone(), self.terms);
-        let number = line.number();
+        let (shared, greeted, limits) = (self.shared.clone(), self.greeted.clone(), self.limits);
+        let number = egress_channel.number();
         let ending = self.shared.clone();
-        Crew::spawn(
-            &self.crew,
+        Tasks::spawn(
+            &self.tasks,
             TaskKind::Channel(number),
             format!("vfio-mig-in{number}"),
             move || {
-                if let Err(error) = inlet::serve(&shared, source, &line, counters, terms, &greeted)
+                if let Err(error) =
+                    ingress::serve(&shared, source, &egress_channel, counters, limits, &greeted)
                 {
                     shared.fail(error);
                 }
@@ -528,15 +528,15 @@ impl Relay {
         )
     }
 
-    fn spawn_outlet(&self, line: Arc<Line>) -> Result<()> {
+    fn spawn_egress(&self, egress_channel: Arc<EgressChannel>) -> Result<()> {
         let (shared, failing) = (self.shared.clone(), self.shared.clone());
-        let number = line.number();
-        Crew::spawn(
-            &self.crew,
+        let number = egress_channel.number();
+        Tasks::spawn(
+            &self.tasks,
             TaskKind::Channel(number),
             format!("vfio-mig-out{number}"),
             move || {
-                if let Err(error) = outlet::serve(&shared, &line) {
+                if let Err(error) = egress::serve(&shared, &egress_channel) {
                     shared.fail(error);
                 }
             },
@@ -583,13 +583,13 @@ impl Relay {
     /// Why it failed, once it has.
     #[must_use]
     pub fn failure(&self) -> Option<Error> {
-        self.shared.verdict.failure()
+        self.shared.first_failure.failure()
     }
 
     /// Whether all its threads have ended: after [`Relay::no_more_channels`], or a failure.
     #[must_use]
     pub fn is_finished(&self) -> bool {
-        self.crew.is_idle()
+        self.tasks.is_idle()
     }
 
     /// The counters as they are.
@@ -600,7 +600,7 @@ impl Relay {
         let (held, high) = self.shared.pool.in_use();
         let layout = self.shared.pool.layout();
         let waiters = [
-            &self.shared.room,
+            &self.shared.backpressure,
             &self.shared.arrivals,
             &self.shared.outgoing,
         ];
@@ -622,7 +622,7 @@ impl Relay {
             held_high: (high as usize * layout.buffer_len + layout.reserve_len) as u64,
             backend: "none",
             ring_calls: 0,
-            late_wakeups: late + self.crew.late() + self.shared.queue.late(),
+            late_wakeups: late + self.tasks.late() + self.shared.queue.late(),
             leaked_transfers: 0,
         }
     }
@@ -637,25 +637,27 @@ impl Relay {
         self.joined = true;
         self.no_more_channels();
         loop {
-            let failed_at = self.shared.verdict.failed_at();
+            let failed_at = self.shared.first_failure.failed_at();
             let deadline = failed_at.map(|at| later(later(at, self.grace), SLACK));
             let look = || {
-                let news = self.shared.verdict.failed_at().is_some() != failed_at.is_some();
-                (self.crew.is_idle() || news).then_some(())
+                let news = self.shared.first_failure.failed_at().is_some() != failed_at.is_some();
+                (self.tasks.is_idle() || news).then_some(())
             };
-            let found = self.crew.wait(deadline, look);
-            if found.is_none() || self.crew.is_idle() {
+            let found = self.tasks.wait(deadline, look);
+            if found.is_none() || self.tasks.is_idle() {
                 break;
             }
         }
-        let abandoned_threads = self.crew.join(false);
+        let abandoned_threads = self.tasks.join(false);
         let result = self.failure().map_or(Ok(()), Err);
         let mut channels = Finished::default();
         if result.is_ok() {
-            let lines = std::mem::take(&mut *lock(&self.shared.lines));
+            let egress_channels = std::mem::take(&mut *lock(&self.shared.egress_channels));
             // A task that was left behind may hold one.
-            let lines = lines.into_iter().filter_map(|it| Arc::try_unwrap(it).ok());
-            lines.for_each(|line| channels.push(line.into_channel()));
+            let egress_channels = egress_channels
+                .into_iter()
+                .filter_map(|it| Arc::try_unwrap(it).ok());
+            egress_channels.for_each(|egress_channel| channels.push(egress_channel.into_channel()));
         }
         RelayReport {
             result,
@@ -679,7 +681,7 @@ impl AsFd for Relay {
     /// An eventfd that becomes readable when a thread has ended or the relay has failed, for an
     /// event loop. Read its 8 bytes, then look at [`Relay::is_finished`] and [`Relay::failure`].
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.crew.event().as_fd()
+        self.tasks.event().as_fd()
     }
 }
 

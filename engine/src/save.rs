@@ -1,7 +1,7 @@
 //! The source's work: bytes out of each device in order, packets out on many channels.
 //!
 //! ```text
-//!                 channel side (many threads)          device side (one driver thread)
+//!                 channel side (many threads)          device side (one I/O thread)
 //!               ┌─────────────────────────────────┬──────────────────────────────────────────┐
 //!   save.rs     │ send ← take ◀───────────────────┼─── publish ← encode ← complete ← submit  │
 //!               │   │                             │                                     ▲    │
@@ -9,73 +9,63 @@
 //!               └─────────────────────────────────┴──────────────────────────────────────────┘
 //! ```
 //!
-//! `load.rs` with the arrows turned: the driver reads ahead into leased buffers, writes each
+//! `load.rs` with the arrows turned: the I/O thread reads ahead into leased buffers, writes each
 //! packet's headers into the room that was left in front of its data, and publishes it; whichever
 //! channel is free sends headers and data from that same buffer with one call.
 //!
 //! | who | owns | may touch |
 //! |---|---|---|
 //! | a channel's thread | its socket, until all has been sent | the queue, the packets that it took |
-//! | the driver | every [`SaveFlow`]: lane, packer, a clone of the data fd | the pool, the queue |
-//! | a device's thread | the [`Device`]: its state, its config, its data fd | its flags, its result |
+//! | the I/O thread | every [`SaveTransfer`]: lane, lease cutter, a clone of the data fd | the pool, the queue |
+//! | a device's thread | the [`Device`](crate::Device): its state, its config, its data fd | its flags, its result |
 //! | the main thread | the session | flags |
 //!
-//! What ends each wait: a channel that waits for a packet, a packet, the end, or a stop; the driver,
-//! see `driver.rs`; a device's thread, the driver's result or a stop.
+//! What ends each wait: a channel that waits for a packet, a packet, the end, or a stop; the I/O thread,
+//! see `driver.rs`; a device's thread, the I/O thread's result or a stop.
 
 use std::{
-    fmt, io,
+    fmt,
     sync::OnceLock,
     time::{Duration, Instant},
 };
 
-use crossbeam_epoch::{Collector, Guard};
-use vfio_migration_uring::{Completion, Fd, Ring, deadline, later};
+use crossbeam_epoch::Collector;
 
 mod channel_side;
 mod device_side;
 mod device_thread;
+mod session;
+mod source_channels;
 
 pub(crate) use self::{
-    channel_side::serve_channel, device_side::SaveFlow, device_thread::serve_device,
+    channel_side::serve_channel, device_side::SaveTransfer, device_thread::serve_device,
+};
+pub use self::{
+    session::{SaveBuilder, SaveSession},
+    source_channels::SourceChannels,
 };
 use crate::{
     arena::NoMemory,
-    channel::{Finished, Sender, Terms},
-    device::Device,
-    driver::{Context, Flow, Handle, Pump},
-    error::{Error, ErrorKind, Phase, Result},
+    channel::Finished,
+    error::{Error, Result},
+    first_failure::FirstFailure,
+    framed,
     id::DeviceId,
-    lane::{Buffer, CHAIN, Direction, Filled, Lane, Progress},
+    io_loop::IoHandle,
     reorder::{
-        control::{Control, SLACK},
-        pool::{ALIGN, Packer, Pool, PoolLayout},
-        queue::{Queue, Ticket},
-        slot::{Packet, Payload},
+        flags::DeviceFlags,
+        pool::{Pool, PoolLayout},
+        send_queue::SendQueue,
     },
-    state::DeviceState,
-    stats::{ChannelCounters, DeviceCounters},
+    stats::DeviceCounters,
     sync::{
         Arc, Mutex,
-        atomic::{
-            AtomicBool, AtomicU32,
-            Ordering::{AcqRel, Relaxed},
-        },
-        lock,
+        atomic::{AtomicBool, AtomicU32, Ordering::Relaxed},
     },
-    trace,
-    verdict::Verdict,
     wire,
 };
 
-/// The room in front of a packet's data: the device's ordinal, then, up against the data, both
-/// headers. The data begins on a line of its own.
-pub(crate) const HEADROOM: usize = (4 + wire::DEVICE_PACKET_LEN).next_multiple_of(ALIGN);
-
-/// Where the headers begin in it.
-pub(crate) const HEADERS: usize = HEADROOM - wire::DEVICE_PACKET_LEN;
-
-/// One device, as the driver, the channels and its own thread share it.
+/// One device, as the I/O thread, the channels and its own thread share it.
 pub(crate) struct SaveDevice {
     pub(crate) id: DeviceId,
     ordinal: u32,
@@ -84,7 +74,7 @@ pub(crate) struct SaveDevice {
     data_len: usize,
     /// Its first packet's idx: behind those that carried its PRE_COPY data.
     first: u32,
-    pub(crate) control: Control,
+    pub(crate) flags: DeviceFlags,
     pub(crate) counters: DeviceCounters,
     /// The config packet's data, framing tags included, once it is saved.
     config: OnceLock<Vec<u8>>,
@@ -122,36 +112,36 @@ pub(crate) struct Save {
     pub(crate) collector: Collector,
     pub(crate) devices: Vec<Arc<SaveDevice>>,
     pub(crate) pool: Arc<Pool>,
-    pub(crate) queue: Queue,
-    pub(crate) driver: Arc<Handle<SaveFlow>>,
+    pub(crate) queue: SendQueue,
+    pub(crate) io: Arc<IoHandle<SaveTransfer>>,
     /// Devices whose last packet is not in the queue.
     unfinished: AtomicU32,
-    /// Whether the driver waits for memory.
+    /// Whether the I/O thread waits for memory.
     dry: AtomicBool,
     grace: Duration,
     /// Channels on which all has been sent: the report's.
     pub(crate) finished: Mutex<Finished>,
-    pub(crate) verdict: Verdict,
+    pub(crate) first_failure: FirstFailure,
 }
 
 impl Save {
     pub(crate) fn new(
         devices: Vec<(DeviceId, usize, u32)>,
         pool: PoolLayout,
-        driver: Arc<Handle<SaveFlow>>,
+        io: Arc<IoHandle<SaveTransfer>>,
         grace: Duration,
     ) -> Result<Self, NoMemory> {
         let collector = Collector::new();
         let count = u32::try_from(devices.len()).expect("the builder bounds their number");
         let device = |(ordinal, (id, data_len, first)): (u32, (DeviceId, usize, u32))| {
-            assert!(HEADROOM + data_len <= pool.buffer_len && pool.buffers > 0);
+            assert!(framed::HEADROOM + data_len <= pool.buffer_len && pool.buffers > 0);
             Arc::new(SaveDevice {
                 key: wire::DeviceKey::new(&id),
                 id,
                 ordinal,
                 data_len,
                 first,
-                control: Control::new(),
+                flags: DeviceFlags::new(),
                 counters: DeviceCounters::default(),
                 config: OnceLock::new(),
                 config_headers: OnceLock::new(),
@@ -162,37 +152,37 @@ impl Save {
         Ok(Self {
             devices: (0..count).zip(devices).map(device).collect(),
             pool: Arc::new(Pool::untouched(pool)?),
-            queue: Queue::new(collector.clone()),
+            queue: SendQueue::new(collector.clone()),
             collector,
-            driver,
+            io,
             unfinished: AtomicU32::new(count),
             dry: AtomicBool::new(false),
             grace,
             finished: Mutex::default(),
-            verdict: Verdict::default(),
+            first_failure: FirstFailure::default(),
         })
     }
 
     /// Ends everything, for this reason if it is the first. Returns whether it was.
     pub(crate) fn fail(&self, error: Error) -> bool {
-        let first = self.verdict.fail(error);
+        let first = self.first_failure.fail(error);
         if first {
             for device in &self.devices {
-                device.control.quit();
+                device.flags.quit();
             }
             let epoch = self.collector.register();
             self.queue
                 .close(&epoch.pin(), |packet| packet.recycle(&self.pool));
-            self.driver.wake();
+            self.io.wake();
         }
         first
     }
 
-    /// Says that memory has come back. Wakes the driver where it waits for some.
+    /// Says that memory has come back. Wakes the I/O thread where it waits for some.
     fn recycled(&self) {
         // Relaxed: behind the bell's fence.
-        let must = self.driver.doorbell.ring_if(|| self.dry.load(Relaxed));
-        self.driver.wake_if(must);
+        let must = self.io.doorbell.ring_if(|| self.dry.load(Relaxed));
+        self.io.wake_if(must);
     }
 }
 

@@ -7,12 +7,12 @@
 //!     .device(…) .channel(…)                     SaveSession::builder()
 //!     .start()?          devices: RESUMING         .device(…) .greeted_channels(…)
 //!   write_iterable(…)    main channel's data       .start()?           devices: STOP_COPY
-//!   switchover_start()   the driver begins       join()                all sent
+//!   switchover_start()   the I/O thread begins       join()                all sent
 //!   config_load_ready(…) where that is in use      → Report::stop_devices()   out of downtime
 //!   join()               devices: STOP           drop(report)          the channels are closed
 //! ```
 //!
-//! A channel that is given to [`SaveBuilder::channel`] is greeted at the session's start: that is for a
+//! A channel that is given to [`SaveBuilder::channel`](crate::SaveBuilder::channel) is greeted at the session's start: that is for a
 //! source whose VM does not run.
 //!
 //! A session owns its threads, its memory, its ring and its channels; nothing is global, so two
@@ -26,7 +26,7 @@
 //!
 //! A driver that does not give a transfer back costs its session the grace time and no more. But the
 //! thread that submitted it cannot exit before it has ended: the engine leaves that thread behind
-//! ([`Report::abandoned_threads`]); one of the embedder's own, on which it ran the driver's task,
+//! ([`Report::abandoned_threads`]); one of the embedder's own, on which it ran the I/O thread's task,
 //! blocks at its exit, and so does the exit of the whole process, also by a signal.
 
 use std::{
@@ -41,92 +41,58 @@ use vfio_migration_uring::sim::{SimConfig, SimRing};
 use vfio_migration_uring::{Backend, Ring, Waker, deadline, later};
 
 mod canceller;
-mod load;
-mod publisher;
-mod save;
-mod source_channels;
 
-pub use self::{
-    canceller::Canceller,
-    load::{LoadBuilder, LoadSession},
-    publisher::{PacketLease, Publisher},
-    save::{SaveBuilder, SaveSession},
-    source_channels::SourceChannels,
-};
+pub use self::canceller::Canceller;
 #[cfg(feature = "faults")]
 use crate::reorder::refusals::LeasePlan;
 use crate::{
-    channel::{Channel, Finished, Terms},
+    channel::{Channel, ChannelLimits, Finished},
     device::{Device, set::for_all},
-    driver::{Driver, Flow, Handle, Limits},
     error::{Error, ErrorKind, Phase, Result},
+    first_failure::FirstFailure,
     id::DeviceId,
-    lane::Buffer,
-    reorder::{control::SLACK, pool::Pool},
-    settings::Settings,
+    io_loop::{IoHandle, IoLoop, Limits, Transfer},
+    lane::{Buffer, CHAIN},
+    reorder::{flags::SLACK, pool::Pool},
+    settings::{MAX_DEVICES, Settings},
     stats::{ChannelCounters, DeviceStats, SpillStats, Stats},
     sync::{Arc, Mutex, lock},
-    task::{Crew, DRIVER, Spawner, TaskKind},
+    tasks::{IO_THREAD, Spawner, TaskKind, Tasks},
     trace,
-    verdict::Verdict,
 };
 
 /// What the host could not give.
-fn host(error: io::Error) -> Error {
+pub(crate) fn host(error: io::Error) -> Error {
     Error::new(ErrorKind::Host, Phase::Setup).caused_by(error)
 }
 
-/// A session that was not started, and what was given to it.
-#[derive(Debug)]
-#[non_exhaustive]
-pub struct NotStarted {
-    /// Why.
-    pub error: Error,
-    /// The devices, in the state that they came in, in the order given; without those that a
-    /// callback is stuck in.
-    pub devices: Vec<Device>,
+/// How many operations a ring must have room for.
+const fn ring_capacity(devices: u32) -> usize {
+    (devices * CHAIN) as usize
 }
 
-impl fmt::Display for NotStarted {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.error.fmt(f)
-    }
-}
-
-impl std::error::Error for NotStarted {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        std::error::Error::source(&self.error)
-    }
-}
-
-impl From<NotStarted> for Error {
-    fn from(failed: NotStarted) -> Self {
-        failed.error
-    }
-}
+const _: () = assert!(ring_capacity(MAX_DEVICES) <= vfio_migration_uring::MAX_CAPACITY);
 
 /// What is common to both builders.
 #[derive(Default)]
-struct Parts {
-    settings: Settings,
-    devices: Vec<Device>,
-    /// Save: the most data in a packet, of the devices that have been sized by the caller.
-    data_lens: Vec<(DeviceId, usize)>,
-    /// Save: the first packet's idx, of the devices whose PRE_COPY data has gone over the channels.
-    first: Vec<(DeviceId, u32)>,
-    /// Save: channels that have been greeted.
-    greeted: Option<SourceChannels>,
-    channels: Vec<Channel>,
-    spawner: Option<Spawner>,
+pub(crate) struct Parts {
+    pub(crate) settings: Settings,
+    pub(crate) devices: Vec<Device>,
+    pub(crate) channels: Vec<Channel>,
+    pub(crate) spawner: Option<Spawner>,
     #[cfg(feature = "sim")]
-    simulation: Option<SimConfig>,
+    pub(crate) simulation: Option<SimConfig>,
     #[cfg(feature = "faults")]
-    refusals: Option<LeasePlan>,
+    pub(crate) refusals: Option<LeasePlan>,
 }
 
 impl Parts {
-    fn ring(&self, devices: u32, waker: Waker) -> Result<(Box<dyn Ring<Buffer>>, &'static str)> {
-        let capacity = Settings::ring_capacity(devices);
+    pub(crate) fn ring(
+        &self,
+        devices: u32,
+        waker: Waker,
+    ) -> Result<(Box<dyn Ring<Buffer>>, &'static str)> {
+        let capacity = ring_capacity(devices);
         let grace = self.settings.grace;
         #[cfg(feature = "sim")]
         if let Some(config) = &self.simulation {
@@ -146,8 +112,8 @@ impl Parts {
         Ok((ring, name))
     }
 
-    fn terms(&self, channels: u32) -> Terms {
-        Terms {
+    pub(crate) fn limits(&self, channels: u32) -> ChannelLimits {
+        ChannelLimits {
             uuid: self.settings.uuid,
             channels,
             max_packet: self.settings.max_packet,
@@ -157,7 +123,7 @@ impl Parts {
         }
     }
 
-    const fn limits(&self) -> Limits {
+    pub(crate) const fn io_limits(&self) -> Limits {
         Limits {
             grace: self.settings.grace,
             no_progress: self.settings.no_progress,
@@ -180,25 +146,25 @@ macro_rules! builder_methods {
     () => {
         /// Replaces all settings.
         pub fn settings(mut self, settings: Settings) -> Self {
-            self.0.settings = settings;
+            self.parts.settings = settings;
             self
         }
 
         /// The settings as they are.
         pub const fn settings_mut(&mut self) -> &mut Settings {
-            &mut self.0.settings
+            &mut self.parts.settings
         }
 
         /// Has these devices' changes of state go where the session's tasks do.
         pub(crate) fn lend_spawner<'a>(&self, devices: impl IntoIterator<Item = &'a mut Device>) {
             for device in devices {
-                device.adopt_spawner(self.0.spawner.as_ref());
+                device.adopt_spawner(self.parts.spawner.as_ref());
             }
         }
 
         /// How many devices it has.
         pub(crate) const fn device_count(&self) -> usize {
-            self.0.devices.len()
+            self.parts.devices.len()
         }
 
         /// Adds a device. The session has it until its report. The state that it is in now is the
@@ -206,13 +172,23 @@ macro_rules! builder_methods {
         /// run.
         pub fn device(mut self, mut device: Device) -> Self {
             device.set_off();
-            self.0.devices.push(device);
+            self.parts.devices.push(device);
             self
+        }
+
+        /// Adds devices: see [`device`](Self::device).
+        pub fn devices(self, devices: impl IntoIterator<Item = Device>) -> Self {
+            devices.into_iter().fold(self, Self::device)
+        }
+
+        /// Adds channels.
+        pub fn channels(self, channels: impl IntoIterator<Item: Into<Channel>>) -> Self {
+            channels.into_iter().fold(self, Self::channel)
         }
 
         /// Adds a channel.
         pub fn channel(mut self, channel: impl Into<Channel>) -> Self {
-            self.0.channels.push(channel.into());
+            self.parts.channels.push(channel.into());
             self
         }
 
@@ -224,21 +200,21 @@ macro_rules! builder_methods {
             mut self,
             spawn: impl Fn(Task) -> std::io::Result<()> + Send + Sync + 'static,
         ) -> Self {
-            self.0.spawner = Some(crate::task::spawner(spawn));
+            self.parts.spawner = Some(crate::tasks::spawner(spawn));
             self
         }
 
         /// Moves the devices' bytes through a simulated ring; its capacity is seen to.
         #[cfg(feature = "sim")]
         pub fn simulated_ring(mut self, config: vfio_migration_uring::sim::SimConfig) -> Self {
-            self.0.simulation = Some(config);
+            self.parts.simulation = Some(config);
             self
         }
 
         /// Has leases of the session's memory refused by a plan.
         #[cfg(feature = "faults")]
         pub fn refuse_leases(mut self, plan: crate::LeasePlan) -> Self {
-            self.0.refusals = Some(plan);
+            self.parts.refusals = Some(plan);
             self
         }
     };
@@ -320,7 +296,7 @@ impl Report {
 }
 
 /// Does something with all devices of a report at once.
-fn each_at_once(reports: &mut [DeviceReport], f: impl Fn(&mut Device) + Sync) {
+pub(crate) fn each_at_once(reports: &mut [DeviceReport], f: impl Fn(&mut Device) + Sync) {
     let devices = reports.iter_mut().filter_map(|it| it.device.as_mut());
     let mut devices: Vec<_> = devices.collect();
     for_all(&mut devices, |device| device, |device| f(device));
@@ -328,21 +304,21 @@ fn each_at_once(reports: &mut [DeviceReport], f: impl Fn(&mut Device) + Sync) {
 
 /// A device on its way to its thread: whoever comes first takes it, the thread or, where there is
 /// none, the end of the task that was never run.
-struct Ferry(Mutex<Option<Device>>);
+pub(crate) struct DeviceHandoff(Mutex<Option<Device>>);
 
-impl Ferry {
-    fn new(device: Device) -> Arc<Self> {
+impl DeviceHandoff {
+    pub(crate) fn new(device: Device) -> Arc<Self> {
         Arc::new(Self(Mutex::new(Some(device))))
     }
 
-    fn take(&self) -> Option<Device> {
+    pub(crate) fn take(&self) -> Option<Device> {
         lock(&self.0).take()
     }
 }
 
 /// A device that nothing is stuck in; another is leaked. Even to drop it would be to touch it: an
 /// implementation that closes its device's file would wait there for the very transfer.
-fn unless_stuck(device: Device, stuck: bool) -> Option<Device> {
+pub(crate) fn unless_stuck(device: Device, stuck: bool) -> Option<Device> {
     if stuck {
         std::mem::forget(device);
         return None;
@@ -351,33 +327,33 @@ fn unless_stuck(device: Device, stuck: bool) -> Option<Device> {
 }
 
 /// A device that has come back from its thread.
-struct Returned {
-    device: Device,
-    result: Result<()>,
+pub(crate) struct FinishedDevice {
+    pub(crate) device: Device,
+    pub(crate) result: Result<()>,
 }
 
 /// What both kinds of session have.
-struct Common {
-    crew: Arc<Crew>,
-    canceller: Canceller,
+pub(crate) struct Common {
+    pub(crate) tasks: Arc<Tasks>,
+    pub(crate) canceller: Canceller,
     /// By ordinal: which devices there are, and those that have come back.
-    returned: Mutex<BTreeMap<u32, Returned>>,
-    channels: Mutex<Vec<Arc<ChannelCounters>>>,
-    backend: &'static str,
-    budget: usize,
-    grace: Duration,
-    no_progress: Duration,
+    pub(crate) returned: Mutex<BTreeMap<u32, FinishedDevice>>,
+    pub(crate) channels: Mutex<Vec<Arc<ChannelCounters>>>,
+    pub(crate) backend: &'static str,
+    pub(crate) budget: usize,
+    pub(crate) grace: Duration,
+    pub(crate) no_progress: Duration,
 }
 
 impl Common {
     /// Hands a device back from its thread, with its result, and wakes whoever waits for that.
-    fn give_back(&self, ordinal: u32, device: Device, result: Result<()>) {
-        lock(&self.returned).insert(ordinal, Returned { device, result });
-        self.crew.notify();
+    pub(crate) fn give_back(&self, ordinal: u32, device: Device, result: Result<()>) {
+        lock(&self.returned).insert(ordinal, FinishedDevice { device, result });
+        self.tasks.notify();
     }
 
     /// Waits for the results of these devices' set-ups.
-    fn set_up(
+    pub(crate) fn set_up(
         &self,
         results: &mpsc::Receiver<(DeviceId, Result<()>)>,
         mut names: Vec<DeviceId>,
@@ -405,18 +381,22 @@ impl Common {
 
     /// When a device that has failed at `at` must have come back: the grace time for its transfer, and
     /// for what puts it back.
-    fn end_of_grace(&self, at: Instant) -> Instant {
+    pub(crate) fn end_of_grace(&self, at: Instant) -> Instant {
         let grace = self.grace.saturating_add(SLACK);
         later(later(at, grace), grace)
     }
 
-    /// Waits until all tasks but the driver's have ended, as `ended` tells; after a failure no
+    /// Waits until all tasks but the I/O thread's have ended, as `ended` tells; after a failure no
     /// longer than the grace time and what a device needs to be put back.
-    fn wait_for_end(&self, failed_at: impl Fn() -> Option<Instant>, ended: impl Fn() -> bool) {
+    pub(crate) fn wait_for_end(
+        &self,
+        failed_at: impl Fn() -> Option<Instant>,
+        ended: impl Fn() -> bool,
+    ) {
         loop {
             let deadline = failed_at().map(|at| self.end_of_grace(at));
             let look = || (ended() || failed_at().is_some() != deadline.is_some()).then_some(());
-            let found = self.crew.wait(deadline, look);
+            let found = self.tasks.wait(deadline, look);
             if found.is_none() || ended() {
                 return;
             }
@@ -424,14 +404,14 @@ impl Common {
     }
 
     /// Has a failure end the waits here at once.
-    fn notify_of(&self, verdict: &Verdict) {
-        let crew = self.crew.clone();
-        verdict.add(Box::new(move || crew.notify()));
+    pub(crate) fn notify_of(&self, first_failure: &FirstFailure) {
+        let tasks = self.tasks.clone();
+        first_failure.add(Box::new(move || tasks.notify()));
     }
 
     /// The devices that have come back, and those that have not.
     /// `off` does what remains to be done with each where the session has failed.
-    fn devices(
+    pub(crate) fn devices(
         &self,
         ids: Vec<(u32, DeviceId)>,
         off: Option<fn(&mut Device) -> Result<()>>,
@@ -444,11 +424,11 @@ impl Common {
         reports
     }
 
-    fn come_back(&self, ids: Vec<(u32, DeviceId)>) -> Vec<DeviceReport> {
+    pub(crate) fn come_back(&self, ids: Vec<(u32, DeviceId)>) -> Vec<DeviceReport> {
         let mut returned = lock(&self.returned);
         ids.into_iter()
             .map(|(ordinal, id)| match returned.remove(&ordinal) {
-                Some(Returned { device, result }) => {
+                Some(FinishedDevice { device, result }) => {
                     let stuck = matches!(&result, Err(error) if *error.kind() == ErrorKind::Stuck);
                     DeviceReport {
                         id,
@@ -466,7 +446,7 @@ impl Common {
     }
 
     /// The end. `left_behind` threads were not joined.
-    fn report(
+    pub(crate) fn report(
         &self,
         ids: Vec<(u32, DeviceId)>,
         result: Result<()>,
@@ -484,7 +464,12 @@ impl Common {
         }
     }
 
-    fn stats<F>(&self, devices: Vec<DeviceStats>, pool: &Pool, driver: &Handle<F>) -> Stats {
+    pub(crate) fn stats<F>(
+        &self,
+        devices: Vec<DeviceStats>,
+        pool: &Pool,
+        io: &IoHandle<F>,
+    ) -> Stats {
         let channels = lock(&self.channels);
         let channels = (0..).zip(&*channels);
         let (now, high) = pool.in_use();
@@ -502,27 +487,27 @@ impl Common {
             dropped_bytes: 0,
             held_high: (high as usize * layout.buffer_len + reserves) as u64,
             backend: self.backend,
-            ring_calls: driver.ring_calls.get(),
-            late_wakeups: driver.late.get() + self.crew.late(),
-            leaked_transfers: driver.leaked.get(),
+            ring_calls: io.ring_calls.get(),
+            late_wakeups: io.late.get() + self.tasks.late(),
+            leaked_transfers: io.leaked.get(),
         }
     }
 
-    /// Spawns the driver.
-    fn spawn_driver<F: Flow + 'static>(
-        crew: &Arc<Crew>,
-        driver: Driver<F>,
-        handle: Arc<Handle<F>>,
+    /// Spawns the I/O thread.
+    pub(crate) fn spawn_io_thread<F: Transfer + 'static>(
+        tasks: &Arc<Tasks>,
+        io_loop: IoLoop<F>,
+        handle: Arc<IoHandle<F>>,
         collector: crossbeam_epoch::Collector,
         progressed: impl Fn() + Send + 'static,
         failed: impl FnOnce(Error) + Clone + Send + 'static,
     ) -> Result<()> {
         let broken = failed.clone();
-        Crew::spawn(
-            crew,
-            TaskKind::Driver,
-            DRIVER.into(),
-            move || driver.run(&collector, progressed, broken),
+        Tasks::spawn(
+            tasks,
+            TaskKind::Io,
+            IO_THREAD.into(),
+            move || io_loop.run(&collector, progressed, broken),
             move |error| {
                 // Whatever was attached and never taken in goes away here, and says so.
                 handle.abandon();
@@ -534,4 +519,4 @@ impl Common {
     }
 }
 
-use builder_methods;
+pub(crate) use builder_methods;

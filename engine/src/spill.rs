@@ -7,16 +7,16 @@
 //! ```
 //!
 //! A packet has as many chunks as it needs, wherever they are: so space is never lost to the gaps
-//! between packets, and the books are 8 bytes for each chunk that was ever in use. The lowest free
+//! between packets, and the chunk map takes 8 bytes for each chunk that was ever in use. The lowest free
 //! chunks are taken first, and neighbours are written and read with one call. A chunk is free again
 //! when its packet has been read back; the file is anonymous, and goes away with the session.
 //!
 //! | who | does |
 //! |---|---|
 //! | a channel | [`SpillFile::allocate`], then writes, then publishes the number in a slot |
-//! | the driver | takes the number, has the ring read from [`Spilled::locate`], drops it |
+//! | the I/O thread | takes the number, has the ring read from [`SpillExtent::locate`], drops it |
 //!
-//! The lock is held for the books alone, never over a call, and only for packets that are spilled.
+//! The lock is held for the chunk map alone, never over a call, and only for packets that are spilled.
 //! The bytes are ordered by the slot's publish edge; the file itself keeps them in between.
 
 use std::{
@@ -58,8 +58,12 @@ const _: () = assert!(MAX_CHUNKS << LEN_BITS == Payload::ASIDE_MAX + 1);
 /// The most bytes.
 pub(crate) const MAX_LIMIT: u64 = MAX_CHUNKS * CHUNK as u64;
 
-/// What the books of a file of so many bytes take: behind each chunk the next one, and the set of the free.
-pub(crate) const fn books(limit: u64) -> u64 {
+/// How much of a packet is in memory at a time on its way to the file, and on its way back.
+pub(crate) const BOUNCE: usize = CHUNK;
+
+/// What the chunk map of a file of so many bytes takess: behind each chunk the next one, and the set of the
+/// free.
+pub(crate) const fn chunk_map(limit: u64) -> u64 {
     limit / CHUNK as u64 * 32
 }
 
@@ -69,7 +73,7 @@ const NIL: u32 = u32::MAX;
 /// A file for packets.
 pub(crate) struct SpillFile {
     file: Fd,
-    books: Mutex<Books>,
+    chunk_map: Mutex<ChunkMap>,
     /// In chunks.
     limit: u32,
     packets: Counter,
@@ -80,14 +84,14 @@ pub(crate) struct SpillFile {
 
 /// Which chunk is whose.
 #[derive(Default)]
-struct Books {
+struct ChunkMap {
     /// Behind each chunk the next one of its packet.
     next: Vec<u32>,
     free: BTreeSet<u32>,
     used: u32,
 }
 
-impl Books {
+impl ChunkMap {
     /// Takes a chunk. There is one.
     fn take(&mut self) -> u32 {
         let fresh = u32::try_from(self.next.len()).expect("below MAX_CHUNKS");
@@ -116,7 +120,7 @@ impl SpillFile {
     fn over(file: OwnedFd, limit: u32) -> Self {
         Self {
             file: Fd::new(file),
-            books: Mutex::new(Books::default()),
+            chunk_map: Mutex::new(ChunkMap::default()),
             limit,
             packets: Counter::default(),
             written: Counter::default(),
@@ -126,33 +130,34 @@ impl SpillFile {
     }
 
     /// Space for a packet of `len` bytes, if there is as much.
-    pub(crate) fn allocate(file: &Arc<Self>, len: usize) -> Option<Spilled> {
+    pub(crate) fn allocate(file: &Arc<Self>, len: usize) -> Option<SpillExtent> {
         let count = u32::try_from(len.div_ceil(CHUNK)).ok()?;
         let len = u32::try_from(len).ok().filter(|&len| len > 0)?;
-        let mut books = lock(&file.books);
-        if count > file.limit - books.used {
+        let mut chunk_map = lock(&file.chunk_map);
+        if count > file.limit - chunk_map.used {
             return None;
         }
-        let first = books.take();
+        let first = chunk_map.take();
         let mut last = first;
         for _ in 1..count {
-            let chunk = books.take();
-            books.next[last as usize] = chunk;
+            let chunk = chunk_map.take();
+            chunk_map.next[last as usize] = chunk;
             last = chunk;
         }
-        file.held_high.raise(u64::from(books.used) * CHUNK as u64);
-        drop(books);
-        Some(Spilled {
+        file.held_high
+            .raise(u64::from(chunk_map.used) * CHUNK as u64);
+        drop(chunk_map);
+        Some(SpillExtent {
             file: file.clone(),
             first,
             len,
         })
     }
 
-    /// Takes over the packet of [`Spilled::into_number`].
-    pub(crate) fn adopt(file: &Arc<Self>, number: u64) -> Spilled {
+    /// Takes over the packet of [`SpillExtent::into_number`].
+    pub(crate) fn adopt(file: &Arc<Self>, number: u64) -> SpillExtent {
         let half = |value: u64| u32::try_from(value).expect("59 bits, 32 of them the length");
-        Spilled {
+        SpillExtent {
             file: file.clone(),
             first: half(number >> LEN_BITS),
             len: half(number & u64::from(u32::MAX)),
@@ -176,7 +181,7 @@ impl SpillFile {
             packets: self.packets.get(),
             written: self.written.get(),
             read: self.read.get(),
-            held: u64::from(lock(&self.books).used) * CHUNK as u64,
+            held: u64::from(lock(&self.chunk_map).used) * CHUNK as u64,
             held_high: self.held_high.get(),
         }
     }
@@ -216,13 +221,13 @@ fn anonymous(directory: &Path) -> io::Result<OwnedFd> {
 
 /// A packet's space in the file, owned. Dropping it gives it back.
 #[must_use = "dropping it at once gives the space back unused"]
-pub(crate) struct Spilled {
+pub(crate) struct SpillExtent {
     file: Arc<SpillFile>,
     first: u32,
     len: u32,
 }
 
-impl Spilled {
+impl SpillExtent {
     /// How many bytes the packet has.
     pub(crate) const fn size(&self) -> usize {
         self.len as usize
@@ -236,8 +241,8 @@ impl Spilled {
     /// Where the packet's byte `at` is in the file, and how many bytes there follow one another.
     pub(crate) fn locate(&self, at: usize) -> (u64, usize) {
         assert!(at < self.size(), "a byte of the packet");
-        let books = lock(&self.file.books);
-        let next = |chunk: u32| books.next[chunk as usize];
+        let chunk_map = lock(&self.file.chunk_map);
+        let next = |chunk: u32| chunk_map.next[chunk as usize];
         let mut chunk = self.first;
         for _ in 0..at / CHUNK {
             chunk = next(chunk);
@@ -284,15 +289,15 @@ impl Spilled {
     }
 }
 
-impl Drop for Spilled {
+impl Drop for SpillExtent {
     fn drop(&mut self) {
         // Nothing to do where a number stands for it.
         let mut chunk = self.first;
-        let mut books = lock(&self.file.books);
+        let mut chunk_map = lock(&self.file.chunk_map);
         while chunk != NIL {
-            let next = mem::replace(&mut books.next[chunk as usize], NIL);
-            books.free.insert(chunk);
-            books.used -= 1;
+            let next = mem::replace(&mut chunk_map.next[chunk as usize], NIL);
+            chunk_map.free.insert(chunk);
+            chunk_map.used -= 1;
             chunk = next;
         }
     }
@@ -315,7 +320,7 @@ mod tests {
             .collect()
     }
 
-    fn read(spilled: &Spilled) -> Vec<u8> {
+    fn read(spilled: &SpillExtent) -> Vec<u8> {
         let file = File::from(spilled.file().fd().try_clone().unwrap());
         let mut bytes = vec![0; spilled.size()];
         let mut at = 0;

@@ -1,8 +1,8 @@
 //! Counters that anybody may read while the threads that keep them run.
 //!
 //! ```text
-//!   Counters of a device    published ─▶ by the channels (load) or the driver (save)
-//!                           taken … writes ─▶ by the driver (load) or the channels (save)
+//!   Counters of a device    published ─▶ by the channels (load) or the I/O thread (save)
+//!                           taken … writes ─▶ by the I/O thread (load) or the channels (save)
 //!   Counters of a channel   by its thread
 //!                  │
 //!                  ▼ snapshot: any thread
@@ -219,7 +219,7 @@ pub struct Stats {
     pub dropped_bytes: u64,
     /// The backend in use: `uring` or `blocking`; `main channel` where no device uses the channels.
     pub backend: &'static str,
-    /// Calls that the driver made into its ring: each submits what is queued and waits.
+    /// Calls that the I/O thread made into its ring: each submits what is queued and waits.
     pub ring_calls: u64,
     /// What the bounded re-checks of all sleeps found: wake-ups that were lost. Must be 0.
     pub late_wakeups: u64,

@@ -230,7 +230,7 @@ impl<R: Read> Reader<R> {
     /// [`Violation::SectionType`] for an unknown event; [`Violation::Section`] for a broken one;
     /// [`Violation::SectionOrder`] for a section id that is unknown, or another owner's;
     /// [`Violation::SectionTruncated`] with the offset where the channel ended;
-    /// [`ErrorKind::Channel`]; [`ErrorKind::Config`] where a section's body and footer have not been
+    /// [`ErrorKind::Channel`]; [`ErrorKind::Misuse`] where a section's body and footer have not been
     /// read.
     pub fn next_event(&mut self) -> Result<Option<Event>> {
         let place = self.place;
@@ -355,7 +355,7 @@ impl<R: Read> Reader<R> {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Config`] where the last event was no section.
+    /// [`ErrorKind::Misuse`] where the last event was no section.
     pub fn body(&mut self) -> Result<&mut dyn Read> {
         match self.place {
             Place::Body(_) => Ok(&mut self.input),
@@ -368,7 +368,7 @@ impl<R: Read> Reader<R> {
     /// # Errors
     ///
     /// [`Violation::SectionOrder`] where it does not: most often the body's loader has taken too little
-    /// or too much. [`Violation::SectionTruncated`], [`ErrorKind::Channel`]; [`ErrorKind::Config`]
+    /// or too much. [`Violation::SectionTruncated`], [`ErrorKind::Channel`]; [`ErrorKind::Misuse`]
     /// where the last event was no section.
     pub fn footer(&mut self) -> Result<()> {
         let Place::Body(id) = self.place else {
@@ -396,7 +396,7 @@ fn refuse(what: &'static str) -> Error {
 }
 
 fn misuse(what: &'static str) -> Error {
-    Error::new(ErrorKind::Config(what), Phase::Section)
+    Error::new(ErrorKind::Misuse(what), Phase::Section)
 }
 
 /// Writes a main channel event by event.
@@ -455,7 +455,7 @@ impl<W: Write> Writer<W> {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Config`] where a name, a payload or a description is longer than a [`Reader`]
+    /// [`ErrorKind::Misuse`] where a name, a payload or a description is longer than a [`Reader`]
     /// accepts: then nothing has been written. [`ErrorKind::Channel`].
     pub fn write(&mut self, event: &Event) -> Result<()> {
         let bytes = match event {
@@ -589,7 +589,7 @@ impl Reply {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Config`] where the payload is too long; [`ErrorKind::Channel`]; both in
+    /// [`ErrorKind::Misuse`] where the payload is too long; [`ErrorKind::Channel`]; both in
     /// [`Phase::Section`].
     pub fn write<W: Write + ?Sized>(&self, output: &mut W) -> Result<()> {
         let bytes = match self {

@@ -462,7 +462,7 @@ fn fed(settings: Settings, feed: impl FnOnce(&mut UnixStream) + Send + 'static) 
         feed(&mut near);
         near
     });
-    // Not started: what the driver would miss is not what ends it.
+    // Not started: what the I/O thread would miss is not what ends it.
     let report = session.join();
     drop(feeding.join().unwrap());
     report
@@ -712,7 +712,7 @@ fn a_device_that_does_not_change_its_state_is_named() {
         .device(Mock::new(writer).device(1))
         .device(slow.device(2))
         .start();
-    let error = started.unwrap_err();
+    let error = started.unwrap_err().error;
     drop(release);
     assert_eq!(*error.kind(), ErrorKind::Stalled);
     assert_eq!(

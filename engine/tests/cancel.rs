@@ -432,7 +432,7 @@ fn one_devices_failure_ends_the_others() {
             .channel(near)
             .start();
         let error = match started {
-            Err(error) => error,
+            Err(failed) => failed.error,
             Ok(save) => save.join().result.unwrap_err(),
         };
         assert_eq!(error.device(), Some(&id(2)), "{error:?}");
@@ -476,7 +476,7 @@ fn one_devices_failure_ends_the_others() {
 #[test]
 fn a_task_that_is_dropped_or_not_spawned_fails_the_session() {
     let _case = Case::new();
-    for kind in ["driver", "channel 0", "device"] {
+    for kind in ["io", "channel 0", "device"] {
         for refuse in [true, false] {
             let (_reader, writer) = io::pipe().unwrap();
             let (_near, far) = UnixStream::pair().unwrap();
@@ -497,7 +497,7 @@ fn a_task_that_is_dropped_or_not_spawned_fails_the_session() {
                 .spawn_with(spawn)
                 .start();
             let error = match started {
-                Err(error) => error,
+                Err(failed) => failed.error,
                 Ok(load) => {
                     load.switchover_start();
                     load.join().result.unwrap_err()
@@ -506,7 +506,7 @@ fn a_task_that_is_dropped_or_not_spawned_fails_the_session() {
             let kind = error.kind();
             let named = matches!(
                 kind,
-                ErrorKind::Host | ErrorKind::Config(_) | ErrorKind::Internal(_)
+                ErrorKind::Host | ErrorKind::Misuse(_) | ErrorKind::Internal(_)
             );
             assert!(named || error.is_cancelled(), "{kind:?}");
         }
@@ -542,11 +542,7 @@ fn an_embedders_threads_run_everything() {
     load.join().result.unwrap();
     assert_eq!(got.join().unwrap(), b"x");
     let kinds = kinds.lock().unwrap();
-    let expected = [
-        TaskKind::Driver,
-        TaskKind::Device(id(1)),
-        TaskKind::Channel(0),
-    ];
+    let expected = [TaskKind::Io, TaskKind::Device(id(1)), TaskKind::Channel(0)];
     assert_eq!(*kinds, expected);
 }
 
@@ -596,7 +592,7 @@ fn devices_come_and_go_while_channels_run() {
     drop(removed);
     assert_eq!(
         *load.remove_device(&id(1)).unwrap_err().kind(),
-        ErrorKind::Config("no such device")
+        ErrorKind::Misuse("no such device")
     );
     publisher.push(&id(2), &payload(0, false, b"y")).unwrap();
     let config = vfio_migration::wire::wrap_config(b"c");

@@ -27,7 +27,7 @@ use rustls::{
 };
 use vfio_migration::{
     Channel, Device, DeviceId, DeviceState, LoadSession, Relay, Report, SaveSession, Settings,
-    migration::{Ack, Acks, Source, Switchover},
+    migration::{Outgoing, OutgoingDevice, SwitchoverAck, SwitchoverAcks},
     sim::{SimConfig, SimDevice, SimHandle},
 };
 
@@ -223,13 +223,14 @@ fn a_migrations_channels_live_until_it_is_cleaned_up_or_aborted() {
             len: LEN as u64,
             ..vm::Setup::default()
         };
-        let (realized, handle) = setup.realize(1, setup.config(1));
-        let acks = Acks::new(Ack::Off);
-        let source = Source::setup(realized, &setup.terms(), &acks, io::sink()).unwrap();
-        let mut switchover = Switchover::begin(vec![source], vm::greeted(near)).unwrap();
-        switchover.complete(&vm::id(1), io::sink()).unwrap();
-        switchover.config(&vm::id(1), io::sink()).unwrap();
-        let saved = switchover.finish().unwrap();
+        let (migratable, handle) = setup.admit(1, setup.config(1));
+        let acks = SwitchoverAcks::new(SwitchoverAck::Off);
+        let source =
+            OutgoingDevice::setup(migratable, &setup.capabilities(), &acks, io::sink()).unwrap();
+        let mut outgoing = Outgoing::begin(vec![source], vm::greeted(near)).unwrap();
+        outgoing.write_state(&vm::id(1), io::sink()).unwrap();
+        outgoing.write_config(&vm::id(1), io::sink()).unwrap();
+        let saved = outgoing.finish().unwrap();
         far.write_all(NOISE).unwrap();
         if clean {
             thread::scope(|scope| {

@@ -1,4 +1,4 @@
-//! Where the command listens: what is at a path already, who comes to the door, and what the host
+//! Where the command listens: what is at a path already, who connects, and what the host
 //! allows.
 #![cfg(feature = "cli")]
 #![allow(missing_docs, reason = "a test")]
@@ -156,7 +156,7 @@ fn on_the_way_out_only_its_own_socket_goes() {
     assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
 }
 
-// ---------------------------------------------------------------------------------- the door
+// --------------------------------------------------------------------------- who connects
 
 /// The time that a process has had of a processor so far, in hundredths of a second.
 fn cpu(process: u32) -> u64 {

@@ -28,7 +28,7 @@ fn load_mixed(lens: &[usize], plan: FaultPlan) -> (Vec<u8>, Option<Error>) {
         plan,
         ..RingConfig::default()
     };
-    let mut load = LoadSession::builder()
+    let load = LoadSession::builder()
         .settings(settings)
         .device(Mock::new(writer).device(1))
         .simulated_ring(ring)

@@ -46,7 +46,7 @@ const RINGS: [Ring; 3] = [
     Ring::Simulated,
 ];
 
-/// Loads packets of these lengths into a file, all of which are there before the driver may write. `before`
+/// Loads packets of these lengths into a file, all of which are there before the I/O thread may write. `before`
 /// comes over the main channel.
 fn load(
     file: &File,
@@ -67,7 +67,7 @@ fn load(
             });
         }
     }
-    let mut load = builder
+    let load = builder
         .settings(settings)
         .device(Mock::new(file.try_clone().unwrap()).device(1))
         .start()

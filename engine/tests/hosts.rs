@@ -38,7 +38,7 @@ fn load(backend: Backend, limit: impl FnOnce()) -> Result<&'static str, Error> {
         .device(Mock::new(writer).device(1))
         .channel(far);
     limit();
-    let ended = builder.start().and_then(|load| {
+    let ended = builder.start().map_err(Error::from).and_then(|load| {
         load.switchover_start();
         let report = load.join();
         let backend = report.stats.backend;

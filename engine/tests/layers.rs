@@ -4,7 +4,7 @@
 //! modules of one line are one layer, and only the lowest may know its own.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
 };
@@ -12,18 +12,20 @@ use std::{
 /// From the top down.
 const LAYERS: &[&[&str]] = &[
     &["migration"],
-    &["session", "relay"],
-    &["settings"],
     &["load", "save"],
-    &["channel", "driver"],
-    &["lane"],
+    &["session"],
+    &["relay"],
+    &["memory_plan"],
+    &["channel", "io_loop"],
+    &["lane", "settings"],
     &["device", "stream"],
-    &["section"],
-    &["task", "router", "spill", "wire"],
+    &["framed", "section", "spill"],
+    &["tasks", "router", "wire"],
     &["reorder"],
     &["host"],
-    &["arena", "stats", "trace", "verdict"],
-    &["error", "id", "state", "sync", "text"],
+    &["arena", "first_failure", "stats", "trace"],
+    &["error"],
+    &["id", "state", "sync", "text"],
 ];
 
 /// Which files may say what.
@@ -78,6 +80,7 @@ fn sources() -> BTreeMap<String, String> {
     let mut files = Vec::new();
     walk(&root().join("engine/src"), &mut files);
     walk(&root().join("uring/src"), &mut files);
+    walk(&root().join("benches/src/bin/soak"), &mut files);
     files
         .into_iter()
         .filter(|path| path.file_name().is_some_and(|name| name != "tests.rs"))
@@ -95,43 +98,192 @@ fn sources() -> BTreeMap<String, String> {
         .collect()
 }
 
-/// The modules right below `crate::` that a source names.
-fn named(code: &str) -> Vec<String> {
+/// A path of a `use`, and the name under which it is known, all braces opened.
+type Import = (Vec<String>, String);
+
+/// Opens a `use` tree: `a::{b, c::{self, d as e}}` is a::b, a::c, a::c::d.
+fn open(tree: &str, before: &[String], imports: &mut Vec<Import>) {
+    let mut depth = 0;
+    let mut start = 0;
+    let mut parts = Vec::new();
+    for (at, c) in tree.char_indices() {
+        match c {
+            '{' => depth += 1,
+            '}' => depth -= 1,
+            ',' if depth == 0 => {
+                parts.push(&tree[start..at]);
+                start = at + 1;
+            }
+            _ => {}
+        }
+    }
+    parts.push(&tree[start..]);
+    for part in parts
+        .into_iter()
+        .map(str::trim)
+        .filter(|part| !part.is_empty())
+    {
+        let (path, list) = match part.split_once('{') {
+            Some((path, list)) => (path, list.trim_end().strip_suffix('}')),
+            None => (part, None),
+        };
+        let (path, alias) = match path.split_once(" as ") {
+            Some((path, alias)) => (path, Some(alias.trim())),
+            None => (path, None),
+        };
+        let mut whole = before.to_vec();
+        let segments = path
+            .split("::")
+            .map(str::trim)
+            .filter(|part| !part.is_empty());
+        whole.extend(segments.map(str::to_owned));
+        if let Some(list) = list {
+            open(list, &whole, imports);
+            continue;
+        }
+        if whole.last().is_some_and(|last| last == "self") && !before.is_empty() {
+            whole.pop();
+        }
+        let last = whole.last().expect("a path").clone();
+        imports.push((whole, alias.map_or(last, str::to_owned)));
+    }
+}
+
+/// Every `use` of a source, opened, and whether it hands the name on.
+fn imports(code: &str) -> Vec<(Import, bool)> {
+    let mut found = Vec::new();
+    for (at, _) in code.match_indices("use ") {
+        let line = code[..at].rfind('\n').map_or(0, |end| end + 1);
+        let before = code[line..at].trim();
+        if !(before.is_empty() || before == "pub" || before.starts_with("pub(")) {
+            continue;
+        }
+        let tree = &code[at + "use ".len()..];
+        let tree = &tree[..tree.find(';').expect("a use ends")];
+        let mut opened = Vec::new();
+        open(tree, &[], &mut opened);
+        found.extend(
+            opened
+                .into_iter()
+                .map(|import| (import, !before.is_empty())),
+        );
+    }
+    found
+}
+
+/// The paths that a source names without a `use`: `crate::a::b`.
+fn inline(code: &str) -> Vec<Vec<String>> {
     let mut found = Vec::new();
     for (at, _) in code.match_indices("crate::") {
-        let rest = &code[at + "crate::".len()..];
         // Not `$crate::`, nor the end of a longer word.
         if code[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_' || c == '$') {
             continue;
         }
-        let first = |text: &str| -> String {
-            text.chars()
-                .take_while(|c| c.is_alphanumeric() || *c == '_')
-                .collect()
-        };
-        if let Some(list) = rest.strip_prefix('{') {
-            // The names at the first level of the braces.
-            let mut depth = 0;
-            let mut start = true;
-            for (at, c) in list.char_indices() {
-                match c {
-                    '{' => depth += 1,
-                    '}' if depth == 0 => break,
-                    '}' => depth -= 1,
-                    ',' if depth == 0 => start = true,
-                    c if c.is_whitespace() => {}
-                    _ if depth == 0 && start => {
-                        found.push(first(&list[at..]));
-                        start = false;
-                    }
-                    _ => {}
-                }
-            }
-        } else {
-            found.push(first(rest));
-        }
+        let path = code[at..].split(|c: char| !(c.is_alphanumeric() || c == '_' || c == ':'));
+        let path = path.into_iter().next().expect("it begins with crate");
+        let path = path.split("::").filter(|part| !part.is_empty());
+        found.push(path.map(str::to_owned).collect());
     }
     found
+}
+
+/// The crates whose files are looked at: where each one's root is.
+const CRATES: &[(&str, &str)] = &[
+    ("engine/src/bin/vfio-migrate/", "main"),
+    ("engine/src/", "lib"),
+    ("uring/src/", "lib"),
+    ("benches/src/bin/soak/", "main"),
+];
+
+/// A crate's files by their module paths, and what each one names.
+struct House {
+    files: BTreeMap<Vec<String>, String>,
+    handed_on: BTreeMap<(Vec<String>, String), Vec<String>>,
+}
+
+impl House {
+    fn new(sources: &BTreeMap<String, String>, at: &str, root: &str) -> Self {
+        let mut files = BTreeMap::new();
+        for (file, code) in sources {
+            let inner = CRATES.iter().find(|(folder, _)| file.starts_with(folder));
+            if inner.is_some_and(|(folder, _)| *folder == at) {
+                let path = file[at.len()..].trim_end_matches(".rs");
+                let path: Vec<_> = path.split('/').map(str::to_owned).collect();
+                let path = if path == [root] { Vec::new() } else { path };
+                files.insert(path, code.clone());
+            }
+        }
+        let mut house = Self {
+            files,
+            handed_on: BTreeMap::new(),
+        };
+        for (module, code) in &house.files {
+            for ((path, name), on) in imports(code) {
+                if on && let Some(path) = absolute(module, &path) {
+                    house.handed_on.insert((module.clone(), name), path);
+                }
+            }
+        }
+        house
+    }
+
+    /// The file in which a path's name is, through those that only hand it on.
+    fn home(&self, path: &[String]) -> Vec<String> {
+        let mut path = path.to_vec();
+        for _ in 0..4 {
+            let known = (0..=path.len()).rev();
+            let module = known
+                .map(|end| &path[..end])
+                .find(|module| self.files.contains_key(*module));
+            let module = module.expect("the root is one").to_vec();
+            let Some(name) = path.get(module.len()) else {
+                return module;
+            };
+            match self.handed_on.get(&(module.clone(), name.clone())) {
+                Some(further) => path.clone_from(further),
+                None => return module,
+            }
+        }
+        panic!("{path:?} is handed on without end");
+    }
+
+    /// Which file names which.
+    fn arrows(&self) -> BTreeSet<(Vec<String>, Vec<String>)> {
+        let mut arrows = BTreeSet::new();
+        for (module, code) in &self.files {
+            let uses = imports(code).into_iter().map(|((path, _), _)| path);
+            for path in uses.chain(inline(code)) {
+                let Some(path) = absolute(module, &path) else {
+                    continue;
+                };
+                let home = self.home(&path);
+                // A folder's own file hands on what is in it.
+                if home != *module && !home.starts_with(module) {
+                    arrows.insert((module.clone(), home));
+                }
+            }
+        }
+        arrows
+    }
+}
+
+/// A path from the crate's root; `None` where it is another crate's.
+fn absolute(module: &[String], path: &[String]) -> Option<Vec<String>> {
+    let (first, rest) = path.split_first()?;
+    let mut whole = match first.as_str() {
+        "crate" => Vec::new(),
+        "self" => module.to_vec(),
+        "super" => module[..module.len().checked_sub(1)?].to_vec(),
+        _ => return None,
+    };
+    for part in rest {
+        if part == "super" {
+            whole.pop();
+        } else {
+            whole.push(part.clone());
+        }
+    }
+    Some(whole)
 }
 
 fn layer(module: &str) -> usize {
@@ -143,29 +295,69 @@ fn layer(module: &str) -> usize {
 
 #[test]
 fn imports_go_down_only() {
+    let house = House::new(&sources(), "engine/src/", "lib");
     let lowest = LAYERS.len() - 1;
     let mut wrong = Vec::new();
-    for (file, code) in sources() {
-        let Some(inner) = file.strip_prefix("engine/src/") else {
-            continue;
+    for (from, to) in house.arrows() {
+        let (Some(module), Some(named)) = (from.first(), to.first()) else {
+            continue; // the crate's root
         };
-        if inner == "lib.rs" || inner.starts_with("bin/") {
-            continue;
-        }
-        let end = inner.find(['/', '.']).expect("a file has an ending");
-        let module = &inner[..end];
-        let own = layer(module);
-        for named in named(&code) {
-            if named == module || !LAYERS.concat().contains(&named.as_str()) {
-                continue; // itself, or a re-export of the crate's root that is no module
-            }
-            let other = layer(&named);
-            if other < own || other == own && own != lowest {
-                wrong.push(format!("{file} names {named}"));
-            }
+        let (own, other) = (layer(module), layer(named));
+        if module != named && (other < own || other == own && own != lowest) {
+            wrong.push(format!("{} names {}", from.join("/"), to.join("/")));
         }
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[test]
+fn no_files_name_each_other_in_a_circle() {
+    let mut circles = Vec::new();
+    for (at, root) in CRATES {
+        let mut arrows = House::new(&sources(), at, root).arrows();
+        // Who names nobody is in no circle, nor is who only names such.
+        loop {
+            let names: BTreeSet<_> = arrows.iter().map(|(from, _)| from.clone()).collect();
+            let before = arrows.len();
+            arrows.retain(|(_, to)| names.contains(to));
+            if arrows.len() == before {
+                break;
+            }
+        }
+        let shown = arrows.iter().map(|(from, to)| {
+            let (from, to) = (from.join("/"), to.join("/"));
+            format!("{at}: {from} names {to}")
+        });
+        circles.extend(shown);
+    }
+    assert!(circles.is_empty(), "a circle is in here: {circles:#?}");
+}
+
+#[test]
+fn a_file_says_what_it_imports() {
+    for (file, code) in sources() {
+        assert!(!code.contains("use super::*"), "{file}");
+    }
+}
+
+#[test]
+fn nested_imports_are_opened() {
+    let code =
+        "pub(crate) use crate::{a::{self, B as C}, d};\nuse std::{sync::{Arc, atomic::X}};\n";
+    let opened: Vec<String> = imports(code)
+        .into_iter()
+        .map(|((path, name), on)| format!("{} {name} {on}", path.join("::")))
+        .collect();
+    assert_eq!(
+        opened,
+        [
+            "crate::a a true",
+            "crate::a::B C true",
+            "crate::d d true",
+            "std::sync::Arc Arc false",
+            "std::sync::atomic::X X false",
+        ]
+    );
 }
 
 #[test]
@@ -196,9 +388,13 @@ fn what_belongs_to_one_file_is_named_there_alone() {
         if file.starts_with("engine/src/bin/") {
             continue;
         }
+        let opened = imports(&code)
+            .into_iter()
+            .map(|((path, _), _)| path.join("::") + "::");
+        let names: Vec<String> = opened.chain([code]).collect();
         for (word, homes) in HOMES {
             let elsewhere = file.starts_with("engine/") || *word == "io_uring::";
-            if elsewhere && code.contains(word) {
+            if elsewhere && names.iter().any(|name| name.contains(word)) {
                 assert!(homes.contains(&file.as_str()), "{file} says {word}");
             }
         }
@@ -238,7 +434,7 @@ const TIMES: &[&str] = &[
 fn a_time_is_added_by_its_helper_alone() {
     let mut wrong = Vec::new();
     for (file, code) in sources() {
-        if file == "uring/src/time.rs" {
+        if file == "uring/src/time.rs" || file.starts_with("benches/") {
             continue;
         }
         for line in code.lines() {

@@ -110,7 +110,7 @@ fn load() {
         let sink = Box::new(Sink(DeviceState::Stop));
         builder = builder.device(Device::new(id(device), sink).unwrap());
     }
-    let mut session = builder.channel(stream()).start().unwrap();
+    let session = builder.channel(stream()).start().unwrap();
     session.no_more_channels();
     session.switchover_start();
     session.join().result.unwrap();

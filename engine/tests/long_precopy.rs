@@ -18,7 +18,7 @@ use common::{Watchdog, config_packet, hello, packet, payload, sync};
 use vfio_migration::{
     Channel, DeviceState, Error, ErrorKind, LoadSession, Relay, SaveSession, Settings,
     SourceChannels, Violation,
-    migration::{Ack, Acks, Incoming, OnOffAuto, Source, Switchover},
+    migration::{Incoming, OnOffAuto, Outgoing, OutgoingDevice, SwitchoverAck, SwitchoverAcks},
 };
 use vm::{Setup, id, migrate, quick};
 
@@ -46,7 +46,7 @@ fn a_vm_runs_on_for_longer_than_every_time_out_and_then_moves() {
                 scope.spawn(move || {
                     let ended = migrate(&Setup {
                         devices: 2,
-                        ack: Ack::Once,
+                        ack: SwitchoverAck::Once,
                         over_channels,
                         config_after_iterables,
                         settings: short(),
@@ -69,10 +69,15 @@ fn pushed_packets_may_take_as_long() {
         precopy_initial: 0,
         ..Setup::default()
     };
-    let (realized, handle) = setup.realize(1, setup.config(9));
+    let (migratable, handle) = setup.admit(1, setup.config(9));
     let session = LoadSession::builder().settings(short());
-    let incoming =
-        Incoming::setup(vec![realized], &setup.terms(), session, Box::new(|| Ok(()))).unwrap();
+    let incoming = Incoming::setup(
+        vec![migratable],
+        &setup.capabilities(),
+        session,
+        Box::new(|| Ok(())),
+    )
+    .unwrap();
     let mut publisher = incoming.session().unwrap().publisher();
     let image = vfio_migration::sim::Image::new(1, setup.len);
     let mut push = |index: u32, len: usize| {
@@ -182,10 +187,10 @@ fn why(error: &Error) -> String {
 /// A destination, and a source's channels that were greeted with these settings.
 fn set_up(settings: &Settings, (near, far): (Channel, Channel)) -> (Incoming, SourceChannels) {
     let setup = Setup::default();
-    let (realized, _) = setup.realize(1, setup.config(9));
+    let (migratable, _) = setup.admit(1, setup.config(9));
     let session = LoadSession::builder().settings(quick()).channel(far);
-    let devices = vec![realized];
-    let incoming = Incoming::setup(devices, &setup.terms(), session, Box::new(|| Ok(())));
+    let devices = vec![migratable];
+    let incoming = Incoming::setup(devices, &setup.capabilities(), session, Box::new(|| Ok(())));
     (
         incoming.unwrap(),
         SourceChannels::greet(vec![near], settings).unwrap(),
@@ -199,9 +204,10 @@ fn fails_to_iterate(channels: &mut SourceChannels) -> Error {
             over_channels,
             ..Setup::default()
         };
-        let (realized, handle) = setup.realize(1, setup.config(1));
-        let acks = Acks::new(Ack::Off);
-        let mut source = Source::setup(realized, &setup.terms(), &acks, io::sink()).unwrap();
+        let (migratable, handle) = setup.admit(1, setup.config(1));
+        let acks = SwitchoverAcks::new(SwitchoverAck::Off);
+        let mut source =
+            OutgoingDevice::setup(migratable, &setup.capabilities(), &acks, io::sink()).unwrap();
         source.iterate_over(channels, io::sink()).unwrap_err();
         let _running = source.abort();
         assert_eq!(handle.state(), DeviceState::Running);
@@ -255,11 +261,12 @@ fn a_destination_that_is_gone_is_found_while_the_vm_runs() {
     fails_to_iterate(&mut channels);
     // And where nobody has looked, before the devices are asked for anything.
     let setup = Setup::default();
-    let (realized, handle) = setup.realize(1, setup.config(1));
-    let acks = Acks::new(Ack::Off);
-    let source = Source::setup(realized, &setup.terms(), &acks, io::sink()).unwrap();
+    let (migratable, handle) = setup.admit(1, setup.config(1));
+    let acks = SwitchoverAcks::new(SwitchoverAck::Off);
+    let source =
+        OutgoingDevice::setup(migratable, &setup.capabilities(), &acks, io::sink()).unwrap();
     let session = SaveSession::builder().greeted_channels(channels);
-    let failed = Switchover::begin(vec![source], session).unwrap_err();
+    let failed = Outgoing::begin(vec![source], session).unwrap_err();
     assert_eq!(*failed.error.kind(), ErrorKind::Channel);
     assert_eq!(handle.state(), DeviceState::Running);
     // One that was gone before.
@@ -275,10 +282,10 @@ fn a_source_that_says_no_hello_is_found_at_the_set_up() {
     let _watchdog = Watchdog::new();
     let (_near, far) = tcp();
     let setup = Setup::default();
-    let (realized, _) = setup.realize(1, setup.config(9));
+    let (migratable, _) = setup.admit(1, setup.config(9));
     let session = LoadSession::builder().settings(short()).channel(far);
-    let devices = vec![realized];
-    let incoming = Incoming::setup(devices, &setup.terms(), session, Box::new(|| Ok(())));
+    let devices = vec![migratable];
+    let incoming = Incoming::setup(devices, &setup.capabilities(), session, Box::new(|| Ok(())));
     let incoming = incoming.unwrap();
     let error = until("it is missed", || incoming.failure());
     assert_eq!(*error.kind(), ErrorKind::Stalled);

@@ -23,8 +23,9 @@ use vfio_migration::{
     Device, DeviceState, ErrorKind, LoadSession, MAX_DATA_SIZE, MigrationFlags, Refusal,
     SaveSession, SourceChannels, StateEvent, Violation,
     migration::{
-        Ack, Acks, Admission, DeviceSettings, Incoming, OnOffAuto, Realization, Realized, Source,
-        Surroundings, Switchover, Terms, vm as state,
+        Admitted, Capabilities, DeviceSettings, Incoming, MigratableDevice, MigrationBlockers,
+        OnOffAuto, Outgoing, OutgoingDevice, PlatformSupport, SwitchoverAck, SwitchoverAcks,
+        vm as state,
     },
     section::{self, Tag},
     sim::{
@@ -39,7 +40,7 @@ fn a_vm_moves_with_its_devices_over_the_channels() {
     let _watchdog = Watchdog::new();
     let ended = migrate(&Setup {
         devices: 3,
-        ack: Ack::Once,
+        ack: SwitchoverAck::Once,
         ..Setup::default()
     });
     for (at, device) in ended.saved.stats().devices.iter().enumerate() {
@@ -88,7 +89,7 @@ fn devices_of_one_vm_go_each_its_own_way() {
     let ended = migrate(&Setup {
         devices: 4,
         mixed: true,
-        ack: Ack::Once,
+        ack: SwitchoverAck::Once,
         ..Setup::default()
     });
     ended.check();
@@ -127,29 +128,29 @@ fn whether_a_config_waits_is_set_for_each_device() {
         } else {
             (2, 1)
         };
-        let terms = setup.terms();
+        let capabilities = setup.capabilities();
         let (near, far) = UnixStream::pair().unwrap();
         let (sources, _): (Vec<_>, Vec<_>) = (1..=2)
-            .map(|at| setup.realize(at, setup.config(at.into())))
+            .map(|at| setup.admit(at, setup.config(at.into())))
             .unzip();
         let (devices, loaded_to): (Vec<_>, Vec<_>) =
-            (1..=2).map(|at| setup.realize(at, setup.config(9))).unzip();
+            (1..=2).map(|at| setup.admit(at, setup.config(9))).unzip();
         let approve = Box::new(|| Ok(()));
         let load = LoadSession::builder().settings(quick()).channel(far);
-        let incoming = Incoming::setup(devices, &terms, load, approve).unwrap();
-        let acks = Acks::new(setup.ack);
+        let incoming = Incoming::setup(devices, &capabilities, load, approve).unwrap();
+        let acks = SwitchoverAcks::new(setup.ack);
         let mut sources: Vec<_> = sources
             .into_iter()
-            .map(|it| Source::setup(it, &terms, &acks, io::sink()).unwrap())
+            .map(|it| OutgoingDevice::setup(it, &capabilities, &acks, io::sink()).unwrap())
             .collect();
         state::stop(&mut sources, state::Reason::FinishMigration).unwrap();
         let save = greeted(near);
-        let mut switchover = Switchover::begin(sources, save).unwrap();
+        let mut outgoing = Outgoing::begin(sources, save).unwrap();
         incoming.switchover_start().unwrap();
         let mut notice = Vec::new();
         for (number, body) in [(waiting, &mut notice), (other, &mut Vec::new())] {
-            switchover.complete(&id(number), io::sink()).unwrap();
-            switchover.config(&id(number), &mut *body).unwrap();
+            outgoing.write_state(&id(number), io::sink()).unwrap();
+            outgoing.write_config(&id(number), &mut *body).unwrap();
             let tag = if number == waiting {
                 Tag::ConfigLoadReady
             } else {
@@ -157,7 +158,7 @@ fn whether_a_config_waits_is_set_for_each_device() {
             };
             assert_eq!(body[..], tag.encode(), "device {number}");
         }
-        let saved = switchover.finish().unwrap();
+        let saved = outgoing.finish().unwrap();
         let loads = |number: usize| loaded_to[number - 1].calls(Callback::LoadConfig);
         let has_loaded = |number: usize| loads(number) > 0;
         // Under the watchdog: it ends when the device is loaded.
@@ -194,7 +195,7 @@ fn without_precopy_there_is_nothing_to_iterate() {
     let ended = migrate(&Setup {
         devices: 2,
         flags: MigrationFlags::STOP_COPY | MigrationFlags::P2P,
-        ack: Ack::Once,
+        ack: SwitchoverAck::Once,
         ..Setup::default()
     });
     for device in &ended.saved.stats().devices {
@@ -252,19 +253,20 @@ fn the_downtimes_phases_are_measured_for_each_device() {
 
 // ------------------------------------------------------------------------------- one step alone
 
-fn source(config: SimConfig, ack: Ack) -> (Source, SimHandle, Acks) {
+fn source(config: SimConfig, ack: SwitchoverAck) -> (OutgoingDevice, SimHandle, SwitchoverAcks) {
     let setup = Setup {
         ack,
         ..Setup::default()
     };
-    let (realized, handle) = setup.realize(1, config);
-    let acks = Acks::new(ack);
-    let source = Source::setup(realized, &setup.terms(), &acks, io::sink()).unwrap();
+    let (migratable, handle) = setup.admit(1, config);
+    let acks = SwitchoverAcks::new(ack);
+    let source =
+        OutgoingDevice::setup(migratable, &setup.capabilities(), &acks, io::sink()).unwrap();
     (source, handle, acks)
 }
 
 fn incoming(setup: &Setup) -> (Incoming, SimHandle, Arc<AtomicU32>) {
-    let (realized, handle) = setup.realize(1, setup.config(9));
+    let (migratable, handle) = setup.admit(1, setup.config(9));
     let approvals = Arc::new(AtomicU32::new(0));
     let counted = approvals.clone();
     let approve = move || {
@@ -272,8 +274,13 @@ fn incoming(setup: &Setup) -> (Incoming, SimHandle, Arc<AtomicU32>) {
         Ok(())
     };
     let session = LoadSession::builder().settings(quick());
-    let incoming =
-        Incoming::setup(vec![realized], &setup.terms(), session, Box::new(approve)).unwrap();
+    let incoming = Incoming::setup(
+        vec![migratable],
+        &setup.capabilities(),
+        session,
+        Box::new(approve),
+    )
+    .unwrap();
     (incoming, handle, approvals)
 }
 
@@ -313,7 +320,7 @@ fn estimates_drop_with_what_is_read_and_are_never_believed_above_a_pebibyte() {
             data_size: Some(u64::MAX - 4096),
             ..config.clone()
         },
-        Ack::Off,
+        SwitchoverAck::Off,
     );
     assert_eq!(source.pending_estimate().total(), 100_000);
     let exact = source.pending_exact().unwrap();
@@ -346,7 +353,7 @@ fn what_can_be_read_in_precopy_is_counted_once() {
         precopy_initial: 600_000,
         ..SimConfig::default()
     };
-    let (mut source, _, _) = source(config, Ack::Off);
+    let (mut source, _, _) = source(config, SwitchoverAck::Off);
     let exact = source.pending_exact().unwrap();
     assert_eq!(exact.total(), 1 << 20);
     assert_eq!(exact.precopy(), 600_000);
@@ -359,7 +366,7 @@ fn what_can_be_read_in_precopy_is_counted_once() {
             data_size: Some(10),
             ..SimConfig::default()
         },
-        Ack::Off,
+        SwitchoverAck::Off,
     );
     let exact = small.pending_exact().unwrap();
     assert_eq!((exact.total(), exact.stop_copy), (600_000, 0));
@@ -372,7 +379,7 @@ fn an_estimate_is_the_last_exact_number_less_what_was_read_since() {
         precopy_initial: 600_000,
         ..SimConfig::default()
     };
-    let (mut source, _, _) = source(config, Ack::Off);
+    let (mut source, _, _) = source(config, SwitchoverAck::Off);
     assert_eq!(source.pending_estimate().stop_copy, 0, "nobody has asked");
     let mut left = source.pending_exact().unwrap().total();
     assert_eq!(source.pending_estimate().total(), left);
@@ -407,7 +414,7 @@ fn a_device_that_cannot_tell_is_thought_large_at_the_end_and_empty_before() {
         },
         ..SimConfig::default()
     };
-    let (mut source, _, _) = source(config, Ack::Off);
+    let (mut source, _, _) = source(config, SwitchoverAck::Off);
     assert_eq!(source.pending_estimate().total(), 0);
     assert_eq!(source.pending_exact().unwrap().total(), 100 << 30);
     // It is read all the same.
@@ -423,7 +430,7 @@ fn an_iteration_reads_once_and_says_once_that_the_initial_data_is_sent() {
             data_size: Some(1), // a buffer of the least size, 64 KiB
             ..SimConfig::default()
         },
-        Ack::Once,
+        SwitchoverAck::Once,
     );
     assert!(!source.is_switchover_ready() && !acks.is_open());
     let mut ends = Vec::new();
@@ -456,18 +463,21 @@ fn a_device_asks_again_where_acks_are_reusable() {
         precopy_initial: 1000,
         ..SimConfig::default()
     };
-    for (ack, again) in [(Ack::Once, false), (Ack::Reusable, true)] {
+    for (ack, again) in [
+        (SwitchoverAck::Once, false),
+        (SwitchoverAck::Reusable, true),
+    ] {
         let setup = Setup {
             ack,
             ..Setup::default()
         };
-        // The opt-in is made where the device is realized.
+        // The opt-in is made where the device is admitted.
         let device = SimDevice::new(config.clone()).unwrap();
         let handle = device.handle();
-        let mut around = Surroundings::default();
+        let mut around = PlatformSupport::default();
         around.device_dirty_tracking = true;
-        let realization = Admission::default()
-            .realize(
+        let realization = MigrationBlockers::default()
+            .admit(
                 id(1),
                 Box::new(device),
                 &DeviceSettings::default(),
@@ -475,11 +485,12 @@ fn a_device_asks_again_where_acks_are_reusable() {
                 &mut |_, _| Ok(()),
             )
             .unwrap();
-        let Realization::Migratable(realized) = realization else {
+        let Admitted::Migratable(migratable) = realization else {
             panic!("{realization:?}");
         };
-        let acks = Acks::new(ack);
-        let mut source = Source::setup(realized, &setup.terms(), &acks, io::sink()).unwrap();
+        let acks = SwitchoverAcks::new(ack);
+        let mut source =
+            OutgoingDevice::setup(migratable, &setup.capabilities(), &acks, io::sink()).unwrap();
         assert!(source.iterate(io::sink()).unwrap().init_data_sent);
         acks.received();
         assert!(source.is_switchover_ready());
@@ -504,9 +515,9 @@ fn a_device_asks_again_where_acks_are_reusable() {
             // The migration has failed, also where nobody looks.
             let (near, _far) = UnixStream::pair().unwrap();
             let session = greeted(near);
-            let failed = Switchover::begin(vec![source], session).unwrap_err();
+            let mut failed = Outgoing::begin(vec![source], session).unwrap_err();
             assert_eq!(*failed.error.kind(), ErrorKind::LateRequest);
-            assert_eq!(failed.back[0].state(), DeviceState::Running);
+            assert_eq!(failed.back_mut()[0].state(), DeviceState::Running);
         } else {
             stopped.unwrap();
             let _running = source.abort();
@@ -517,22 +528,22 @@ fn a_device_asks_again_where_acks_are_reusable() {
 
 #[test]
 fn a_vm_does_not_stop_for_a_switchover_that_is_not_acknowledged() {
-    let (source, handle, acks) = source(Setup::default().config(1), Ack::Once);
+    let (source, handle, acks) = source(Setup::default().config(1), SwitchoverAck::Once);
     let mut all = [source];
     let error = state::stop(&mut all, state::Reason::FinishMigration).unwrap_err();
-    assert!(matches!(error.kind(), ErrorKind::Config(_)));
+    assert!(matches!(error.kind(), ErrorKind::Misuse(_)));
     // The VM did stop, and so did the device; but there is no way on.
     assert_eq!(handle.state(), DeviceState::StopCopy);
     acks.received();
-    let failed = Switchover::begin(all.into(), SaveSession::builder()).unwrap_err();
-    assert!(matches!(failed.error.kind(), ErrorKind::Config(_)));
+    let failed = Outgoing::begin(all.into(), SaveSession::builder()).unwrap_err();
+    assert!(matches!(failed.error.kind(), ErrorKind::Misuse(_)));
     assert_eq!(handle.state(), DeviceState::Running);
 }
 
 #[test]
 fn a_vm_that_is_paused_in_precopy_switches_over_without_its_acks() {
     let _watchdog = Watchdog::new();
-    for ack in [Ack::Once, Ack::Reusable] {
+    for ack in [SwitchoverAck::Once, SwitchoverAck::Reusable] {
         let (source, handle, acks) = source(Setup::default().config(1), ack);
         let mut all = vec![source];
         state::stop(&mut all, state::Reason::Pause).unwrap();
@@ -544,15 +555,15 @@ fn a_vm_that_is_paused_in_precopy_switches_over_without_its_acks() {
         let session = SaveSession::builder()
             .settings(quick())
             .greeted_channels(SourceChannels::greet(vec![near.into()], &quick()).unwrap());
-        let switchover = Switchover::begin(all, session).unwrap();
+        let outgoing = Outgoing::begin(all, session).unwrap();
         acks.received(); // late, and no harm
-        let saved = switchover.finish().unwrap();
+        let saved = outgoing.finish().unwrap();
         assert_eq!(saved.abort()[0].state(), DeviceState::Stop, "paused");
         assert_eq!(handle.state(), DeviceState::Stop);
         reader.join().unwrap().unwrap();
     }
     // One that goes on again has to wait again.
-    let (source, _, _) = source(Setup::default().config(1), Ack::Once);
+    let (source, _, _) = source(Setup::default().config(1), SwitchoverAck::Once);
     let mut all = [source];
     state::stop(&mut all, state::Reason::Pause).unwrap();
     state::start(&mut all).unwrap();
@@ -561,16 +572,16 @@ fn a_vm_that_is_paused_in_precopy_switches_over_without_its_acks() {
 
 #[test]
 fn setup_refuses_what_cannot_work_and_gives_the_device_back() {
-    let mut postcopy = Terms::default();
+    let mut postcopy = Capabilities::default();
     postcopy.postcopy = true;
-    let mut snapshot = Terms::default();
+    let mut snapshot = Capabilities::default();
     snapshot.background_snapshot = true;
-    let mut compressed = Terms::default();
+    let mut compressed = Capabilities::default();
     compressed.compression = true;
-    let plain = Terms::default();
+    let plain = Capabilities::default();
     let p2p = DeviceState::RunningP2p;
     let running = DeviceState::Running;
-    for (terms, state, transfer) in [
+    for (capabilities, state, transfer) in [
         (&postcopy, running, OnOffAuto::Auto),
         (&snapshot, running, OnOffAuto::Auto),
         (&compressed, running, OnOffAuto::On),
@@ -581,23 +592,30 @@ fn setup_refuses_what_cannot_work_and_gives_the_device_back() {
             transfer,
             ..Setup::default()
         };
-        let (realized, handle) = setup.realize(1, setup.config(1));
-        let failed = Source::setup(realized, terms, &Acks::new(Ack::Off), io::sink()).unwrap_err();
+        let (migratable, handle) = setup.admit(1, setup.config(1));
+        let mut failed = OutgoingDevice::setup(
+            migratable,
+            capabilities,
+            &SwitchoverAcks::new(SwitchoverAck::Off),
+            io::sink(),
+        )
+        .unwrap_err();
         assert_eq!(failed.error.device(), Some(&id(1)));
         if state == p2p {
             assert_eq!(failed.error.raw_os_error(), Some(Errno::EINVAL as i32));
             assert_eq!(*failed.error.kind(), ErrorKind::State);
         } else {
-            assert!(matches!(failed.error.kind(), ErrorKind::Config(_)));
+            assert!(matches!(failed.error.kind(), ErrorKind::Misuse(_)));
         }
-        assert_eq!(failed.back.state(), handle.state());
+        assert_eq!(failed.back_mut().state(), handle.state());
         assert_eq!(handle.state(), state, "as it came in");
         if state == running {
             // And so does the destination.
-            let (realized, handle) = setup.realize(1, setup.config(1));
+            let (migratable, handle) = setup.admit(1, setup.config(1));
             let session = LoadSession::builder();
-            let failed = Incoming::setup(vec![realized], terms, session, Box::new(|| Ok(())));
-            assert_eq!(failed.unwrap_err().back.len(), 1);
+            let failed =
+                Incoming::setup(vec![migratable], capabilities, session, Box::new(|| Ok(())));
+            assert_eq!(failed.unwrap_err().into_back().len(), 1);
             assert_eq!(handle.state(), running);
         }
     }
@@ -620,11 +638,12 @@ fn a_device_that_refuses_its_setup_is_put_back_with_the_others() {
     let setup = Setup::default();
     let mut config = setup.config(1);
     config.faults = faults(DeviceState::PreCopy);
-    let (realized, handle) = setup.realize(1, config);
-    let acks = Acks::new(Ack::Off);
-    let failed = Source::setup(realized, &setup.terms(), &acks, io::sink()).unwrap_err();
+    let (migratable, handle) = setup.admit(1, config);
+    let acks = SwitchoverAcks::new(SwitchoverAck::Off);
+    let mut failed =
+        OutgoingDevice::setup(migratable, &setup.capabilities(), &acks, io::sink()).unwrap_err();
     assert_eq!(failed.error.raw_os_error(), Some(Errno::EIO as i32));
-    assert_eq!(failed.back.state(), DeviceState::Running);
+    assert_eq!(failed.back_mut().state(), DeviceState::Running);
     assert_eq!(handle.state(), DeviceState::Running);
 
     for transfer in [OnOffAuto::On, OnOffAuto::Off] {
@@ -634,20 +653,20 @@ fn a_device_that_refuses_its_setup_is_put_back_with_the_others() {
         };
         let mut config = setup.config(1);
         config.faults = faults(DeviceState::Resuming);
-        let (bad, bad_handle) = setup.realize(1, config);
-        let (good, good_handle) = setup.realize(2, setup.config(2));
+        let (bad, bad_handle) = setup.admit(1, config);
+        let (good, good_handle) = setup.admit(2, setup.config(2));
         let session = LoadSession::builder().settings(quick());
-        let failed = Incoming::setup(
+        let mut failed = Incoming::setup(
             vec![good, bad],
-            &setup.terms(),
+            &setup.capabilities(),
             session,
             Box::new(|| Ok(())),
         )
         .unwrap_err();
         assert_eq!(failed.error.raw_os_error(), Some(Errno::EIO as i32));
-        assert_eq!(failed.back.len(), 2, "{transfer:?}");
-        for (realized, handle) in failed.back.iter().zip([good_handle, bad_handle]) {
-            assert_eq!(realized.state(), DeviceState::Running);
+        assert_eq!(failed.back_mut().len(), 2, "{transfer:?}");
+        for (migratable, handle) in failed.back_mut().iter().zip([good_handle, bad_handle]) {
+            assert_eq!(migratable.state(), DeviceState::Running);
             assert_eq!(handle.state(), DeviceState::Running);
         }
     }
@@ -658,12 +677,12 @@ fn a_device_that_refuses_its_setup_is_put_back_with_the_others() {
 #[test]
 fn the_switchover_is_approved_once_when_every_device_that_asks_has_its_initial_data() {
     let setup = Setup {
-        ack: Ack::Once,
+        ack: SwitchoverAck::Once,
         ..Setup::default()
     };
-    let terms = setup.terms();
+    let capabilities = setup.capabilities();
     let devices: Vec<_> = (1..=2)
-        .map(|number| setup.realize(number, setup.config(number.into())).0)
+        .map(|number| setup.admit(number, setup.config(number.into())).0)
         .collect();
     let approvals = Arc::new(AtomicU32::new(0));
     let counted = approvals.clone();
@@ -672,7 +691,7 @@ fn the_switchover_is_approved_once_when_every_device_that_asks_has_its_initial_d
         Ok(())
     };
     let session = LoadSession::builder().settings(quick());
-    let incoming = Incoming::setup(devices, &terms, session, Box::new(approve)).unwrap();
+    let incoming = Incoming::setup(devices, &capabilities, session, Box::new(approve)).unwrap();
     for (number, approved) in [(1, 0), (2, 1)] {
         let body = Tag::InitDataSent.encode();
         let device = incoming.device(&id(number)).unwrap();
@@ -690,7 +709,7 @@ fn the_switchover_is_approved_once_when_every_device_that_asks_has_its_initial_d
 #[test]
 fn each_request_is_approved_by_itself_where_acks_are_reusable() {
     let setup = Setup {
-        ack: Ack::Reusable,
+        ack: SwitchoverAck::Reusable,
         ..Setup::default()
     };
     let (incoming, _, approvals) = incoming(&setup);
@@ -710,10 +729,11 @@ fn each_request_is_approved_by_itself_where_acks_are_reusable() {
 fn what_comes_after_a_failure_reports_that_and_no_other_device() {
     let _watchdog = Watchdog::new();
     let setup = Setup::default();
-    let devices = [1, 2].map(|number| setup.realize(number, setup.config(9)).0);
+    let devices = [1, 2].map(|number| setup.admit(number, setup.config(9)).0);
     let session = LoadSession::builder().settings(quick());
     let approve = Box::new(|| Ok(()));
-    let incoming = Incoming::setup(devices.into(), &setup.terms(), session, approve).unwrap();
+    let incoming =
+        Incoming::setup(devices.into(), &setup.capabilities(), session, approve).unwrap();
     let first = load(&incoming, &[Tag::InitDataSent], b"").unwrap_err();
     assert_eq!(first.device(), Some(&id(1)));
     let body = Tag::EndOfState.encode();
@@ -740,7 +760,7 @@ fn a_tag_that_was_not_asked_for_fails_the_load_and_resets_the_device() {
     };
     let no_precopy = Setup {
         flags: stop_copy,
-        ack: Ack::Once,
+        ack: SwitchoverAck::Once,
         ..Setup::default()
     };
     let once = Tag::ConfigLoadReady;
@@ -770,8 +790,8 @@ fn a_tag_that_was_not_asked_for_fails_the_load_and_resets_the_device() {
         // It stays failed.
         assert!(load(&incoming, &[Tag::EndOfState], b"").is_err());
         assert!(incoming.failure().is_some());
-        let failed = incoming.finish().unwrap_err();
-        assert_eq!(failed.back[0].state(), DeviceState::Running);
+        let mut failed = incoming.finish().unwrap_err();
+        assert_eq!(failed.back_mut()[0].state(), DeviceState::Running);
         assert_eq!(handle.state(), DeviceState::Running);
         assert!(!handle.has_loaded());
     }
@@ -830,12 +850,12 @@ fn an_incomplete_state_over_the_main_channel_is_refused_before_the_vm_starts() {
     assert_eq!(handle.state(), DeviceState::Stop);
 
     // Or before that, where it is wanted so.
-    let (realized, handle) = setup.realize(1, setup.config(9));
+    let (migratable, handle) = setup.admit(1, setup.config(9));
     let mut settings = quick();
     settings.stop_after_load = Some(true);
     let incoming = Incoming::setup(
-        vec![realized],
-        &setup.terms(),
+        vec![migratable],
+        &setup.capabilities(),
         LoadSession::builder().settings(settings),
         Box::new(|| Ok(())),
     )
@@ -914,31 +934,33 @@ fn whatever_fails_at_the_switchover_the_devices_run_again() {
                 faults,
                 ..setup.config(1)
             };
-            let (bad, bad_handle) = setup.realize(1, config);
-            let (good, good_handle) = setup.realize(2, setup.config(2));
-            let acks = Acks::new(Ack::Off);
+            let (bad, bad_handle) = setup.admit(1, config);
+            let (good, good_handle) = setup.admit(2, setup.config(2));
+            let acks = SwitchoverAcks::new(SwitchoverAck::Off);
             let sources: Vec<_> = [bad, good]
                 .into_iter()
-                .map(|it| Source::setup(it, &setup.terms(), &acks, io::sink()).unwrap())
+                .map(|it| {
+                    OutgoingDevice::setup(it, &setup.capabilities(), &acks, io::sink()).unwrap()
+                })
                 .collect();
             let (near, far) = UnixStream::pair().unwrap();
             let reader = thread::spawn(move || io::copy(&mut &far, &mut io::sink()));
             let session = greeted(near);
-            let failed = match Switchover::begin(sources, session) {
+            let mut failed = match Outgoing::begin(sources, session) {
                 Err(failed) => failed,
-                Ok(mut switchover) => {
+                Ok(mut outgoing) => {
                     for number in [1, 2] {
                         // After the first that fails, what is written does not matter.
-                        let _ = switchover.complete(&id(number), io::sink());
-                        let _ = switchover.config(&id(number), io::sink());
+                        let _ = outgoing.write_state(&id(number), io::sink());
+                        let _ = outgoing.write_config(&id(number), io::sink());
                     }
-                    switchover.finish().unwrap_err()
+                    outgoing.finish().unwrap_err()
                 }
             };
             assert_eq!(failed.error.device(), Some(&id(1)), "{transfer:?}, {what}");
-            assert_eq!(failed.back.len(), 2, "{transfer:?}, {what}");
-            for (realized, handle) in failed.back.iter().zip([bad_handle, good_handle]) {
-                assert_eq!(realized.state(), DeviceState::Running, "{what}");
+            assert_eq!(failed.back_mut().len(), 2, "{transfer:?}, {what}");
+            for (migratable, handle) in failed.back_mut().iter().zip([bad_handle, good_handle]) {
+                assert_eq!(migratable.state(), DeviceState::Running, "{what}");
                 assert_eq!(handle.state(), DeviceState::Running, "{what}");
             }
             reader.join().unwrap().unwrap();
@@ -950,11 +972,11 @@ fn whatever_fails_at_the_switchover_the_devices_run_again() {
 fn a_cancellation_and_a_late_failure_of_the_destination_put_devices_back() {
     let _watchdog = Watchdog::new();
     // Cancelled while nobody reads the channel.
-    let (source, handle, _) = source(Setup::default().config(1), Ack::Off);
+    let (source, handle, _) = source(Setup::default().config(1), SwitchoverAck::Off);
     let (near, far) = UnixStream::pair().unwrap();
     let session = greeted(near);
-    let switchover = Switchover::begin(vec![source], session).unwrap();
-    let back = switchover.abort();
+    let outgoing = Outgoing::begin(vec![source], session).unwrap();
+    let back = outgoing.abort();
     assert_eq!(back[0].state(), DeviceState::Running);
     assert_eq!(handle.state(), DeviceState::Running);
     drop(far);
@@ -981,7 +1003,7 @@ fn a_cancellation_and_a_late_failure_of_the_destination_put_devices_back() {
 #[test]
 fn a_source_that_is_dropped_on_its_way_runs_again() {
     let _watchdog = Watchdog::new();
-    let (mut source, handle, _acks) = source(SimConfig::default(), Ack::Off);
+    let (mut source, handle, _acks) = source(SimConfig::default(), SwitchoverAck::Off);
     assert_eq!(handle.state(), DeviceState::PreCopy);
     source.iterate(io::sink()).unwrap();
     drop(source);
@@ -996,35 +1018,36 @@ fn sections_are_written_in_their_order_and_once() {
         ..Setup::default()
     };
     let begin = || {
-        let (realized, handle) = off.realize(1, off.config(1));
-        let acks = Acks::new(Ack::Off);
-        let source = Source::setup(realized, &off.terms(), &acks, io::sink()).unwrap();
-        let switchover = Switchover::begin(vec![source], SaveSession::builder()).unwrap();
-        (switchover, handle)
+        let (migratable, handle) = off.admit(1, off.config(1));
+        let acks = SwitchoverAcks::new(SwitchoverAck::Off);
+        let source =
+            OutgoingDevice::setup(migratable, &off.capabilities(), &acks, io::sink()).unwrap();
+        let outgoing = Outgoing::begin(vec![source], SaveSession::builder()).unwrap();
+        (outgoing, handle)
     };
-    let misuses: [fn(&mut Switchover) -> vfio_migration::Result<()>; 3] = [
-        |it| it.config(&id(1), io::sink()),
-        |it| it.complete(&id(7), io::sink()),
+    let misuses: [fn(&mut Outgoing) -> vfio_migration::Result<()>; 3] = [
+        |it| it.write_config(&id(1), io::sink()),
+        |it| it.write_state(&id(7), io::sink()),
         |it| {
-            it.complete(&id(1), io::sink())?;
-            it.complete(&id(1), io::sink())
+            it.write_state(&id(1), io::sink())?;
+            it.write_state(&id(1), io::sink())
         },
     ];
     for misuse in misuses {
-        let (mut switchover, handle) = begin();
-        let error = misuse(&mut switchover).unwrap_err();
-        assert!(matches!(error.kind(), ErrorKind::Config(_)));
-        assert!(switchover.finish().is_err());
+        let (mut outgoing, handle) = begin();
+        let error = misuse(&mut outgoing).unwrap_err();
+        assert!(matches!(error.kind(), ErrorKind::Misuse(_)));
+        assert!(outgoing.finish().is_err());
         assert_eq!(handle.state(), DeviceState::Running);
     }
-    let (switchover, _) = begin();
-    let failed = switchover.finish().unwrap_err();
-    assert!(matches!(failed.error.kind(), ErrorKind::Config(_)));
+    let (outgoing, _) = begin();
+    let failed = outgoing.finish().unwrap_err();
+    assert!(matches!(failed.error.kind(), ErrorKind::Misuse(_)));
 }
 
 #[test]
 fn a_session_that_has_ended_since_its_data_was_sent_is_not_completed() {
-    let (mut source, handle, _) = source(Setup::default().config(1), Ack::Off);
+    let (mut source, handle, _) = source(Setup::default().config(1), SwitchoverAck::Off);
     assert!(source.iterate(io::sink()).unwrap().bytes > 0);
     let mut all = [source];
     state::stop(&mut all, state::Reason::Pause).unwrap();
@@ -1033,19 +1056,19 @@ fn a_session_that_has_ended_since_its_data_was_sent_is_not_completed() {
     state::start(&mut all).unwrap();
     let (near, _far) = UnixStream::pair().unwrap();
     let session = greeted(near);
-    let failed = Switchover::begin(all.into(), session).unwrap_err();
-    assert!(matches!(failed.error.kind(), ErrorKind::Config(_)));
-    assert_eq!(failed.back[0].state(), DeviceState::Running);
+    let mut failed = Outgoing::begin(all.into(), session).unwrap_err();
+    assert!(matches!(failed.error.kind(), ErrorKind::Misuse(_)));
+    assert_eq!(failed.back_mut()[0].state(), DeviceState::Running);
 }
 
 #[test]
 fn channels_that_were_not_greeted_at_the_set_up_do_not_switch_over() {
-    let (source, handle, _) = source(Setup::default().config(1), Ack::Off);
+    let (source, handle, _) = source(Setup::default().config(1), SwitchoverAck::Off);
     let (near, _far) = UnixStream::pair().unwrap();
     let session = SaveSession::builder().channel(near);
-    let failed = Switchover::begin(vec![source], session).unwrap_err();
-    assert!(matches!(failed.error.kind(), ErrorKind::Config(_)));
-    assert_eq!(failed.back[0].state(), DeviceState::Running);
+    let mut failed = Outgoing::begin(vec![source], session).unwrap_err();
+    assert!(matches!(failed.error.kind(), ErrorKind::Misuse(_)));
+    assert_eq!(failed.back_mut()[0].state(), DeviceState::Running);
     assert_eq!(handle.state(), DeviceState::Running);
 }
 
@@ -1055,17 +1078,17 @@ fn several_devices_without_p2p_do_not_switch_over() {
         flags: MigrationFlags::STOP_COPY,
         ..Setup::default()
     };
-    let acks = Acks::new(Ack::Off);
+    let acks = SwitchoverAcks::new(SwitchoverAck::Off);
     let sources: Vec<_> = (1..=2)
         .map(|number| {
-            let (realized, _) = setup.realize(number, setup.config(1));
-            Source::setup(realized, &setup.terms(), &acks, io::sink()).unwrap()
+            let (migratable, _) = setup.admit(number, setup.config(1));
+            OutgoingDevice::setup(migratable, &setup.capabilities(), &acks, io::sink()).unwrap()
         })
         .collect();
-    let failed = Switchover::begin(sources, SaveSession::builder()).unwrap_err();
+    let mut failed = Outgoing::begin(sources, SaveSession::builder()).unwrap_err();
     let kind = ErrorKind::Unmigratable(Refusal::SeveralWithoutP2p);
     assert_eq!(*failed.error.kind(), kind);
-    assert_eq!(failed.back.len(), 2);
+    assert_eq!(failed.back_mut().len(), 2);
 }
 
 #[test]
@@ -1077,9 +1100,10 @@ fn events_come_where_they_are_asked_for_and_the_slow_change_is_announced() {
         let device = Device::new(id(1), Box::new(device)).unwrap();
         let mut settings = DeviceSettings::default();
         settings.events = events;
-        let realized = Realized::new(device, settings);
-        let acks = Acks::new(Ack::Off);
-        let source = Source::setup(realized, &setup.terms(), &acks, io::sink()).unwrap();
+        let migratable = MigratableDevice::new(device, settings);
+        let acks = SwitchoverAcks::new(SwitchoverAck::Off);
+        let source =
+            OutgoingDevice::setup(migratable, &setup.capabilities(), &acks, io::sink()).unwrap();
         let mut all = [source];
         state::stop(&mut all, state::Reason::FinishMigration).unwrap();
         let expected: &[StateEvent] = &[

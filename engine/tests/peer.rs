@@ -28,7 +28,8 @@ use vfio_migration::{
     Channel, Device, DeviceId, DeviceState, LoadSession, MigrationDevice, MigrationFlags,
     PrecopyInfo, RamSink, SaveSession, Settings, SourceChannels,
     migration::{
-        Ack, Acks, DeviceSettings, Incoming, OnOffAuto, Realized, Source, Switchover, Terms, vm,
+        Capabilities, DeviceSettings, Incoming, MigratableDevice, OnOffAuto, Outgoing,
+        OutgoingDevice, SwitchoverAck, SwitchoverAcks, vm,
     },
     stream::{Command, Event, MainChannelOrder, Reader, Section, SectionKind, Writer},
     wire::{DEFAULT_MAX_PACKET, Frame, Framer, PageSize, Walk, wrap_config},
@@ -175,16 +176,16 @@ struct Case {
     name: &'static str,
     capture: Capture,
     transfer: OnOffAuto,
-    terms: Terms,
+    capabilities: Capabilities,
     ids: Vec<DeviceId>,
 }
 
 fn cases() -> impl Iterator<Item = Case> {
     CAPTURES.into_iter().map(|name| {
         let capture = Capture::open(name);
-        let mut terms = Terms::default();
-        terms.switchover_ack = Ack::Once;
-        terms.config_after_iterables = if name.contains("cfg-after-iter-on") {
+        let mut capabilities = Capabilities::default();
+        capabilities.switchover_ack = SwitchoverAck::Once;
+        capabilities.config_after_iterables = if name.contains("cfg-after-iter-on") {
             OnOffAuto::On
         } else {
             OnOffAuto::Off
@@ -199,7 +200,7 @@ fn cases() -> impl Iterator<Item = Case> {
             name,
             capture,
             transfer,
-            terms,
+            capabilities,
             ids,
         }
     })
@@ -215,13 +216,13 @@ impl Case {
         section.map_or_else(|| packets - 16, |tag| number(&tag[1]))
     }
 
-    fn realize(&self, id: &DeviceId, contents: Contents) -> (Realized, Arc<Mutex<Contents>>) {
+    fn admit(&self, id: &DeviceId, contents: Contents) -> (MigratableDevice, Arc<Mutex<Contents>>) {
         let contents = Arc::new(Mutex::new(contents));
         let device = Buffered::new(contents.clone(), self.config_len());
         let device = Device::new(id.clone(), Box::new(device)).unwrap();
         let mut settings = DeviceSettings::default();
         settings.transfer = self.transfer;
-        (Realized::new(device, settings), contents)
+        (MigratableDevice::new(device, settings), contents)
     }
 
     /// Reads everything, as a destination does, and gives what the devices have got.
@@ -229,7 +230,7 @@ impl Case {
         let (devices, contents): (Vec<_>, Vec<_>) = self
             .ids
             .iter()
-            .map(|id| self.realize(id, Contents::default()))
+            .map(|id| self.admit(id, Contents::default()))
             .unzip();
         let pages = Arc::new(AtomicU32::new(0));
         let mut session = LoadSession::builder();
@@ -245,7 +246,8 @@ impl Case {
             counted.fetch_add(1, SeqCst);
             Ok(())
         };
-        let incoming = Incoming::setup(devices, &self.terms, session, Box::new(approve)).unwrap();
+        let incoming =
+            Incoming::setup(devices, &self.capabilities, session, Box::new(approve)).unwrap();
 
         let main = self.capture.file(text(&self.capture.expected["main"]));
         let main = vfio_only(&self.capture, &main);
@@ -348,7 +350,7 @@ fn our_source_sends_what_qemus_did() {
     let _watchdog = Watchdog::new();
     for case in cases() {
         let main = case.capture.file("00-c2s.bin");
-        let acks = Acks::new(Ack::Once);
+        let acks = SwitchoverAcks::new(SwitchoverAck::Once);
         let mut at_rest: Vec<_> = case
             .load()
             .into_iter()
@@ -359,7 +361,7 @@ fn our_source_sends_what_qemus_did() {
                     states: Vec::new(),
                     ..contents
                 };
-                Some(case.realize(id, contents))
+                Some(case.admit(id, contents))
             })
             .collect();
         let mut under_way = Vec::new();
@@ -384,7 +386,7 @@ fn our_source_sends_what_qemus_did() {
             drop(channels);
         }
         let mut session = Some(session);
-        let mut switchover: Option<Switchover> = None;
+        let mut outgoing: Option<Outgoing> = None;
         // Each of QEMU's sections in its turn.
         for (expected, section) in case.capture.sections(&main) {
             let owner = id(section);
@@ -396,15 +398,15 @@ fn our_source_sends_what_qemus_did() {
                 4 => SectionKind::Full,
                 other => panic!("{other}"),
             };
-            if kind == SectionKind::End && switchover.is_none() {
+            if kind == SectionKind::End && outgoing.is_none() {
                 acks.received();
                 // A paused VM has stopped long before.
                 if !case.name.contains("paused") {
                     vm::stop(&mut under_way, vm::Reason::FinishMigration).unwrap();
                 }
                 let sources = std::mem::take(&mut under_way);
-                let begun = Switchover::begin(sources, session.take().unwrap());
-                switchover = Some(begun.unwrap());
+                let begun = Outgoing::begin(sources, session.take().unwrap());
+                outgoing = Some(begun.unwrap());
             }
             let mut writer = Writer::open(Vec::new()).unwrap();
             let number = u32::try_from(number(&section["section_id"])).unwrap();
@@ -419,28 +421,28 @@ fn our_source_sends_what_qemus_did() {
             let body = writer.body();
             match kind {
                 SectionKind::Start => {
-                    let (realized, its) = at_rest[at].take().unwrap();
+                    let (migratable, its) = at_rest[at].take().unwrap();
                     contents.push(its);
-                    let source = Source::setup(realized, &case.terms, &acks, body);
+                    let source = OutgoingDevice::setup(migratable, &case.capabilities, &acks, body);
                     under_way.push(source.unwrap());
                 }
                 SectionKind::Part => {
                     under_way[at].iterate(body).unwrap();
                 }
                 SectionKind::End => {
-                    let switchover = switchover.as_mut().unwrap();
-                    switchover.complete(&owner, body).unwrap();
+                    let outgoing = outgoing.as_mut().unwrap();
+                    outgoing.write_state(&owner, body).unwrap();
                 }
                 SectionKind::Full => {
-                    let switchover = switchover.as_mut().unwrap();
-                    switchover.config(&owner, body).unwrap();
+                    let outgoing = outgoing.as_mut().unwrap();
+                    outgoing.write_config(&owner, body).unwrap();
                 }
             }
             writer.footer(number).unwrap();
             let ours = writer.into_inner();
             assert!(ours[8..] == *expected, "{}: {kind:?} of {owner}", case.name);
         }
-        let saved = switchover.unwrap().finish().unwrap();
+        let saved = outgoing.unwrap().finish().unwrap();
         let devices = saved.cleanup().unwrap();
         assert!(devices.iter().all(|it| it.state() == Stop));
         let sent: Vec<_> = readers

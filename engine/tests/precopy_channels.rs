@@ -21,7 +21,9 @@ use common::Watchdog;
 use vfio_migration::{
     DeviceState, Error, ErrorKind, LoadSession, Publisher, SaveSession, Settings, SourceChannels,
     Violation,
-    migration::{Ack, Acks, Incoming, OnOffAuto, Source, Switchover, vm::start},
+    migration::{
+        Incoming, OnOffAuto, Outgoing, OutgoingDevice, SwitchoverAck, SwitchoverAcks, vm::start,
+    },
     section::{Tag, Writer},
     sim::{Image, SimHandle},
     wire::{PacketHeader, wrap_config},
@@ -31,7 +33,7 @@ use vm::{Setup, id, migrate, quick};
 fn over_channels() -> Setup {
     Setup {
         over_channels: true,
-        ack: Ack::Once,
+        ack: SwitchoverAck::Once,
         ..Setup::default()
     }
 }
@@ -75,7 +77,7 @@ fn a_device_that_does_not_use_the_channels_goes_as_ever() {
 #[test]
 fn configs_acks_and_channels_are_as_they_are_without_it() {
     let _watchdog = Watchdog::new();
-    for (ack, channels) in [(Ack::Off, 1), (Ack::Reusable, 5)] {
+    for (ack, channels) in [(SwitchoverAck::Off, 1), (SwitchoverAck::Reusable, 5)] {
         let ended = migrate(&Setup {
             devices: 2,
             channels,
@@ -102,7 +104,7 @@ fn a_paused_vm_has_nothing_to_send_before() {
 const PIECE: usize = 10_000;
 
 fn incoming(setup: &Setup, settings: Settings) -> (Incoming, SimHandle, Arc<AtomicU32>) {
-    let (realized, handle) = setup.realize(1, setup.config(9));
+    let (migratable, handle) = setup.admit(1, setup.config(9));
     let approvals = Arc::new(AtomicU32::new(0));
     let counted = approvals.clone();
     let approve = move || {
@@ -110,8 +112,13 @@ fn incoming(setup: &Setup, settings: Settings) -> (Incoming, SimHandle, Arc<Atom
         Ok(())
     };
     let session = LoadSession::builder().settings(settings);
-    let incoming =
-        Incoming::setup(vec![realized], &setup.terms(), session, Box::new(approve)).unwrap();
+    let incoming = Incoming::setup(
+        vec![migratable],
+        &setup.capabilities(),
+        session,
+        Box::new(approve),
+    )
+    .unwrap();
     (incoming, handle, approvals)
 }
 
@@ -247,7 +254,7 @@ fn nothing_is_missed_while_the_source_iterates_and_a_config_waits_for_the_switch
     let mut settings = quick();
     settings.no_progress = Duration::from_millis(300);
     let setup = Setup {
-        ack: Ack::Off,
+        ack: SwitchoverAck::Off,
         ..over_channels()
     };
     let (incoming, handle, _) = incoming(&setup, settings);
@@ -255,7 +262,7 @@ fn nothing_is_missed_while_the_source_iterates_and_a_config_waits_for_the_switch
     set_up(&incoming);
     let mut publisher = incoming.session().unwrap().publisher();
     push(&mut publisher, &image, 0);
-    // Beyond the time without progress, and between two of the driver's re-checks.
+    // Beyond the time without progress, and between two of the I/O thread's re-checks.
     thread::sleep(Duration::from_millis(1500));
     assert!(incoming.failure().is_none(), "{:?}", incoming.failure());
     push(&mut publisher, &image, 1);
@@ -315,10 +322,16 @@ fn one_end_alone_is_refused_at_the_set_up() {
             ..Setup::default()
         };
         let (incoming, _, _) = incoming(&setup(!source), quick());
-        let (realized, _) = setup(source).realize(1, setup(source).config(1));
+        let (migratable, _) = setup(source).admit(1, setup(source).config(1));
         let mut body = Vec::new();
-        let terms = setup(source).terms();
-        let sending = Source::setup(realized, &terms, &Acks::new(Ack::Off), &mut body).unwrap();
+        let capabilities = setup(source).capabilities();
+        let sending = OutgoingDevice::setup(
+            migratable,
+            &capabilities,
+            &SwitchoverAcks::new(SwitchoverAck::Off),
+            &mut body,
+        )
+        .unwrap();
         let device = incoming.device(&id(1)).unwrap();
         let error = device.load_state(&mut &body[..]).unwrap_err();
         assert_eq!(*error.kind(), one_end(!source));
@@ -377,7 +390,7 @@ fn tags_that_do_not_fit_are_refused() {
         writer.iterate(&[], true).unwrap(); // without a count
     });
     let without_acks = Setup {
-        ack: Ack::Off,
+        ack: SwitchoverAck::Off,
         ..over_channels()
     };
     refused(&without_acks, true, Tag::InitDataSent, |writer| {
@@ -385,7 +398,7 @@ fn tags_that_do_not_fit_are_refused() {
         writer.iterate(&[], true).unwrap();
     });
     let off = Setup {
-        ack: Ack::Once,
+        ack: SwitchoverAck::Once,
         ..Setup::default()
     };
     refused(&off, false, Tag::PrecopySent, |writer| {
@@ -396,10 +409,11 @@ fn tags_that_do_not_fit_are_refused() {
 
 // ------------------------------------------------------------------------------------ the source
 
-fn source(setup: &Setup) -> (Source, SimHandle) {
-    let (realized, handle) = setup.realize(1, setup.config(1));
-    let acks = Acks::new(setup.ack);
-    let source = Source::setup(realized, &setup.terms(), &acks, io::sink()).unwrap();
+fn source(setup: &Setup) -> (OutgoingDevice, SimHandle) {
+    let (migratable, handle) = setup.admit(1, setup.config(1));
+    let acks = SwitchoverAcks::new(setup.ack);
+    let source =
+        OutgoingDevice::setup(migratable, &setup.capabilities(), &acks, io::sink()).unwrap();
     (source, handle)
 }
 
@@ -413,7 +427,7 @@ fn a_section_of_an_iteration_says_how_many_packets_were_sent_and_has_no_data() {
         ..over_channels()
     });
     let error = source.iterate(io::sink()).unwrap_err();
-    assert!(matches!(error.kind(), ErrorKind::Config(_)), "{error}");
+    assert!(matches!(error.kind(), ErrorKind::Misuse(_)), "{error}");
     let mut body = Vec::new();
     let iteration = source.iterate_over(&mut channels, &mut body).unwrap();
     assert_eq!((iteration.bytes, iteration.init_data_sent), (1000, true));
@@ -439,7 +453,7 @@ fn a_cancellation_ends_an_iteration_whose_peer_takes_nothing() {
     let (mut source, handle) = source(&Setup {
         len: 64 << 20,
         precopy_initial: 48 << 20,
-        ack: Ack::Off,
+        ack: SwitchoverAck::Off,
         ..over_channels()
     });
     let error = thread::scope(|scope| {
@@ -462,9 +476,9 @@ fn a_cancellation_ends_an_iteration_whose_peer_takes_nothing() {
     let again = source.iterate_over(&mut channels, io::sink()).unwrap_err();
     assert!(again.is_cancelled());
     let session = SaveSession::builder().greeted_channels(channels);
-    let failed = Switchover::begin(vec![source], session).unwrap_err();
+    let mut failed = Outgoing::begin(vec![source], session).unwrap_err();
     assert!(failed.error.is_cancelled(), "{}", failed.error);
-    assert_eq!(failed.back[0].state(), DeviceState::Running);
+    assert_eq!(failed.back_mut()[0].state(), DeviceState::Running);
     assert_eq!(handle.state(), DeviceState::Running);
     assert!(canceller.is_over());
 }
@@ -482,5 +496,5 @@ fn a_peer_that_goes_away_ends_an_iteration() {
     let _running = source.abort();
     assert_eq!(handle.state(), DeviceState::Running);
     let none = SourceChannels::greet(Vec::new(), &quick()).unwrap_err();
-    assert!(matches!(none.kind(), ErrorKind::Config(_)));
+    assert!(matches!(none.kind(), ErrorKind::Misuse(_)));
 }

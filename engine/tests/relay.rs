@@ -178,7 +178,7 @@ fn a_new_devices_packet_that_comes_too_late_is_refused() {
     let _alone = Alone::new();
     for _ in 0..20 {
         let relay = Relay::start(&Settings::default()).unwrap();
-        // One device keeps the mover from looking for others.
+        // One device keeps the sequencer from looking for others.
         let mut many = [hello(0), sync()].concat();
         for index in 0..20_000 {
             many.extend(packet(1, index, b"state"));
@@ -370,7 +370,7 @@ fn nothing_is_added_after_the_last() {
     let (mut source, near) = UnixStream::pair().unwrap();
     let (far, mut destination) = UnixStream::pair().unwrap();
     let error = relay.add_channel(near, far).unwrap_err();
-    assert!(matches!(error.kind(), ErrorKind::Config(_)), "{error}");
+    assert!(matches!(error.kind(), ErrorKind::Misuse(_)), "{error}");
     for refused in [&mut source, &mut destination] {
         refused.set_nonblocking(true).unwrap();
         assert_eq!(refused.read(&mut [0]).unwrap(), 0, "it was let go");
@@ -387,7 +387,7 @@ fn settings_that_cannot_be_are_refused() {
         let mut settings = Settings::default();
         change(&mut settings);
         let error = Relay::start(&settings).unwrap_err();
-        assert!(matches!(error.kind(), ErrorKind::Config(_)), "{error}");
+        assert!(matches!(error.kind(), ErrorKind::Misuse(_)), "{error}");
     };
     refused(|settings| settings.budget = Some(1 << 20));
     refused(|settings| settings.max_packet = 1 << 20);

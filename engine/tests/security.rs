@@ -99,7 +99,7 @@ fn spawner(
     thread::spawn(move || {
         for task in tasks {
             let kind = match task.kind() {
-                TaskKind::Driver => "driver",
+                TaskKind::Io => "I/O",
                 TaskKind::Channel(_) => "channel",
                 _ => "device",
             };
@@ -237,18 +237,18 @@ fn the_engine_makes_the_calls_that_the_document_lists_and_no_other() {
         ("uring", false),
         ("blocking", false),
         // That the filters bite: without one of its calls a thread ends the process.
-        ("uring driver io_uring_enter", true),
+        ("uring I/O io_uring_enter", true),
         ("uring channel writev", true),
         ("uring channel pwrite64", true),
-        ("uring driver lseek", true),
+        ("uring I/O lseek", true),
         ("uring device futex", true),
         ("uring device newfstatat", true),
         ("uring setup eventfd2", true),
         ("uring setup memfd_create", true),
-        ("blocking driver ppoll", true),
-        ("blocking driver pwritev2", true),
-        ("blocking driver pwrite64", true),
-        ("blocking driver lseek", true),
+        ("blocking I/O ppoll", true),
+        ("blocking I/O pwritev2", true),
+        ("blocking I/O pwrite64", true),
+        ("blocking I/O lseek", true),
         ("blocking setup eventfd2", true),
     ] {
         let output = Command::new(env::current_exe().unwrap())

@@ -379,7 +379,7 @@ fn error_cannot_be_asked_for() {
     let error = device
         .set_state(DeviceState::Error, Recover::State(Running))
         .unwrap_err();
-    assert!(matches!(error.kind(), ErrorKind::Config(_)));
+    assert!(matches!(error.kind(), ErrorKind::Misuse(_)));
     assert_eq!(mock.calls(), []);
 }
 
@@ -553,7 +553,7 @@ fn a_read_in_precopy_is_one_read() {
     assert_eq!(&buffer[..4], b"some");
     device.set_state(StopCopy, Stop).unwrap();
     let error = device.read_precopy(&mut buffer).unwrap_err();
-    assert!(matches!(error.kind(), ErrorKind::Config(_)));
+    assert!(matches!(error.kind(), ErrorKind::Misuse(_)));
 }
 
 #[test]

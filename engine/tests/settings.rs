@@ -19,7 +19,10 @@ use common::{Log, Mock, Watchdog, collect, config_packet, hello, id, packet, syn
 use vfio_migration::{
     Backend, Device, DeviceState, Error, ErrorKind, LoadSession, Relay, SaveSession, Settings,
     SourceChannels,
-    migration::{Ack, Acks, DeviceSettings, Incoming, Realized, Source, Terms},
+    migration::{
+        Capabilities, DeviceSettings, Incoming, MigratableDevice, OutgoingDevice, SwitchoverAck,
+        SwitchoverAcks,
+    },
     sim::{SimConfig, SimDevice},
 };
 
@@ -111,7 +114,7 @@ fn every_field_has_its_row<T>(debug: &str, rows: &[Row<T>], others: &[&str]) {
 /// Whether the error is that setting's.
 fn names(error: &Error, setting: &str) -> bool {
     match error.kind() {
-        ErrorKind::Config(what) => what.starts_with(setting),
+        ErrorKind::Misuse(what) => what.starts_with(setting),
         ErrorKind::Host => error.to_string().contains(&format!("for the {setting}")),
         _ => false,
     }
@@ -119,7 +122,7 @@ fn names(error: &Error, setting: &str) -> bool {
 
 /// Whether a setting was refused, rather than too short a time up.
 fn is_refused(error: &Error) -> bool {
-    matches!(error.kind(), ErrorKind::Config(_) | ErrorKind::Host)
+    matches!(error.kind(), ErrorKind::Misuse(_) | ErrorKind::Host)
 }
 
 fn untouched(log: &Mutex<Log>) -> bool {
@@ -156,7 +159,7 @@ fn load(settings: &Settings, end: End) -> Result<(), Error> {
         .device(mock.device(1))
         .channel(far)
         .start()
-        .inspect_err(|error| assert!(!is_refused(error) || untouched(&log)))?;
+        .inspect_err(|error| assert!(!is_refused(&error.error) || untouched(&log)))?;
     session.switchover_start();
     match end {
         End::Join => {
@@ -193,7 +196,7 @@ fn save(settings: &Settings, end: End) -> Result<(), Error> {
         .device(mock.device(1))
         .channel(far)
         .start()
-        .inspect_err(|error| assert!(!is_refused(error) || untouched(&log)))?;
+        .inspect_err(|error| assert!(!is_refused(&error.error) || untouched(&log)))?;
     match end {
         End::Join => {
             let _ended = session.join();
@@ -314,7 +317,8 @@ fn a_device_of_a_save_with_packets_that_cannot_be_is_refused_before_its_state_ch
             .sized_device(mock.device(1), len)
             .channel(far)
             .start()
-            .unwrap_err();
+            .unwrap_err()
+            .error;
         assert!(names(&error, "a device's data_len"), "{error}");
         assert_eq!(error.device(), Some(&id(1)));
         assert!(log.lock().unwrap().states.is_empty());
@@ -348,40 +352,48 @@ fn every_setting_of_a_device_is_refused_by_its_name_before_its_state_changes_or_
                 let mut settings = DeviceSettings::default();
                 set(&mut settings, value);
                 let device = Device::new(id(1), Box::new(device)).unwrap();
-                (Realized::new(device, settings), handle)
+                (MigratableDevice::new(device, settings), handle)
             };
-            let check =
-                |back: &Realized, error: &Error, handle: &vfio_migration::sim::SimHandle| {
-                    let expected = format!("DeviceSettings::{name}");
-                    assert!(names(error, &expected), "{value:?}: {error}");
-                    assert_eq!(error.device(), Some(&id(1)));
-                    assert_eq!(back.state(), DeviceState::Running);
-                    assert!(handle.changes().is_empty(), "{:?}", handle.changes());
-                };
-            let terms = Terms::default();
-            let (realized, handle) = make();
-            let set_up = Source::setup(realized, &terms, &Acks::new(Ack::Off), Vec::new());
+            let check = |back: &MigratableDevice,
+                         error: &Error,
+                         handle: &vfio_migration::sim::SimHandle| {
+                let expected = format!("DeviceSettings::{name}");
+                assert!(names(error, &expected), "{value:?}: {error}");
+                assert_eq!(error.device(), Some(&id(1)));
+                assert_eq!(back.state(), DeviceState::Running);
+                assert!(handle.changes().is_empty(), "{:?}", handle.changes());
+            };
+            let capabilities = Capabilities::default();
+            let (migratable, handle) = make();
+            let set_up = OutgoingDevice::setup(
+                migratable,
+                &capabilities,
+                &SwitchoverAcks::new(SwitchoverAck::Off),
+                Vec::new(),
+            );
             let refused = match set_up {
                 Ok(source) => {
                     assert_eq!(source.abort().state(), DeviceState::Running);
                     false
                 }
                 Err(failed) => {
-                    check(&failed.back, &failed.error, &handle);
+                    let (error, back) = failed.into_parts();
+                    check(&back, &error, &handle);
                     true
                 }
             };
-            let (realized, handle) = make();
+            let (migratable, handle) = make();
             let approve = Box::new(|| Ok(()));
             let session = LoadSession::builder();
-            match Incoming::setup(vec![realized], &terms, session, approve) {
+            match Incoming::setup(vec![migratable], &capabilities, session, approve) {
                 Ok(incoming) => {
                     assert!(!refused);
                     drop(incoming);
                 }
                 Err(failed) => {
                     assert!(refused);
-                    check(&failed.back[0], &failed.error, &handle);
+                    let (error, back) = failed.into_parts();
+                    check(&back[0], &error, &handle);
                 }
             }
         }

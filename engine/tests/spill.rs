@@ -373,7 +373,8 @@ fn packets_are_spilled_to_a_directory_and_nothing_is_left_there() {
         .settings(case.settings)
         .device(Mock::new(io::pipe().unwrap().1).device(0))
         .start()
-        .unwrap_err();
+        .unwrap_err()
+        .error;
     assert_eq!(
         (error.kind(), error.phase()),
         (&ErrorKind::Spill, Phase::Setup)
@@ -413,7 +414,7 @@ fn a_cancelled_load_gives_its_space_back() {
     settings.budget = Some(4096);
     settings.spill = Spill::Memfd;
     let (reader, writer) = io::pipe().unwrap();
-    let mut load = LoadSession::builder()
+    let load = LoadSession::builder()
         .settings(settings)
         .device(Mock::new(writer).device(0))
         .start()
@@ -475,7 +476,7 @@ fn space_that_is_free_again_is_told_of_while_the_device_is_busy() {
     settings.spill = Spill::Memfd;
     settings.spill_limit = 3 << 16;
     let (mut reader, writer) = io::pipe().unwrap();
-    let mut load = LoadSession::builder()
+    let load = LoadSession::builder()
         .settings(settings)
         .device(Mock::new(writer).device(0))
         .start()

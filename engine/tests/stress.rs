@@ -1,7 +1,7 @@
 //! Sleep and wake on the real rings, under load: what a model cannot see.
 //!
-//! A packet is published when the driver has nothing to do, read at the device's end of a pipe, and
-//! only then followed by the next; so the driver falls asleep and is woken once for each, while other
+//! A packet is published when the I/O thread has nothing to do, read at the device's end of a pipe, and
+//! only then followed by the next; so the I/O thread falls asleep and is woken once for each, while other
 //! threads keep both cores busy. Every sleep's bounded re-check must have found nothing.
 #![cfg(feature = "sim")]
 #![allow(missing_docs, reason = "a test")]
@@ -85,7 +85,7 @@ fn sleep_and_wake(backend: Backend, publishers: u32) {
     );
     let mut settings = Settings::default();
     settings.backend = backend;
-    let mut load = LoadSession::builder()
+    let load = LoadSession::builder()
         .settings(settings)
         .device(device.unwrap())
         .start()

@@ -1,7 +1,7 @@
 //! A driver that never gives a transfer back costs the grace time, an error that names the device,
 //! and what the kernel holds; and nobody else anything.
 //!
-//! The driver is a FUSE file that holds its WRITE: what a cancellation cannot reach, on the kernel's
+//! The I/O thread is a FUSE file that holds its WRITE: what a cancellation cannot reach, on the kernel's
 //! ring as on the blocking one. Mounting needs root and `/dev/fuse`; without them the test says so,
 //! and an operation of the simulated ring that sticks (`cancel.rs`) stands for it.
 #![cfg(feature = "sim")]
@@ -76,7 +76,7 @@ fn held(backend: Backend, end: End) {
     let mut publisher = load.publisher();
     publisher.push(&id(1), &payload(0, false, b"held")).unwrap();
     driver.wait_until_it_holds();
-    // The driver thread goes on: another device is loaded to its end meanwhile.
+    // The I/O thread goes on: another device is loaded to its end meanwhile.
     let rest = [
         payload(0, false, b"unharmed"),
         payload(1, true, &wrap_config(b"c")),
@@ -103,7 +103,7 @@ fn held(backend: Backend, end: End) {
         }
         End::Stall => Some(load.join()),
     };
-    // The grace time, for the driver and for whoever waits for it, and what a machine under load
+    // The grace time, for the I/O thread and for whoever waits for it, and what a machine under load
     // adds; the write is held for as long as this test likes.
     assert!(began.elapsed() < Duration::from_secs(30), "{case}");
     if let Some(mut report) = report {

@@ -101,7 +101,7 @@ fn in_a_process(test: &str, case: &str) -> bool {
 fn round_trip(backend: Backend) {
     let spawn = |task: vfio_migration::Task| {
         let banned = filter(TRANSFERS, SeccompAction::KillProcess, SeccompAction::Allow);
-        let filtered = *task.kind() == TaskKind::Driver;
+        let filtered = *task.kind() == TaskKind::Io;
         let thread = thread::Builder::new().name(task.thread_name().to_owned());
         thread
             .spawn(move || {
@@ -197,8 +197,8 @@ impl MigrationDevice for Pipe {
     }
 }
 
-/// Publishes while the driver is busy with a write that a full pipe blocks; on a thread that may
-/// make no system call but for memory. Where `starved`, the driver has said that it sleeps instead.
+/// Publishes while the I/O thread is busy with a write that a full pipe blocks; on a thread that may
+/// make no system call but for memory. Where `starved`, the I/O thread has said that it sleeps instead.
 fn publish(starved: bool) {
     let (mut reader, writer): (PipeReader, PipeWriter) = io::pipe().unwrap();
     let id = DeviceId::new("device", 0).unwrap();
@@ -258,12 +258,12 @@ fn publish(starved: bool) {
 }
 
 #[test]
-fn a_publisher_makes_no_system_call_while_the_driver_is_awake() {
+fn a_publisher_makes_no_system_call_while_the_io_thread_is_awake() {
     match env::var(CASE).as_deref() {
         Ok("awake") => publish(false),
         Ok("asleep") => publish(true),
         _ => {
-            let test = "a_publisher_makes_no_system_call_while_the_driver_is_awake";
+            let test = "a_publisher_makes_no_system_call_while_the_io_thread_is_awake";
             assert!(!in_a_process(test, "awake"));
             // That the filter sees a call is seen where one is needed.
             assert!(in_a_process(test, "asleep"));

@@ -26,7 +26,8 @@ use vfio_migration::{
     Device, DeviceState, LoadSession, MigrationDevice, MigrationFlags, PrecopyInfo, SaveSession,
     StateEvent, Task, TaskKind,
     migration::{
-        Ack, Acks, DeviceSettings, Incoming, OnOffAuto, Realized, Source, Switchover, Terms, vm,
+        Capabilities, DeviceSettings, Incoming, MigratableDevice, OnOffAuto, Outgoing,
+        OutgoingDevice, SwitchoverAck, SwitchoverAcks, vm,
     },
     sim::{SimConfig, SimDevice},
 };
@@ -152,13 +153,13 @@ fn everything(spawn: Option<&Spawn>) -> Vec<Seen> {
         device
     };
     let devices = || -> Vec<Device> { (0..DEVICES).map(device).collect() };
-    let realized = || -> Vec<Realized> {
+    let migratable = || -> Vec<MigratableDevice> {
         let mut settings = DeviceSettings::default();
         settings.transfer = OnOffAuto::Off;
-        let realize = |device| Realized::new(device, settings.clone());
+        let realize = |device| MigratableDevice::new(device, settings.clone());
         devices().into_iter().map(realize).collect()
     };
-    let in_state = |devices: &[Realized], state| {
+    let in_state = |devices: &[MigratableDevice], state| {
         assert_eq!(devices.len(), DEVICES as usize);
         assert!(
             devices.iter().all(|device| device.state() == state),
@@ -167,7 +168,7 @@ fn everything(spawn: Option<&Spawn>) -> Vec<Seen> {
     };
 
     // The VM pauses and goes on.
-    let mut set = realized();
+    let mut set = migratable();
     vm::stop(&mut set, vm::Reason::Pause).unwrap();
     in_state(&set, DeviceState::Stop);
     vm::start(&mut set).unwrap();
@@ -175,19 +176,21 @@ fn everything(spawn: Option<&Spawn>) -> Vec<Seen> {
 
     // Two switchovers over the main channel, one cleaned up and one aborted.
     for abort in [false, true] {
-        let acks = Acks::new(Ack::Off);
-        let terms = Terms::default();
-        let source = |realized| Source::setup(realized, &terms, &acks, Vec::new()).unwrap();
-        let mut sources: Vec<_> = realized().into_iter().map(source).collect();
+        let acks = SwitchoverAcks::new(SwitchoverAck::Off);
+        let capabilities = Capabilities::default();
+        let source = |migratable| {
+            OutgoingDevice::setup(migratable, &capabilities, &acks, Vec::new()).unwrap()
+        };
+        let mut sources: Vec<_> = migratable().into_iter().map(source).collect();
         vm::stop(&mut sources, vm::Reason::FinishMigration).unwrap();
-        let mut switchover = Switchover::begin(sources, SaveSession::builder()).unwrap();
+        let mut outgoing = Outgoing::begin(sources, SaveSession::builder()).unwrap();
         for number in 0..DEVICES {
-            switchover.complete(&id(number), Vec::new()).unwrap();
+            outgoing.write_state(&id(number), Vec::new()).unwrap();
         }
         for number in 0..DEVICES {
-            switchover.config(&id(number), Vec::new()).unwrap();
+            outgoing.write_config(&id(number), Vec::new()).unwrap();
         }
-        let saved = switchover.finish().unwrap();
+        let saved = outgoing.finish().unwrap();
         if abort {
             in_state(&saved.abort(), DeviceState::Running);
         } else {
@@ -197,10 +200,14 @@ fn everything(spawn: Option<&Spawn>) -> Vec<Seen> {
 
     // A destination that is given up.
     let approve = Box::new(|| Ok(()));
-    let terms = Terms::default();
-    let incoming = Incoming::setup(realized(), &terms, LoadSession::builder(), approve).unwrap();
+    let capabilities = Capabilities::default();
+    let incoming =
+        Incoming::setup(migratable(), &capabilities, LoadSession::builder(), approve).unwrap();
     incoming.cancel();
-    in_state(&incoming.finish().unwrap_err().back, DeviceState::Running);
+    in_state(
+        &incoming.finish().unwrap_err().into_back(),
+        DeviceState::Running,
+    );
 
     // A save that is stopped, one that fails, and a load.
     for fails in [false, true] {

@@ -21,7 +21,10 @@ use tracing::{
 };
 use vfio_migration::{
     DeviceId, DeviceState, TRACE_TARGET,
-    migration::{Ack, Admission, DeviceSettings, Incoming, OnOffAuto, Surroundings, vm as state},
+    migration::{
+        DeviceSettings, Incoming, MigrationBlockers, OnOffAuto, PlatformSupport, SwitchoverAck,
+        vm as state,
+    },
     sim::{SimConfig, SimDevice},
 };
 use vm::{Setup, migrate};
@@ -97,17 +100,17 @@ fn every_event_comes_with_its_device() {
     let names = Names::default();
     tracing::subscriber::set_global_default(names.clone()).unwrap();
 
-    let mut around = Surroundings::default();
+    let mut around = PlatformSupport::default();
     around.device_dirty_tracking = true;
     // As by itself, and as told to although nothing tracks what it writes.
     let mut told = DeviceSettings::default();
     told.enable = OnOffAuto::On;
-    let mut untracked = Surroundings::default();
+    let mut untracked = PlatformSupport::default();
     untracked.device_dirty_tracking = false;
     untracked.iommu_dirty_tracking = false;
     for (settings, around) in [(DeviceSettings::default(), around), (told, untracked)] {
-        let _realized = Admission::default()
-            .realize(
+        let _admitted = MigrationBlockers::default()
+            .admit(
                 DeviceId::new("vfio", 0).unwrap(),
                 Box::new(SimDevice::new(SimConfig::default()).unwrap()),
                 &settings,
@@ -126,7 +129,7 @@ fn every_event_comes_with_its_device() {
     for transfer in [OnOffAuto::On, OnOffAuto::Off] {
         let ended = migrate(&Setup {
             transfer,
-            ack: Ack::Once,
+            ack: SwitchoverAck::Once,
             len: 8 << 20,
             ..Setup::default()
         });
@@ -134,18 +137,23 @@ fn every_event_comes_with_its_device() {
     }
     let ended = migrate(&Setup {
         precopy_initial: 0,
-        ack: Ack::Once,
+        ack: SwitchoverAck::Once,
         ..Setup::default()
     });
     ended.check();
     // A load that waits for what never comes, and is given up.
     let setup = Setup::default();
-    let (realized, _) = setup.realize(1, setup.config(1));
+    let (migratable, _) = setup.admit(1, setup.config(1));
     let session = vfio_migration::LoadSession::builder();
-    let incoming =
-        Incoming::setup(vec![realized], &setup.terms(), session, Box::new(|| Ok(()))).unwrap();
+    let incoming = Incoming::setup(
+        vec![migratable],
+        &setup.capabilities(),
+        session,
+        Box::new(|| Ok(())),
+    )
+    .unwrap();
     incoming.switchover_start().unwrap();
-    // Ends with the driver's next round.
+    // Ends with the I/O thread's next round.
     while !names.has("load_state_device_buffer_starved") {
         thread::sleep(Duration::from_millis(1));
     }

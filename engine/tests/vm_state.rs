@@ -18,7 +18,7 @@ use nix::errno::Errno;
 use vfio_migration::{
     Device, DeviceState, ErrorKind, LoadSession, MigrationFlags, SaveSession,
     migration::{
-        Acks, DeviceSettings, Incoming, Realized, Source, Terms,
+        Capabilities, DeviceSettings, Incoming, MigratableDevice, OutgoingDevice, SwitchoverAcks,
         vm::{Member, Reason, start, stop},
     },
     sim::{Change, Faults, On, SimConfig, SimDevice, SimHandle, TransitionFault, Which},
@@ -26,17 +26,21 @@ use vfio_migration::{
 
 const ALL: MigrationFlags = MigrationFlags::from_bits(7);
 
-fn realized(number: u32, config: SimConfig) -> (Realized, SimHandle) {
+fn migratable(number: u32, config: SimConfig) -> (MigratableDevice, SimHandle) {
     let device = SimDevice::new(config).unwrap();
     let handle = device.handle();
     let device = Device::new(id(number), Box::new(device)).unwrap();
-    (Realized::new(device, DeviceSettings::default()), handle)
+    (
+        MigratableDevice::new(device, DeviceSettings::default()),
+        handle,
+    )
 }
 
-fn precopying(number: u32, config: SimConfig) -> (Source, SimHandle) {
-    let (realized, handle) = realized(number, config);
-    let acks = Acks::new(vfio_migration::migration::Ack::Off);
-    let source = Source::setup(realized, &Terms::default(), &acks, io::sink()).unwrap();
+fn precopying(number: u32, config: SimConfig) -> (OutgoingDevice, SimHandle) {
+    let (migratable, handle) = migratable(number, config);
+    let acks = SwitchoverAcks::new(vfio_migration::migration::SwitchoverAck::Off);
+    let source =
+        OutgoingDevice::setup(migratable, &Capabilities::default(), &acks, io::sink()).unwrap();
     (source, handle)
 }
 
@@ -106,7 +110,7 @@ fn each_state_becomes_what_the_stop_and_the_start_mean_for_it() {
                     assert_eq!(source.state(), handle.state());
                     (handle.changes(), handle)
                 } else {
-                    let (device, handle) = realized(1, config);
+                    let (device, handle) = migratable(1, config);
                     let mut all = [device];
                     stop(&mut all, reason).unwrap();
                     start(&mut all).unwrap();
@@ -180,7 +184,7 @@ fn a_device_that_refuses_is_reset_and_stopped_and_the_others_go_on() {
 fn devices_of_all_kinds_stop_behind_one_barrier() {
     let _watchdog = Watchdog::new();
     let (mut source, saving) = precopying(1, SimConfig::default());
-    let (mut other, resting) = realized(2, SimConfig::default());
+    let (mut other, resting) = migratable(2, SimConfig::default());
     let mut all: [&mut dyn Member; 2] = [&mut source, &mut other];
     stop(&mut all, Reason::FinishMigration).unwrap();
     assert_eq!(saving.state(), DeviceState::StopCopy);
@@ -231,9 +235,9 @@ fn eight_devices_of_200_ms_each_are_all_in_stop_copy_within_400() {
             .map(|number| precopying(number, slow(flags)))
             .unzip();
         let session = vm::greeted(near);
-        let switchover = vfio_migration::migration::Switchover::begin(sources, session).unwrap();
+        let outgoing = vfio_migration::migration::Outgoing::begin(sources, session).unwrap();
         let span = span(&handles, DeviceState::StopCopy);
-        assert_eq!(switchover.abort().len(), 8);
+        assert_eq!(outgoing.abort().len(), 8);
         reader.join().unwrap().unwrap();
         span
     });
@@ -288,11 +292,11 @@ fn a_callback_that_blocks_delays_no_other_device() {
         io::copy(reader, &mut io::sink()).map(|_| ())
     }));
     let devices = [blocked.device(1), free.device(2)]
-        .map(|device| Realized::new(device, DeviceSettings::default()));
+        .map(|device| MigratableDevice::new(device, DeviceSettings::default()));
     let (first, second) = (collect(first), collect(second));
     let incoming = Incoming::setup(
         devices.into(),
-        &Terms::default(),
+        &Capabilities::default(),
         LoadSession::builder().channel(far),
         Box::new(|| Ok(())),
     )

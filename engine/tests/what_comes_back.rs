@@ -11,8 +11,11 @@ use std::{io, os::unix::net::UnixStream};
 use common::Watchdog;
 use nix::errno::Errno;
 use vfio_migration::{
-    Device, DeviceState, Duty, LoadSession, NotStarted, Report, SaveSession, SourceChannels,
-    migration::{Ack, Acks, Incoming, OnOffAuto, Realized, Source, Switchover, Terms, vm as state},
+    Device, DeviceState, Duty, Failed, LoadSession, Report, SaveSession, SourceChannels,
+    migration::{
+        Capabilities, Incoming, MigratableDevice, OnOffAuto, Outgoing, OutgoingDevice,
+        SwitchoverAck, SwitchoverAcks, vm as state,
+    },
     sim::{CallFault, Callback, Fault, Faults, On, SimConfig, SimHandle, TransitionFault, Which},
 };
 use vm::{Setup, id, quick};
@@ -55,19 +58,20 @@ fn no_config(callback: Callback) -> Faults {
     }
 }
 
-fn source(setup: &Setup, faults: Faults) -> (Source, SimHandle) {
+fn source(setup: &Setup, faults: Faults) -> (OutgoingDevice, SimHandle) {
     let config = SimConfig {
         faults,
         ..setup.config(1)
     };
-    let (realized, handle) = setup.realize(1, config);
-    let acks = Acks::new(Ack::Off);
-    let source = Source::setup(realized, &setup.terms(), &acks, io::sink()).unwrap();
+    let (migratable, handle) = setup.admit(1, config);
+    let acks = SwitchoverAcks::new(SwitchoverAck::Off);
+    let source =
+        OutgoingDevice::setup(migratable, &setup.capabilities(), &acks, io::sink()).unwrap();
     (source, handle)
 }
 
 /// A switchover that has all it needs, and whose channel nobody reads.
-fn switchover(setup: &Setup, faults: Faults) -> (Switchover, SimHandle, UnixStream) {
+fn switchover(setup: &Setup, faults: Faults) -> (Outgoing, SimHandle, UnixStream) {
     let (source, handle) = source(setup, faults);
     let mut all = vec![source];
     state::stop(&mut all, state::Reason::FinishMigration).unwrap();
@@ -76,11 +80,11 @@ fn switchover(setup: &Setup, faults: Faults) -> (Switchover, SimHandle, UnixStre
     let session = SaveSession::builder()
         .settings(quick())
         .greeted_channels(channels);
-    let switchover = Switchover::begin(all, session).unwrap();
-    (switchover, handle, far)
+    let outgoing = Outgoing::begin(all, session).unwrap();
+    (outgoing, handle, far)
 }
 
-fn came_back(back: &[Realized], handle: &SimHandle, home: DeviceState, what: &str) {
+fn came_back(back: &[MigratableDevice], handle: &SimHandle, home: DeviceState, what: &str) {
     assert_eq!(back.len(), 1, "{what}");
     assert_eq!(back[0].state(), home, "{what}");
     assert_eq!(handle.state(), home, "{what}");
@@ -95,21 +99,23 @@ fn a_source_that_is_off_before_its_switchover() {
         let setup = setup(home, transfer);
         let what = format!("{home} {transfer:?}");
         // Refused by its terms, and by the device.
-        let mut postcopy = Terms::default();
+        let mut postcopy = Capabilities::default();
         postcopy.postcopy = true;
-        let (realized, handle) = setup.realize(1, setup.config(1));
-        let acks = Acks::new(Ack::Off);
-        let failed = Source::setup(realized, &postcopy, &acks, io::sink()).unwrap_err();
-        came_back(&[failed.back], &handle, home, &what);
+        let (migratable, handle) = setup.admit(1, setup.config(1));
+        let acks = SwitchoverAcks::new(SwitchoverAck::Off);
+        let failed = OutgoingDevice::setup(migratable, &postcopy, &acks, io::sink()).unwrap_err();
+        came_back(&[failed.into_back()], &handle, home, &what);
         if home == DeviceState::Running {
             let faults = refuses(DeviceState::PreCopy);
             let config = SimConfig {
                 faults,
                 ..setup.config(1)
             };
-            let (realized, handle) = setup.realize(1, config);
-            let failed = Source::setup(realized, &setup.terms(), &acks, io::sink()).unwrap_err();
-            came_back(&[failed.back], &handle, home, &what);
+            let (migratable, handle) = setup.admit(1, config);
+            let failed =
+                OutgoingDevice::setup(migratable, &setup.capabilities(), &acks, io::sink())
+                    .unwrap_err();
+            came_back(&[failed.into_back()], &handle, home, &what);
         }
         // Aborted, dropped, and after the VM's stop.
         let (it, handle) = source(&setup, Faults::default());
@@ -153,8 +159,8 @@ fn a_switchover_that_is_off() {
         let (it, handle) = source(&setup, Faults::default());
         let wrong = SaveSession::builder(); // without a channel
         if transfer == OnOffAuto::On {
-            let failed = Switchover::begin(vec![it], wrong).unwrap_err();
-            came_back(&failed.back, &handle, home, &what);
+            let mut failed = Outgoing::begin(vec![it], wrong).unwrap_err();
+            came_back(failed.back_mut(), &handle, home, &what);
         }
         let (it, handle, _far) = switchover(&setup, Faults::default());
         came_back(&it.abort(), &handle, home, &what);
@@ -162,9 +168,9 @@ fn a_switchover_that_is_off() {
         drop(it);
         assert_eq!(handle.state(), home, "{what}");
         let (mut it, handle, _far) = switchover(&setup, no_config(Callback::SaveConfig));
-        let _ = it.complete(&id(1), io::sink());
-        let _ = it.config(&id(1), io::sink());
-        came_back(&it.finish().unwrap_err().back, &handle, home, &what);
+        let _ = it.write_state(&id(1), io::sink());
+        let _ = it.write_config(&id(1), io::sink());
+        came_back(&it.finish().unwrap_err().into_back(), &handle, home, &what);
         // Only a reset lets go of STOP_COPY, and a device that stood must stand again.
         let faults = refuses(home);
         if home == DeviceState::Running {
@@ -197,8 +203,8 @@ fn a_save_of_which_nobody_knows_leaves_its_devices_stopped() {
         let saved = |faults| {
             let (mut it, handle, far) = switchover(&setup, faults);
             let reader = std::thread::spawn(move || io::copy(&mut &far, &mut io::sink()));
-            it.complete(&id(1), io::sink()).unwrap();
-            it.config(&id(1), io::sink()).unwrap();
+            it.write_state(&id(1), io::sink()).unwrap();
+            it.write_config(&id(1), io::sink()).unwrap();
             let saved = it.finish().unwrap();
             drop(reader);
             (saved, handle)
@@ -222,11 +228,11 @@ fn a_save_of_which_nobody_knows_leaves_its_devices_stopped() {
         assert_eq!(handle.calls(Callback::Reset), 0, "{what}");
         // Elsewhere it is reset, which makes it run, and stopped.
         let (it, handle) = saved(stays());
-        let failed = it.cleanup().unwrap_err();
-        came_back(&failed.back, &handle, DeviceState::Stop, &what);
+        let mut failed = it.cleanup().unwrap_err();
+        came_back(failed.back_mut(), &handle, DeviceState::Stop, &what);
         assert_eq!(failed.error.raw_os_error(), Some(Errno::EIO as i32));
-        assert!(failed.back[0].was_reset(), "{what}");
-        assert_eq!(failed.back[0].duty(), Duty::Nothing, "{what}");
+        assert!(failed.back_mut()[0].was_reset(), "{what}");
+        assert_eq!(failed.back_mut()[0].duty(), Duty::Nothing, "{what}");
     }
     // And one that does not stop at all is to be closed.
     let (mut it, handle, far) = switchover(
@@ -238,11 +244,11 @@ fn a_save_of_which_nobody_knows_leaves_its_devices_stopped() {
         reluctant(Which::Every, None),
     );
     let reader = std::thread::spawn(move || io::copy(&mut &far, &mut io::sink()));
-    it.complete(&id(1), io::sink()).unwrap();
-    it.config(&id(1), io::sink()).unwrap();
-    let failed = it.finish().unwrap().cleanup().unwrap_err();
-    assert_eq!(failed.back[0].duty(), Duty::Close);
-    assert_eq!(failed.back[0].state(), handle.state());
+    it.write_state(&id(1), io::sink()).unwrap();
+    it.write_config(&id(1), io::sink()).unwrap();
+    let mut failed = it.finish().unwrap().cleanup().unwrap_err();
+    assert_eq!(failed.back_mut()[0].duty(), Duty::Close);
+    assert_eq!(failed.back_mut()[0].state(), handle.state());
     drop(reader);
 }
 
@@ -257,14 +263,14 @@ fn a_load_that_is_off() {
                 faults,
                 ..setup.config(9)
             };
-            let (realized, handle) = setup.realize(1, config);
+            let (migratable, handle) = setup.admit(1, config);
             let session = LoadSession::builder().settings(quick());
             let approve = Box::new(|| Ok(()));
-            let it = Incoming::setup(vec![realized], &setup.terms(), session, approve);
+            let it = Incoming::setup(vec![migratable], &setup.capabilities(), session, approve);
             (it, handle)
         };
         let (it, handle) = incoming(refuses(DeviceState::Resuming));
-        came_back(&it.unwrap_err().back, &handle, home, &what);
+        came_back(&it.unwrap_err().into_back(), &handle, home, &what);
         let (it, handle) = incoming(Faults::default());
         came_back(&it.unwrap().abort(), &handle, home, &what);
         let (it, handle) = incoming(Faults::default());
@@ -273,7 +279,7 @@ fn a_load_that_is_off() {
         let (it, handle) = incoming(Faults::default());
         let it = it.unwrap();
         it.cancel();
-        let back = it.finish().unwrap_err().back;
+        let back = it.finish().unwrap_err().into_back();
         came_back(&back, &handle, home, &what);
         assert_eq!(back[0].duty(), Duty::Nothing, "nobody misses what it held");
     }
@@ -286,8 +292,8 @@ fn device(setup: &Setup, faults: Faults) -> (Device, SimHandle) {
         faults,
         ..setup.config(1)
     };
-    let (realized, handle) = setup.realize(1, config);
-    (realized.into_device(), handle)
+    let (migratable, handle) = setup.admit(1, config);
+    (migratable.into_device(), handle)
 }
 
 fn in_state(report: &Report, handle: &SimHandle, home: DeviceState, what: &str) {
@@ -297,7 +303,7 @@ fn in_state(report: &Report, handle: &SimHandle, home: DeviceState, what: &str) 
 }
 
 /// What began: the session, its device, and its peer, who says nothing.
-type Begun<S> = (Result<S, NotStarted>, SimHandle, UnixStream);
+type Begun<S> = (Result<S, Failed<Vec<Device>>>, SimHandle, UnixStream);
 
 /// One that is refused its device's change to `working`, one that is cancelled, and one that is dropped.
 fn comes_to_nothing<S>(
@@ -308,7 +314,7 @@ fn comes_to_nothing<S>(
 ) {
     let what = home.to_string();
     let (it, handle, _peer) = begin(refuses(working));
-    let back = it.err().unwrap().devices;
+    let back = it.err().unwrap().into_back();
     assert_eq!((back[0].state(), handle.state()), (home, home), "{what}");
     let (it, handle, _peer) = begin(Faults::default());
     in_state(&cancelled(it.unwrap()), &handle, home, &what);
@@ -327,11 +333,7 @@ fn a_save_alone() {
             let (device, handle) = device(&setup, faults);
             let (near, far) = UnixStream::pair().unwrap();
             let builder = SaveSession::builder().settings(quick());
-            (
-                builder.device(device).channel(near).try_start(),
-                handle,
-                far,
-            )
+            (builder.device(device).channel(near).start(), handle, far)
         };
         let cancelled = |it: SaveSession| {
             it.cancel();
@@ -379,11 +381,7 @@ fn a_load_alone() {
             let (device, handle) = device(&setup, faults);
             let (near, far) = UnixStream::pair().unwrap();
             let builder = LoadSession::builder().settings(quick());
-            (
-                builder.device(device).channel(far).try_start(),
-                handle,
-                near,
-            )
+            (builder.device(device).channel(far).start(), handle, near)
         };
         let cancelled = |it: LoadSession| {
             it.cancel();
@@ -405,8 +403,8 @@ fn a_load_alone() {
                 faults: no_config(Callback::LoadConfig),
                 ..setup.config(2)
             };
-            let (realized, handle) = setup.realize(2, config);
-            (realized.into_device(), handle)
+            let (migratable, handle) = setup.admit(2, config);
+            (migratable.into_device(), handle)
         };
         let load = LoadSession::builder().settings(quick());
         let load = load.device(good).device(bad).start().unwrap();
@@ -465,50 +463,50 @@ fn a_start_that_fails_leaves_no_device_running() {
     let _watchdog = Watchdog::new();
     for at in [DeviceState::RunningP2p, DeviceState::Running] {
         let setup = setup(DeviceState::Running, OnOffAuto::Off);
-        let acks = Acks::new(Ack::Off);
+        let acks = SwitchoverAcks::new(SwitchoverAck::Off);
         let mut sources: Vec<_> = (1..=2)
             .map(|number| {
-                let (realized, _) = setup.realize(number, setup.config(number.into()));
-                Source::setup(realized, &setup.terms(), &acks, io::sink()).unwrap()
+                let (migratable, _) = setup.admit(number, setup.config(number.into()));
+                OutgoingDevice::setup(migratable, &setup.capabilities(), &acks, io::sink()).unwrap()
             })
             .collect();
         state::stop(&mut sources, state::Reason::FinishMigration).unwrap();
-        let mut switchover = Switchover::begin(sources, SaveSession::builder()).unwrap();
+        let mut outgoing = Outgoing::begin(sources, SaveSession::builder()).unwrap();
         let (devices, handles): (Vec<_>, Vec<_>) = (1..=2)
             .map(|number| {
                 let mut config = setup.config(9);
                 if number == 2 {
                     config.faults = refuses(at);
                 }
-                setup.realize(number, config)
+                setup.admit(number, config)
             })
             .unzip();
         let session = LoadSession::builder().settings(quick());
         let approve = Box::new(|| Ok(()));
-        let incoming = Incoming::setup(devices, &setup.terms(), session, approve).unwrap();
+        let incoming = Incoming::setup(devices, &setup.capabilities(), session, approve).unwrap();
         incoming.switchover_start().unwrap();
         for number in [1, 2] {
             let mut body = Vec::new();
-            switchover.complete(&id(number), &mut body).unwrap();
+            outgoing.write_state(&id(number), &mut body).unwrap();
             let device = incoming.device(&id(number)).unwrap();
             device.load_state(&mut &body[..]).unwrap();
             let mut body = Vec::new();
-            switchover.config(&id(number), &mut body).unwrap();
+            outgoing.write_config(&id(number), &mut body).unwrap();
             device.load_state(&mut &body[..]).unwrap();
         }
-        let saved = switchover.finish().unwrap();
+        let saved = outgoing.finish().unwrap();
         let mut loaded = incoming.finish().unwrap();
         let error = state::start(loaded.devices_mut()).unwrap_err();
         assert_eq!(error.device(), Some(&id(2)), "{at}");
-        for (realized, handle) in loaded.devices_mut().iter().zip(&handles) {
+        for (migratable, handle) in loaded.devices_mut().iter().zip(&handles) {
             assert_eq!(handle.state(), DeviceState::Stop, "{at}");
-            assert_eq!(realized.state(), DeviceState::Stop, "{at}");
-            assert!(realized.was_reset(), "{at}: what was loaded is in it");
-            assert_eq!(realized.duty(), Duty::Nothing, "{at}");
+            assert_eq!(migratable.state(), DeviceState::Stop, "{at}");
+            assert!(migratable.was_reset(), "{at}: what was loaded is in it");
+            assert_eq!(migratable.duty(), Duty::Nothing, "{at}");
         }
         // The verdict is that it has failed: the VM goes on here.
-        for realized in saved.abort() {
-            assert_eq!(realized.state(), DeviceState::Running, "{at}");
+        for migratable in saved.abort() {
+            assert_eq!(migratable.state(), DeviceState::Running, "{at}");
         }
     }
 }

@@ -40,7 +40,7 @@ pub struct Loading {
 
 impl Loading {
     pub fn start(backend: Backend, small: Small, subject: &Subject) -> Self {
-        let mut load = LoadSession::builder()
+        let load = LoadSession::builder()
             .settings(settings(backend, small, 16))
             .device(subject.device())
             .start()

@@ -37,14 +37,17 @@ const COPIED: [&str; 7] = [
 
 /// Each module, with the test files that its mutants have to pass, the most telling first.
 const FILES: [(&str, &[&str]); 10] = [
-    ("slot", &["slot", "inbox", "doorbell", "queue"]),
+    ("slot", &["slot", "reorder", "doorbell", "send_queue"]),
     ("pool", &["pool", "slot", "waiters"]),
-    ("table", &["table", "inbox", "queue"]),
-    ("cursor", &["inbox", "doorbell", "waiters", "driver"]),
-    ("queue", &["queue"]),
-    ("doorbell", &["doorbell", "driver"]),
-    ("waiters", &["waiters", "queue", "control"]),
-    ("control", &["control", "doorbell", "driver"]),
+    ("table", &["table", "reorder", "send_queue"]),
+    (
+        "reorder_buffer",
+        &["reorder", "doorbell", "waiters", "io_loop"],
+    ),
+    ("send_queue", &["send_queue"]),
+    ("doorbell", &["doorbell", "io_loop"]),
+    ("waiters", &["waiters", "send_queue", "flags"]),
+    ("flags", &["flags", "doorbell", "io_loop"]),
     ("router", &["router"]),
     ("stats", &["stats"]),
 ];

@@ -20,9 +20,9 @@ use loom::{
     thread::{self, JoinHandle},
 };
 use vfio_migration::internals::{
-    cursor::{Cursor, Inbox, Next},
     doorbell::Doorbell,
-    pool::{Lease, Packer, Pool, PoolLayout},
+    pool::{Lease, LeaseCutter, Pool, PoolLayout},
+    reorder_buffer::{Next, ReorderBuffer, ReorderReader},
     slot::{Packet, Payload},
 };
 
@@ -110,7 +110,7 @@ pub fn collect(participant: &Participant) {
     }
 }
 
-/// The driver's ring, for the models: all it does is to sleep, and its wake is sticky.
+/// The I/O thread's ring, for the models: all it does is to sleep, and its wake is sticky.
 #[derive(Debug, Default)]
 pub struct Ring(Notify);
 
@@ -121,7 +121,7 @@ impl Ring {
         Self::default()
     }
 
-    /// Ends the driver's sleep, or its next one. Also what a completion does.
+    /// Ends the I/O thread's sleep, or its next one. Also what a completion does.
     pub fn wake(&self) {
         self.0.notify();
     }
@@ -132,14 +132,14 @@ impl Ring {
     }
 }
 
-/// Takes the next packet, sleeping until it is there: the driver's loop. `None` where the inbox
+/// Takes the next packet, sleeping until it is there: the I/O thread's loop. `None` where the reorder buffer
 /// was closed or `stop` said so.
 pub fn take_next(
-    cursor: &mut Cursor,
-    inbox: &Inbox,
+    reader: &mut ReorderReader,
+    reorder: &ReorderBuffer,
     doorbell: &Doorbell,
     ring: &Ring,
-    driver: &Participant,
+    io_thread: &Participant,
     stop: impl Fn() -> bool,
 ) -> Option<(u32, Packet)> {
     loop {
@@ -147,14 +147,14 @@ pub fn take_next(
             return None;
         }
         // One guard for both looks: a second one's fence would stand in for the bell's.
-        let guard = driver.pin();
-        match cursor.take(inbox, &guard) {
+        let guard = io_thread.pin();
+        match reader.take(reorder, &guard) {
             Next::Packet(index, packet) => return Some((index, packet)),
             Next::Closed => return None,
-            Next::Starved(_) => cursor.starve(inbox),
+            Next::Starved(_) => reader.starve(reorder),
         }
         doorbell.lie_down();
-        let ready = cursor.is_ready(inbox, &guard) || stop();
+        let ready = reader.is_ready(reorder, &guard) || stop();
         drop(guard);
         if !ready {
             ring.sleep();
@@ -175,16 +175,16 @@ pub fn pool(buffers: u32, buffer_len: usize, reserves: u32) -> Arc<Pool> {
     Arc::new(pool.expect("a few KiB"))
 }
 
-/// Leases a whole buffer, if there is one: no packer shares it.
+/// Leases a whole buffer, if there is one: no lease cutter shares it.
 #[must_use]
 pub fn lease(pool: &Arc<Pool>) -> Option<ModelLease> {
-    Packer::new(Arc::clone(pool)).lease(pool.layout().buffer_len)
+    LeaseCutter::new(Arc::clone(pool)).lease(pool.layout().buffer_len)
 }
 
 /// A packet without bytes, under a number.
 pub fn aside(number: u64) -> Packet {
     Packet {
-        payload: Payload::Aside(number),
+        payload: Payload::External(number),
         config: false,
         more: false,
     }
@@ -194,7 +194,7 @@ pub fn aside(number: u64) -> Packet {
 pub fn filled(mut lease: ModelLease, byte: u8) -> Packet {
     lease.bytes_mut()[0] = byte;
     Packet {
-        payload: Payload::Piece(lease.into_piece()),
+        payload: Payload::Lease(lease.into_token()),
         config: false,
         more: false,
     }
@@ -215,7 +215,7 @@ pub fn fresh(pool: &Arc<Pool>, byte: u8) -> Packet {
 ///
 /// Where it has none.
 pub fn opened(pool: &Arc<Pool>, packet: Packet) -> ModelLease {
-    let Payload::Piece(piece) = packet.payload else {
+    let Payload::Lease(piece) = packet.payload else {
         panic!("the packet has no bytes");
     };
     Pool::adopt(Arc::clone(pool), piece)

@@ -5,8 +5,8 @@
 //! | `a_recycled_buffer_is_quiet` | either side of the recycle edge is Relaxed, on success or failure |
 //! | `a_stale_head_leases_nothing_twice` | the tag is gone |
 //! | `the_last_holder_has_seen_all_accesses` | the unhold edge lacks a side |
-//! | `a_packer_starts_again_when_its_lease_is_gone` | the packer's look at the holders is Relaxed |
-//! | `a_packer_does_not_start_again_under_a_lease` | the packer's look does not count right |
+//! | `a_cutter_starts_again_when_its_lease_is_gone` | the lease cutter's look at the holders is Relaxed |
+//! | `a_cutter_does_not_start_again_under_a_lease` | the lease cutter's look does not count right |
 //! | `a_reserve_has_one_owner` | the reserve edge is Relaxed, or is no exchange |
 //! | `three_threads_never_own_one_buffer` | `pop` or `push` stores its head |
 #![cfg(loom)]
@@ -14,7 +14,7 @@
 use std::sync::Arc;
 
 use loom::thread;
-use vfio_migration::internals::pool::{Packer, Pool};
+use vfio_migration::internals::pool::{LeaseCutter, Pool};
 use vfio_migration_loom_tests::{lease, model, pool};
 
 /// Two threads lease, write and give back one buffer. 2 threads, 1 buffer, 2 preemptions.
@@ -73,10 +73,10 @@ fn a_stale_head_leases_nothing_twice() {
 fn the_last_holder_has_seen_all_accesses() {
     model(|| {
         let pool = pool(1, 128, 0);
-        let mut packer = Packer::new(Arc::clone(&pool));
-        let mut theirs = packer.lease(64).expect("the first half");
-        let mut mine = packer.lease(64).expect("the second half");
-        drop(packer);
+        let mut cutter = LeaseCutter::new(Arc::clone(&pool));
+        let mut theirs = cutter.lease(64).expect("the first half");
+        let mut mine = cutter.lease(64).expect("the second half");
+        drop(cutter);
         let other = thread::spawn(move || theirs.bytes_mut().fill(1));
         mine.bytes_mut().fill(2);
         drop(mine);
@@ -88,42 +88,42 @@ fn the_last_holder_has_seen_all_accesses() {
     });
 }
 
-/// The packer cuts again what the other thread gave back. 2 threads, 1 buffer, 2 preemptions.
+/// The lease cutter cuts again what the other thread gave back. 2 threads, 1 buffer, 2 preemptions.
 #[test]
-fn a_packer_starts_again_when_its_lease_is_gone() {
+fn a_cutter_starts_again_when_its_lease_is_gone() {
     model(|| {
         let pool = pool(1, 64, 0);
-        let mut packer = Packer::new(Arc::clone(&pool));
-        let mut theirs = packer.lease(64).expect("the whole buffer");
+        let mut cutter = LeaseCutter::new(Arc::clone(&pool));
+        let mut theirs = cutter.lease(64).expect("the whole buffer");
         let other = thread::spawn(move || theirs.bytes_mut().fill(1));
-        if let Some(mut again) = packer.lease(64) {
+        if let Some(mut again) = cutter.lease(64) {
             again.bytes_mut().fill(2);
         }
         other.join().unwrap();
-        assert!(packer.lease(64).is_some(), "alone with its buffer");
-        drop(packer);
+        assert!(cutter.lease(64).is_some(), "alone with its buffer");
+        drop(cutter);
         assert_eq!(pool.in_use().0, 0);
     });
 }
 
-/// Two leases on two threads, and a packer that would cut both again. 3 threads, 1 buffer, 2
+/// Two leases on two threads, and a lease cutter that would cut both again. 3 threads, 1 buffer, 2
 /// preemptions.
 #[test]
-fn a_packer_does_not_start_again_under_a_lease() {
+fn a_cutter_does_not_start_again_under_a_lease() {
     model(|| {
         let pool = pool(1, 128, 0);
-        let mut packer = Packer::new(Arc::clone(&pool));
+        let mut cutter = LeaseCutter::new(Arc::clone(&pool));
         let others = [1, 2].map(|byte| {
-            let mut theirs = packer.lease(64).expect("a half each");
+            let mut theirs = cutter.lease(64).expect("a half each");
             thread::spawn(move || theirs.bytes_mut().fill(byte))
         });
-        if let Some(mut again) = packer.lease(128) {
+        if let Some(mut again) = cutter.lease(128) {
             again.bytes_mut().fill(3);
         }
         for other in others {
             other.join().unwrap();
         }
-        drop(packer);
+        drop(cutter);
         assert_eq!(pool.in_use().0, 0);
     });
 }

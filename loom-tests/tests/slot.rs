@@ -17,7 +17,7 @@ use loom::thread;
 use vfio_migration::internals::slot::{Packet, Publish, Slot, Take};
 use vfio_migration_loom_tests::{aside, drained, fresh, model, pool, reused};
 
-/// One channel, one driver that polls once. 2 threads, 1 slot, 1 buffer, 2 preemptions.
+/// One channel, one I/O thread that polls once. 2 threads, 1 slot, 1 buffer, 2 preemptions.
 #[test]
 fn the_taker_sees_the_publishers_bytes() {
     model(|| {
@@ -58,7 +58,7 @@ fn closing_hands_over_the_publishers_bytes() {
     });
 }
 
-/// Two channels with the same idx, and a driver that polls. 3 threads, 1 slot, 2 buffers, 2
+/// Two channels with the same idx, and an I/O thread that polls. 3 threads, 1 slot, 2 buffers, 2
 /// preemptions.
 #[test]
 fn racing_publishers_have_one_winner() {
@@ -92,7 +92,7 @@ fn racing_publishers_have_one_winner() {
     });
 }
 
-/// A packet of two pieces, and a driver that polls twice. 2 threads, 1 slot, 2 buffers, 2
+/// A packet of two pieces, and an I/O thread that polls twice. 2 threads, 1 slot, 2 buffers, 2
 /// preemptions.
 #[test]
 fn a_large_packet_passes_piece_by_piece() {
@@ -142,7 +142,7 @@ fn a_large_packet_passes_piece_by_piece() {
     });
 }
 
-/// The publisher brings the second piece while a stranger comes with the same idx, and the driver
+/// The publisher brings the second piece while a stranger comes with the same idx, and the I/O thread
 /// polls. 3 threads, 1 slot, 3 buffers, 2 preemptions.
 #[test]
 fn a_stranger_is_a_duplicate_between_two_pieces() {
@@ -181,14 +181,14 @@ fn a_stranger_is_a_duplicate_between_two_pieces() {
     });
 }
 
-/// A driver that takes, a thread that closes. 2 threads, 1 slot, 1 buffer, 2 preemptions.
+/// An I/O thread that takes, a thread that closes. 2 threads, 1 slot, 1 buffer, 2 preemptions.
 #[test]
 fn a_packet_is_taken_or_closed_but_not_both() {
     model(|| {
         let shared = Arc::new((Slot::new(), pool(1, 64, 0)));
         let (slot, pool) = &*shared;
         assert_eq!(slot.publish(fresh(pool, 1)), Publish::Published);
-        let driver = thread::spawn({
+        let io_thread = thread::spawn({
             let shared = Arc::clone(&shared);
             move || match shared.0.take() {
                 Take::Taken(packet) => {
@@ -200,13 +200,13 @@ fn a_packet_is_taken_or_closed_but_not_both() {
             }
         });
         let closed = slot.close().map(|packet| reused(pool, packet)).is_some();
-        assert_ne!(driver.join().unwrap(), closed, "one owner");
+        assert_ne!(io_thread.join().unwrap(), closed, "one owner");
         assert_eq!(slot.publish(aside(2)), Publish::Closed(aside(2)));
         assert_eq!(pool.in_use().0, 0);
     });
 }
 
-/// A packet of two pieces, a driver that takes the first, and a thread that closes. 3 threads, 1
+/// A packet of two pieces, an I/O thread that takes the first, and a thread that closes. 3 threads, 1
 /// slot, 2 buffers, 2 preemptions.
 #[test]
 fn closing_between_two_pieces_loses_none() {
@@ -226,7 +226,7 @@ fn closing_between_two_pieces_loses_none() {
                 Publish::Duplicate(_) => panic!("the packet has another piece"),
             }
         });
-        let driver = thread::spawn({
+        let io_thread = thread::spawn({
             let shared = Arc::clone(&shared);
             move || {
                 if let Take::Taken(packet) = shared.0.take() {
@@ -238,7 +238,7 @@ fn closing_between_two_pieces_loses_none() {
             reused(pool, packet);
         }
         publisher.join().unwrap();
-        driver.join().unwrap();
+        io_thread.join().unwrap();
         assert_eq!(pool.in_use().0, 0, "every piece came home");
         assert_eq!(slot.take(), Take::Closed);
     });

@@ -7,17 +7,20 @@
 use crossbeam_epoch::Collector;
 use loom::{sync::Arc, thread};
 use vfio_migration::internals::{
-    cursor::{Cursor, Inbox, Next},
+    reorder_buffer::{Next, ReorderBuffer, ReorderReader},
     stats::DeviceCounters,
 };
 use vfio_migration_loom_tests::{aside, model};
 
-/// 3 threads: a publisher, the driver, and whoever reads the statistics.
+/// 3 threads: a publisher, the I/O thread, and whoever reads the statistics.
 #[test]
 fn a_snapshot_never_claims_more_taken_than_published() {
     model(|| {
         let collector = Collector::new();
-        let shared = Arc::new((Inbox::new(collector.clone(), 8), DeviceCounters::default()));
+        let shared = Arc::new((
+            ReorderBuffer::new(collector.clone(), 8),
+            DeviceCounters::default(),
+        ));
         let channel = thread::spawn({
             let (shared, collector) = (shared.clone(), collector.clone());
             move || {
@@ -26,7 +29,7 @@ fn a_snapshot_never_claims_more_taken_than_published() {
                 let _published = shared.0.publish(0, aside(1), &handle.pin());
             }
         });
-        let reader = thread::spawn({
+        let watcher = thread::spawn({
             let shared = shared.clone();
             move || {
                 let (published, taken) = shared.1.packets();
@@ -34,11 +37,11 @@ fn a_snapshot_never_claims_more_taken_than_published() {
             }
         });
         let handle = collector.register();
-        let mut cursor = Cursor::new();
-        if let Next::Packet(..) = cursor.take(&shared.0, &handle.pin()) {
+        let mut reader = ReorderReader::new();
+        if let Next::Packet(..) = reader.take(&shared.0, &handle.pin()) {
             shared.1.taken(1);
         }
         channel.join().unwrap();
-        reader.join().unwrap();
+        watcher.join().unwrap();
     });
 }

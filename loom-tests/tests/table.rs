@@ -89,7 +89,7 @@ fn two_publishers_put_one_segment_in_place() {
     });
 }
 
-/// A publisher puts the second segment in place, the driver looks for it. 2 threads, 2 segments, 2
+/// A publisher puts the second segment in place, the I/O thread looks for it. 2 threads, 2 segments, 2
 /// preemptions.
 #[test]
 fn a_walker_sees_a_linked_segment() {
@@ -127,7 +127,7 @@ fn a_publisher_sees_a_linked_segment() {
     });
 }
 
-/// The driver finishes the first segment and lets the epochs go on, while a publisher walks over
+/// The I/O thread finishes the first segment and lets the epochs go on, while a publisher walks over
 /// it. 2 threads, 2 segments, 2 preemptions.
 #[test]
 fn a_retired_segment_outlives_its_readers() {
@@ -192,7 +192,7 @@ fn the_new_heads_segment_is_seen() {
     });
 }
 
-/// The driver finishes the first segment while a publisher links the second. 2 threads, 2
+/// The I/O thread finishes the first segment while a publisher links the second. 2 threads, 2
 /// segments, 2 preemptions.
 #[test]
 fn retiring_passes_a_strangers_segment_on() {

@@ -9,7 +9,7 @@
 //! | `two_notifications_end_two_waits` | `waiting` is not counted, or `notify_one` loses one |
 //! | `what_one_cannot_use_another_is_told_of` | whoever is told and finds nothing does not tell the next |
 //! | `a_recycled_lease_ends_a_channels_wait` | the same, for the pool |
-//! | `a_channel_gets_on_when_its_packet_is_next` | the wait does not see the cursor |
+//! | `a_channel_gets_on_when_its_packet_is_next` | the wait does not see the reader |
 //! | `a_channel_is_told_of_its_turn_alone` | either fence around `awaited` is gone, or the channel does not say what it waits for |
 //! | `all_who_wait_for_their_turns_are_told` | one channel's idx hides another's, or what was taken back is not said again |
 #![cfg(loom)]
@@ -29,8 +29,8 @@ use loom::{
     thread,
 };
 use vfio_migration::internals::{
-    cursor::{Cursor, Inbox, Next},
     pool::Pool,
+    reorder_buffer::{Next, ReorderBuffer, ReorderReader},
     slot::Publish,
     waiters::Waiters,
 };
@@ -131,7 +131,7 @@ fn a_recycled_lease_ends_a_channels_wait() {
     model(|| {
         let shared = Arc::new((Waiters::new(), pool(1, 64, 0)));
         let (room, pool) = &*shared;
-        let mut drivers = lease(pool).expect("the only buffer");
+        let mut io_thread = lease(pool).expect("the only buffer");
         let channel = thread::spawn({
             let shared = Arc::clone(&shared);
             move || {
@@ -142,32 +142,36 @@ fn a_recycled_lease_ends_a_channels_wait() {
                 lease.bytes_mut().fill(1);
             }
         });
-        drivers.bytes_mut().fill(2);
-        drop(drivers);
+        io_thread.bytes_mut().fill(2);
+        drop(io_thread);
         room.notify_one();
         channel.join().unwrap();
     });
 }
 
-/// The pool is empty, and stays so; the driver takes idx 0, and with that the channel's packet,
+/// The pool is empty, and stays so; the I/O thread takes idx 0, and with that the channel's packet,
 /// idx 1, may have the reserve. 2 threads, 1 buffer, 1 reserve, 2 preemptions.
 #[test]
 fn a_channel_gets_on_when_its_packet_is_next() {
     model(|| {
         let collector = Collector::new();
-        let driver = Participant::new(&collector);
-        let shared = Arc::new((Waiters::new(), pool(1, 64, 1), Inbox::new(collector, 100)));
-        let (room, pool, inbox) = &*shared;
+        let io_thread = Participant::new(&collector);
+        let shared = Arc::new((
+            Waiters::new(),
+            pool(1, 64, 1),
+            ReorderBuffer::new(collector, 100),
+        ));
+        let (room, pool, reorder) = &*shared;
         let held = lease(pool).expect("the only buffer");
-        let published = inbox.publish(0, aside(0), &driver.pin());
+        let published = reorder.publish(0, aside(0), &io_thread.pin());
         assert_eq!(published, Publish::Published);
         let channel = thread::spawn({
             let shared = Arc::clone(&shared);
             move || {
-                let (room, pool, inbox) = &*shared;
+                let (room, pool, reorder) = &*shared;
                 let look = || {
                     lease(pool).or_else(|| {
-                        (inbox.next() == 1)
+                        (reorder.next() == 1)
                             .then(|| Pool::reserve(Arc::clone(pool), 0))
                             .flatten()
                     })
@@ -176,7 +180,7 @@ fn a_channel_gets_on_when_its_packet_is_next() {
                 reserve.bytes_mut().fill(1);
             }
         });
-        let taken = Cursor::new().take(inbox, &driver.pin());
+        let taken = ReorderReader::new().take(reorder, &io_thread.pin());
         assert_eq!(taken, Next::Packet(0, aside(0)));
         room.notify_all();
         channel.join().unwrap();
@@ -184,50 +188,50 @@ fn a_channel_gets_on_when_its_packet_is_next() {
     });
 }
 
-/// A channel waits until its idx is next, and the driver notifies only where somebody waits for that.
-fn take_turn(room: &Waiters, inbox: &Inbox, index: u32) {
+/// A channel waits until its idx is next, and the I/O thread notifies only where somebody waits for that.
+fn take_turn(room: &Waiters, reorder: &ReorderBuffer, index: u32) {
     let look = || {
-        inbox.wait_for(index);
-        (inbox.next() >= index).then_some(())
+        reorder.wait_for(index);
+        (reorder.next() >= index).then_some(())
     };
     room.wait(None, look).expect("no deadline");
 }
 
-/// The driver takes what is next.
-fn take_next(inbox: &Inbox, cursor: &mut Cursor, driver: &Participant) {
-    let taken = cursor.take(inbox, &driver.pin());
+/// The I/O thread takes what is next.
+fn take_next(reorder: &ReorderBuffer, reader: &mut ReorderReader, io_thread: &Participant) {
+    let taken = reader.take(reorder, &io_thread.pin());
     assert!(matches!(taken, Next::Packet(..)));
 }
 
-/// An inbox where idx 0 and 1 are.
-fn two_packets(driver: &Participant, collector: Collector) -> Inbox {
-    let inbox = Inbox::new(collector, 100);
+/// A reorder buffer where idx 0 and 1 are.
+fn two_packets(io_thread: &Participant, collector: Collector) -> ReorderBuffer {
+    let reorder = ReorderBuffer::new(collector, 100);
     for index in [0, 1] {
-        let published = inbox.publish(index, aside(index.into()), &driver.pin());
+        let published = reorder.publish(index, aside(index.into()), &io_thread.pin());
         assert_eq!(published, Publish::Published);
     }
-    inbox
+    reorder
 }
 
-/// The driver takes idx 0 and 1 at once; a channel waits for the turn of one of the next. 2 threads,
+/// The I/O thread takes idx 0 and 1 at once; a channel waits for the turn of one of the next. 2 threads,
 /// 2 preemptions.
 #[test]
 fn a_channel_is_told_of_its_turn_alone() {
     for index in [1, 2] {
         model(move || {
             let collector = Collector::new();
-            let driver = Participant::new(&collector);
-            let shared = Arc::new((Waiters::new(), two_packets(&driver, collector)));
-            let (room, inbox) = &*shared;
+            let io_thread = Participant::new(&collector);
+            let shared = Arc::new((Waiters::new(), two_packets(&io_thread, collector)));
+            let (room, reorder) = &*shared;
             let channel = thread::spawn({
                 let shared = Arc::clone(&shared);
                 move || take_turn(&shared.0, &shared.1, index)
             });
-            let mut cursor = Cursor::new();
+            let mut reader = ReorderReader::new();
             for _ in 0..2 {
-                take_next(inbox, &mut cursor, &driver);
+                take_next(reorder, &mut reader, &io_thread);
             }
-            if cursor.is_awaited(inbox) {
+            if reader.is_awaited(reorder) {
                 room.notify_all();
             }
             channel.join().unwrap();
@@ -235,23 +239,23 @@ fn a_channel_is_told_of_its_turn_alone() {
     }
 }
 
-/// The driver takes idx 0 and 1; two channels wait for the turns of 1 and 2. 3 threads, 2
+/// The I/O thread takes idx 0 and 1; two channels wait for the turns of 1 and 2. 3 threads, 2
 /// preemptions.
 #[test]
 fn all_who_wait_for_their_turns_are_told() {
     model(|| {
         let collector = Collector::new();
-        let driver = Participant::new(&collector);
-        let shared = Arc::new((Waiters::new(), two_packets(&driver, collector)));
-        let (room, inbox) = &*shared;
+        let io_thread = Participant::new(&collector);
+        let shared = Arc::new((Waiters::new(), two_packets(&io_thread, collector)));
+        let (room, reorder) = &*shared;
         let channels = [1, 2].map(|index| {
             let shared = Arc::clone(&shared);
             thread::spawn(move || take_turn(&shared.0, &shared.1, index))
         });
-        let mut cursor = Cursor::new();
+        let mut reader = ReorderReader::new();
         for channel in channels {
-            take_next(inbox, &mut cursor, &driver);
-            if cursor.is_awaited(inbox) {
+            take_next(reorder, &mut reader, &io_thread);
+            if reader.is_awaited(reorder) {
                 room.notify_all();
             }
             // What comes next may be what this one brings.

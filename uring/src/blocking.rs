@@ -45,7 +45,7 @@ use std::{
 
 use crate::{
     Buffer, Completion, Drained, Link, Op, Rejected, Ring, Token, Waker,
-    open::check_capacity,
+    ring::check_capacity,
     syscall::{self, Progress, Step},
     thread,
     time::deadline,

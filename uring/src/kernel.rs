@@ -72,7 +72,7 @@ use nix::sys::stat::SFlag;
 
 use crate::{
     Buffer, Completion, Drained, Link, Op, Rejected, Ring, Token, Waker,
-    open::{MAX_CAPACITY, check_capacity},
+    ring::{MAX_CAPACITY, check_capacity},
     syscall::kind,
     time::deadline,
 };

@@ -76,7 +76,7 @@ pub use crate::{
     buffer::Buffer,
     kernel::KernelRing,
     op::{Completion, Fd, Link, Op, Rejected, Token},
-    open::{Backend, MAX_CAPACITY, UnknownBackend, open},
-    ring::{Drained, Ring, Waker},
+    open::{Backend, UnknownBackend, open},
+    ring::{Drained, MAX_CAPACITY, Ring, Waker},
     time::{deadline, later},
 };

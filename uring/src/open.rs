@@ -14,10 +14,6 @@ use std::{error, fmt, io, str::FromStr, time::Duration};
 
 use crate::{Buffer, Ring, Waker, blocking::BlockingRing, kernel::KernelRing};
 
-/// The most operations that a ring has room for: the kernel's longest queue holds each of them
-/// with its cancellation.
-pub const MAX_CAPACITY: usize = 8192;
-
 /// Which ring.
 #[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
 pub enum Backend {
@@ -74,7 +70,7 @@ impl error::Error for UnknownBackend {}
 ///
 /// # Errors
 ///
-/// `InvalidInput` for a capacity of 0 or beyond [`MAX_CAPACITY`]; otherwise what the kernel says.
+/// `InvalidInput` for a capacity of 0 or beyond [`MAX_CAPACITY`](crate::MAX_CAPACITY); otherwise what the kernel says.
 pub fn open<B: Buffer>(
     backend: Backend,
     capacity: usize,
@@ -101,21 +97,10 @@ fn is_unavailable(error: &io::Error) -> bool {
         )
 }
 
-/// What every ring asks of its capacity.
-pub(crate) fn check_capacity(capacity: usize) -> io::Result<()> {
-    if (1..=MAX_CAPACITY).contains(&capacity) {
-        Ok(())
-    } else {
-        Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "a ring's capacity is at least 1 and at most 8192",
-        ))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ring::check_capacity;
 
     #[test]
     fn a_backend_is_its_name() {

@@ -136,3 +136,19 @@ impl AsFd for Waker {
         self.event.as_fd()
     }
 }
+
+/// The most operations that a ring has room for: the kernel's longest queue holds each of them
+/// with its cancellation.
+pub const MAX_CAPACITY: usize = 8192;
+
+/// What every ring asks of its capacity.
+pub(crate) fn check_capacity(capacity: usize) -> io::Result<()> {
+    if (1..=MAX_CAPACITY).contains(&capacity) {
+        Ok(())
+    } else {
+        Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "a ring's capacity is at least 1 and at most 8192",
+        ))
+    }
+}

@@ -43,7 +43,7 @@ use nix::{
 
 use crate::{
     Buffer, Completion, Drained, Link, Op, Rejected, Ring, Token, Waker,
-    open::check_capacity,
+    ring::check_capacity,
     syscall::{self, Progress, Step},
     time::deadline,
 };

@@ -638,7 +638,10 @@ fn migrate(role: Role, sinks: &[Sink]) -> io::Result<(f64, f64)> {
             for stream in streams {
                 builder = builder.channel(Channel::from(stream));
             }
-            let report = builder.start().map_err(io::Error::other)?.join();
+            let report = builder
+                .start()
+                .map_err(|failed| io::Error::other(failed.error))?
+                .join();
             report.result.map_err(io::Error::other)?;
         }
         _ => {

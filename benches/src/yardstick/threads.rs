@@ -1,4 +1,4 @@
-//! A thread for each device, over the engine's own slots and pool: what the one driver replaces.
+//! A thread for each device, over the engine's own slots and pool: what the one I/O thread replaces.
 //!
 //! ```text
 //!   channel                                  a device's thread
@@ -16,9 +16,9 @@ use std::{
 
 use crossbeam_epoch::Collector;
 use vfio_migration::internals::{
-    cursor::{Cursor, Inbox, Next},
     doorbell::Doorbell,
-    pool::{Lease, Packer, Pool, PoolLayout},
+    pool::{Lease, LeaseCutter, Pool, PoolLayout},
+    reorder_buffer::{Next, ReorderBuffer, ReorderReader},
     slot::{Packet, Payload, Publish},
     waiters::Waiters,
 };
@@ -39,7 +39,7 @@ struct Shared {
     collector: Collector,
     pool: Pool,
     room: Waiters,
-    inboxes: Vec<Inbox>,
+    reorders: Vec<ReorderBuffer>,
     bells: Vec<Doorbell>,
 }
 
@@ -57,9 +57,9 @@ impl Shared {
             reserve_len,
         })
         .expect("memory for the pool");
-        let inbox = |_| Inbox::new(collector.clone(), 1 << 16);
+        let reorder = |_| ReorderBuffer::new(collector.clone(), 1 << 16);
         Self {
-            inboxes: (0..plan.devices).map(inbox).collect(),
+            reorders: (0..plan.devices).map(reorder).collect(),
             bells: (0..plan.devices).map(|_| Doorbell::new()).collect(),
             room: Waiters::new(),
             pool,
@@ -70,19 +70,19 @@ impl Shared {
     /// Memory for a packet: the device's reserve where it is next and there is no other.
     fn lease<'a>(
         &'a self,
-        packer: &mut Packer<&'a Pool>,
+        cutter: &mut LeaseCutter<&'a Pool>,
         device: usize,
         index: u32,
         len: usize,
     ) -> Lease<&'a Pool> {
-        let inbox = &self.inboxes[device];
+        let reorder = &self.reorders[device];
         let mut look = || {
-            if !inbox.in_window(index) {
+            if !reorder.in_window(index) {
                 return None;
             }
-            packer.lease(len).or_else(|| {
+            cutter.lease(len).or_else(|| {
                 let ordinal = u32::try_from(device).expect("few devices");
-                let mut lease = (inbox.next() == index)
+                let mut lease = (reorder.next() == index)
                     .then(|| Pool::reserve(&self.pool, ordinal))
                     .flatten()?;
                 lease.truncate(len);
@@ -99,25 +99,25 @@ impl Shared {
     /// One device's thread.
     fn run(&self, device: usize, mut file: File) -> io::Result<Mark> {
         let epoch = self.collector.register();
-        let (inbox, bell) = (&self.inboxes[device], &self.bells[device]);
-        let mut cursor = Cursor::new();
+        let (reorder, bell) = (&self.reorders[device], &self.bells[device]);
+        let mut reader = ReorderReader::new();
         loop {
-            let taken = cursor.take(inbox, &epoch.pin());
+            let taken = reader.take(reorder, &epoch.pin());
             match taken {
                 Next::Packet(_, packet) => {
                     if packet.config {
                         return Ok(Mark::now());
                     }
-                    if let Payload::Piece(piece) = packet.payload {
+                    if let Payload::Lease(piece) = packet.payload {
                         let lease = Pool::adopt(&self.pool, piece);
                         file.write_all(lease.bytes())?;
                     }
                     self.room.notify_all();
                 }
                 Next::Starved(_) => {
-                    cursor.starve(inbox);
+                    reader.starve(reorder);
                     bell.lie_down();
-                    if !cursor.is_ready(inbox, &epoch.pin()) {
+                    if !reader.is_ready(reorder, &epoch.pin()) {
                         thread::park();
                     }
                     bell.get_up();
@@ -154,7 +154,7 @@ pub fn load_memory(plan: &Plan, sinks: &[Sink], source: &Source) -> Sample {
             let (threads, tickets, start) = (threads.clone(), &tickets, &start);
             scope.spawn(move || {
                 let epoch = shared.collector.register();
-                let mut packer = Packer::new(&shared.pool);
+                let mut cutter = LeaseCutter::new(&shared.pool);
                 start.wait();
                 let mut number = tickets.take(1);
                 // Ends behind the last number.
@@ -163,23 +163,23 @@ pub fn load_memory(plan: &Plan, sinks: &[Sink], source: &Source) -> Sample {
                         Payload::Empty
                     } else {
                         let mut lease =
-                            shared.lease(&mut packer, place.device, place.index, plan.packet);
+                            shared.lease(&mut cutter, place.device, place.index, plan.packet);
                         let data = source.packet(number, plan.packet);
                         lease.bytes_mut().copy_from_slice(data);
-                        Payload::Piece(lease.into_piece())
+                        Payload::Lease(lease.into_token())
                     };
                     let packet = Packet {
                         payload,
                         config: place.config,
                         more: false,
                     };
-                    let inbox = &shared.inboxes[place.device];
-                    inbox
+                    let reorder = &shared.reorders[place.device];
+                    reorder
                         .admit(place.index, place.config)
                         .expect("a good packet");
-                    let published = inbox.publish(place.index, packet, &epoch.pin());
+                    let published = reorder.publish(place.index, packet, &epoch.pin());
                     assert_eq!(published, Publish::Published);
-                    if inbox.ring(place.index, &shared.bells[place.device]) {
+                    if reorder.ring(place.index, &shared.bells[place.device]) {
                         threads[place.device].unpark();
                     }
                     number = tickets.take(1);

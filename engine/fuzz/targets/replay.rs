@@ -38,8 +38,8 @@ mod state_files {
 #[path = "../../src/bin/vfio-migrate/capture.rs"]
 #[expect(dead_code, reason = "inspect uses the rest")]
 mod capture;
-#[path = "../../src/bin/vfio-migrate/contents.rs"]
-mod contents;
+#[path = "../../src/bin/vfio-migrate/capture_set.rs"]
+mod capture_set;
 
 use capture::{Scan, Walker};
 
@@ -201,7 +201,7 @@ fuzz_target!(|bytes: &[u8]| {
         scans.push(scan);
     }
     let damaged = scans.iter().find(|scan| scan.damage.is_some());
-    let checked = contents::check(&scans);
+    let checked = capture_set::check(&scans);
     assert_eq!(checked.is_err(), damaged.is_some());
     if let (Err(error), Some(scan)) = (checked, damaged) {
         let text = error.to_string();
@@ -210,7 +210,7 @@ fuzz_target!(|bytes: &[u8]| {
         assert!(text.chars().all(is_printable), "{text:?}");
         return;
     }
-    let found = contents::by_device(&scans);
+    let found = capture_set::by_device(&scans);
     assert!(
         found.keys().map(|key| key.0.as_bytes()).eq(devices.keys()),
         "the devices are those of the files"
@@ -222,7 +222,7 @@ fuzz_target!(|bytes: &[u8]| {
 
     // The load, as the command sets it up.
     steps::begin();
-    let mut settings = contents::settings(&scans);
+    let mut settings = capture_set::settings(&scans);
     settings.grace = Duration::ZERO;
     settings.no_progress = HOUR;
     settings.hello_timeout = HOUR;
@@ -251,7 +251,7 @@ fuzz_target!(|bytes: &[u8]| {
         let channel = channel.with_page_size(page_size.bytes());
         builder = builder.channel(channel.expect("a page size"));
     }
-    let mut session = builder.start().expect("all that a load needs");
+    let session = builder.start().expect("all that a load needs");
     session.no_more_channels();
     session.switchover_start();
     let drain = || {
@@ -312,7 +312,7 @@ fuzz_target!(|bytes: &[u8]| {
         );
         assert_eq!(error.is_cancelled(), waited, "{error}");
         let missing = *error.kind() == ErrorKind::Missing;
-        let text = format!("{:#}", contents::explain(error, &scans));
+        let text = format!("{:#}", capture_set::explain(error, &scans));
         assert!(waited || text.contains("file "), "{text} is nowhere");
         assert!(!missing || text.contains(" lacks idx "), "{text}");
         assert!(text.chars().all(is_printable), "{text:?}");

@@ -35,7 +35,7 @@ use nix::{
 use vfio_migration_uring::{deadline, thread::spawn_scoped};
 
 use super::Channel;
-use crate::verdict::Hangup;
+use crate::first_failure::Hangup;
 
 /// How long the peer may take to end its side of all channels, once they are to be closed.
 pub(super) const DRAIN_TIME: Duration = Duration::from_secs(1);

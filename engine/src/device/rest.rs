@@ -4,7 +4,7 @@
 //!   set-up: set_off() notes the state, home          RUNNING, or STOP where the VM does not run
 //!     │
 //!     ├─ it is off, the VM is here ───▶ put_back()   home: what came in is what comes back
-//!     ├─ it is off, the VM is not ────▶ forget()     reset where it holds another's state; home
+//!     ├─ it is off, the VM is not ────▶ discard_state()     reset where it holds another's state; home
 //!     ├─ the VM runs elsewhere ───────▶ retire()     STOP
 //!     └─ nobody knows ────────────────▶ hold()       STOP, with all that it holds
 //! ```
@@ -143,7 +143,7 @@ impl Device {
 
     /// Its migration is off, and its VM is not here: nothing is left in it of what came, and it is in
     /// the state at set-up.
-    pub(crate) fn forget(&mut self) -> Result<()> {
+    pub(crate) fn discard_state(&mut self) -> Result<()> {
         self.leave(self.rest.home)
     }
 

@@ -31,7 +31,7 @@ use std::{
 };
 
 use super::Device;
-use crate::task::{self, TaskKind};
+use crate::tasks::{self, TaskKind};
 
 // Not `sync`'s: a wait here is for the device's own driver, and no model steps through that.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -143,7 +143,7 @@ pub(crate) fn for_all<T: Send, R: Send>(
         let (place, running) = (place.clone(), jobs.running.clone());
         let work = move || Jobs::work(&place, &running);
         // What is refused the caller does.
-        if let Ok(Some(thread)) = task::start(TaskKind::State(id), spawner.as_ref(), work) {
+        if let Ok(Some(thread)) = tasks::start(TaskKind::State(id), spawner.as_ref(), work) {
             threads.push(thread);
         }
     }

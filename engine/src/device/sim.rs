@@ -36,6 +36,7 @@
 //! the clock ends.
 
 mod config;
+mod control;
 mod faults;
 mod handle;
 mod image;
@@ -64,9 +65,10 @@ pub use self::{
     image::Image,
 };
 use self::{
+    control::Loaded,
     handle::{Shared, lock},
     image::{mix, part},
-    session::{Loaded, Room, Session},
+    session::{Room, Session},
 };
 use super::{MAX_DATA_SIZE, MigrationDevice, StateEvent};
 use crate::state::{DeviceState, MigrationFlags, PrecopyInfo};

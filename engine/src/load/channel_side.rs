@@ -1,18 +1,36 @@
 //! Channel side: what a thread that brings packets does with each, from its header to its slot.
 //!
 //! ```text
-//!   announce ─▶ admit ─▶ lease (waits for room) ─▶ the caller fills it ─▶ publish ─▶ ring the bell
+//!   announce ─▶ admit ─▶ lease (waits for backpressure) ─▶ the caller fills it ─▶ publish ─▶ ring the bell
 //!                          └─▶ spill (where it must not wait for long) ─────▲
 //! ```
 //!
 //! A device may be unplugged at each of these steps. From then on the packet is *dropped*: what was had for
 //! it goes back, the caller reads past the rest, and that is counted. Nobody else hears of it.
 
-use super::*;
+use std::time::{Duration, Instant};
+
+use crossbeam_epoch::LocalHandle;
+use vfio_migration_uring::deadline;
+
+use super::{Load, LoadDevice, Route};
+use crate::{
+    channel::{PacketSink, Space},
+    error::{Error, Phase, Result, Violation},
+    id::DeviceId,
+    lane::Buffer,
+    reorder::{
+        memory_policy::{MemoryGrant, MemoryRequest},
+        pool::{LeaseCutter, Pool},
+        slot::{Packet, Payload, Publish},
+    },
+    spill::{SpillExtent, SpillFile},
+    stats::ChannelCounters,
+    sync::Arc,
+    trace, wire,
+};
 
 mod elsewhere;
-
-pub(crate) use self::elsewhere::BOUNCE;
 
 /// How long a packet waits for the budget before it is spilled: as long as devices that get on are
 /// unlikely to need, and little next to a downtime. Those behind it do not wait again before one has
@@ -20,7 +38,7 @@ pub(crate) use self::elsewhere::BOUNCE;
 const SPILL_AFTER: Duration = Duration::from_millis(20);
 
 /// A packet that has been announced: its header, and the device that it is for.
-pub(crate) struct Incoming {
+pub(crate) struct IncomingPacket {
     pub(crate) device: Arc<LoadDevice>,
     pub(crate) index: u32,
     pub(crate) config: bool,
@@ -33,29 +51,29 @@ pub(crate) struct Incoming {
 }
 
 /// What a thread that brings packets has of its own: `!Sync`, one for each.
-pub(crate) struct LoadInlet {
+pub(crate) struct LoadSink {
     load: Arc<Load>,
     /// For the devices' slots.
     epoch: LocalHandle,
     /// For the router.
     routes: LocalHandle,
-    packer: Packer<Arc<Pool>>,
+    cutter: LeaseCutter<Arc<Pool>>,
     /// The device of the packet before: most packets are for the same.
     recent: Option<Arc<LoadDevice>>,
     counters: Arc<ChannelCounters>,
-    /// Whether its packets wait for their turn, see `room.rs`.
-    patient: bool,
+    /// Whether its packets wait for their turn, see `backpressure.rs`.
+    within_read_ahead: bool,
     /// Where it may spill to.
     spill: Option<Arc<SpillFile>>,
     /// Whether the packet before was spilled.
     spilling: bool,
     /// Space for the packet that is to be spilled now.
-    aside: Option<Spilled>,
+    aside: Option<SpillExtent>,
     /// For its bytes. There once something has been spilled.
     bounce: Box<[u8]>,
 }
 
-impl LoadInlet {
+impl LoadSink {
     pub(crate) fn new(
         load: Arc<Load>,
         counters: Arc<ChannelCounters>,
@@ -63,15 +81,15 @@ impl LoadInlet {
     ) -> Self {
         let epoch = load.collector.register();
         let routes = load.router.register();
-        let packer = Packer::new(load.pool.clone());
+        let cutter = LeaseCutter::new(load.pool.clone());
         Self {
             load,
             epoch,
             routes,
-            packer,
+            cutter,
             recent: None,
             counters,
-            patient: true,
+            within_read_ahead: true,
             spill,
             spilling: false,
             aside: None,
@@ -84,7 +102,7 @@ impl LoadInlet {
         if let Some(recent) = &self.recent
             && recent.id.idstr().as_bytes() == idstr
             && recent.id.instance() == instance
-            && recent.control.stop().is_none()
+            && recent.flags.stop().is_none()
         {
             return Ok((recent.clone(), false));
         }
@@ -116,7 +134,7 @@ impl LoadInlet {
         (idstr, instance): (&[u8], u32),
         header: wire::PacketHeader,
         data_len: usize,
-    ) -> Result<Incoming> {
+    ) -> Result<IncomingPacket> {
         let wire::PacketHeader { index, config } = header;
         let (device, dropped) = self
             .device(idstr, instance)
@@ -128,7 +146,7 @@ impl LoadInlet {
             let violation = Violation::PacketTooLarge { len, max };
             return Err(device.refuse(violation, index));
         }
-        Ok(Incoming {
+        Ok(IncomingPacket {
             device,
             index,
             config,
@@ -143,12 +161,12 @@ impl LoadInlet {
     /// # Errors
     ///
     /// The rule that it breaks.
-    pub(crate) fn admit(&self, packet: &mut Incoming) -> Result<()> {
+    pub(crate) fn admit(&self, packet: &mut IncomingPacket) -> Result<()> {
         if packet.dropped {
             return Ok(());
         }
         let (device, index) = (&packet.device, packet.index);
-        let admitted = device.inbox.admit(index, packet.config);
+        let admitted = device.reorder.admit(index, packet.config);
         let admitted = admitted.map_err(|violation| device.refuse(violation, index));
         if admitted.is_ok() {
             trace::load_state_device_buffer_incoming(&device.id, index);
@@ -159,7 +177,7 @@ impl LoadInlet {
     /// Memory for the rest of a packet, or for as much of it as can be had: at most a
     /// buffer, and for the packet that the device needs next at the least its reserve. `None` where
     /// there is none now.
-    pub(crate) fn try_lease(&mut self, packet: &mut Incoming) -> Result<Option<Space>> {
+    pub(crate) fn try_lease(&mut self, packet: &mut IncomingPacket) -> Result<Option<Space>> {
         if packet.dropped {
             return Ok(Some(Space::Nowhere));
         }
@@ -171,31 +189,31 @@ impl LoadInlet {
     }
 
     /// Where the packet's memory may come from.
-    fn ways(&self, packet: &Incoming, patient: bool) -> Ways {
+    fn grant(&self, packet: &IncomingPacket, within_read_ahead: bool) -> MemoryGrant {
         let device = &packet.device;
-        self.load.room.rule().ways(Asked {
+        self.load.backpressure.rule().grant(MemoryRequest {
             len: packet.remaining,
             first: packet.first,
-            next: device.inbox.next() == packet.index,
-            in_window: device.inbox.in_window(packet.index),
-            started: device.control.is_started(),
-            patient,
+            next: device.reorder.next() == packet.index,
+            in_window: device.reorder.in_window(packet.index),
+            started: device.flags.is_started(),
+            within_read_ahead,
             spills: self.spill.is_some(),
         })
     }
 
-    fn find(&mut self, packet: &Incoming, patient: bool) -> Result<Option<Buffer>> {
+    fn find(&mut self, packet: &IncomingPacket, within_read_ahead: bool) -> Result<Option<Buffer>> {
         if let Some(error) = self.stopped(&packet.device) {
             return Err(error);
         }
-        let ways = self.ways(packet, patient);
+        let grant = self.grant(packet, within_read_ahead);
         let whole = self.load.pool.layout().buffer_len;
-        if let Some(limit) = ways.buffer
-            && let Some(lease) = self.packer.lease_within(packet.remaining.min(whole), limit)
+        if let Some(limit) = grant.buffer
+            && let Some(lease) = self.cutter.lease_within(packet.remaining.min(whole), limit)
         {
             return Ok(Some(lease));
         }
-        if !ways.reserve {
+        if !grant.reserve {
             return Ok(None);
         }
         let reserve = Pool::reserve(self.load.pool.clone(), packet.device.ordinal);
@@ -205,9 +223,9 @@ impl LoadInlet {
         }))
     }
 
-    /// As [`LoadInlet::try_lease`], waiting for it. Ends with memory, with space to spill it to, or with the
+    /// As [`LoadSink::try_lease`], waiting for it. Ends with memory, with space to spill it to, or with the
     /// packet's, its device's or the load's end.
-    pub(crate) fn lease(&mut self, packet: &mut Incoming) -> Result<Space> {
+    pub(crate) fn lease(&mut self, packet: &mut IncomingPacket) -> Result<Space> {
         if packet.dropped {
             return Ok(Space::Nowhere);
         }
@@ -220,9 +238,9 @@ impl LoadInlet {
     }
 
     /// Memory; or `None`, where the packet is to be spilled, and has space for that.
-    fn wait_for_space(&mut self, packet: &Incoming) -> Result<Option<Buffer>> {
+    fn wait_for_space(&mut self, packet: &IncomingPacket) -> Result<Option<Buffer>> {
         if let Some(lease) = self.find(packet, true)? {
-            self.patient = true;
+            self.within_read_ahead = true;
             self.spilling = false;
             return Ok(Some(lease));
         }
@@ -233,49 +251,49 @@ impl LoadInlet {
             }
         }
         // A buffer that is not full would be held for as long as the wait lasts.
-        self.rest();
+        self.release_buffer();
         let since = Instant::now();
         let load = self.load.clone();
         let mut found = None;
-        if self.patient {
-            found = load.room.wait_patiently(|| self.look(packet, true));
-            self.patient = found.is_some();
+        if self.within_read_ahead {
+            found = load.backpressure.wait_patiently(|| self.look(packet, true));
+            self.within_read_ahead = found.is_some();
         }
         let mut found = found.map(|found| found.map(Some));
         if found.is_none() && self.spill.is_some() {
             let until = deadline(SPILL_AFTER);
             let look = || self.look(packet, false);
             found = load
-                .room
+                .backpressure
                 .wait_until(until, look)
                 .map(|found| found.map(Some));
         }
         // From here on it is spilled at once, or waits for space in either.
         let found = found.unwrap_or_else(|| {
-            load.room.wait(|| match self.look(packet, false) {
+            load.backpressure.wait(|| match self.look(packet, false) {
                 Some(found) => Some(found.map(Some)),
                 None => self.set_aside(packet).then_some(Ok(None)),
             })
         });
         self.counters.blocked.add_time(since.elapsed());
-        load.room.pass_on();
+        load.backpressure.pass_on();
         found
     }
 
     /// What a channel that waits looks for.
-    fn look(&mut self, packet: &Incoming, patient: bool) -> Option<Result<Buffer>> {
+    fn look(&mut self, packet: &IncomingPacket, within_read_ahead: bool) -> Option<Result<Buffer>> {
         let device = &packet.device;
-        device.inbox.wait_for(packet.index);
-        if packet.index < device.inbox.next() {
+        device.reorder.wait_for(packet.index);
+        if packet.index < device.reorder.next() {
             return Some(Err(
                 device.refuse(Violation::IndexAlreadyWritten, packet.index)
             ));
         }
-        // What the driver tells of, and nothing else.
-        if self.stopped(device).is_none() && !self.is_told(packet, patient) {
+        // What the I/O thread tells of, and nothing else.
+        if self.stopped(device).is_none() && !self.is_told(packet, within_read_ahead) {
             return None;
         }
-        self.find(packet, patient).transpose()
+        self.find(packet, within_read_ahead).transpose()
     }
 
     /// Whether a packet without data can be published now: its slot costs memory too, so it must be
@@ -284,7 +302,7 @@ impl LoadInlet {
     /// # Errors
     ///
     /// The load's end, or the device's.
-    pub(crate) fn is_near(&self, packet: &mut Incoming) -> Result<bool> {
+    pub(crate) fn is_near(&self, packet: &mut IncomingPacket) -> Result<bool> {
         if packet.dropped {
             return Ok(true);
         }
@@ -292,50 +310,51 @@ impl LoadInlet {
         Ok(self.unless_unplugged(packet, near)?.unwrap_or(true))
     }
 
-    fn look_near(&self, packet: &Incoming) -> Result<bool> {
+    fn look_near(&self, packet: &IncomingPacket) -> Result<bool> {
         match self.stopped(&packet.device) {
             Some(error) => Err(error),
-            None => Ok(packet.device.inbox.in_window(packet.index)),
+            None => Ok(packet.device.reorder.in_window(packet.index)),
         }
     }
 
     /// Waits until a packet without data can be published. Ends with that, or the packet's or the
     /// load's end.
-    fn come_near(&mut self, packet: &Incoming) -> Result<()> {
+    fn come_near(&mut self, packet: &IncomingPacket) -> Result<()> {
         if self.look_near(packet)? {
             return Ok(());
         }
-        self.rest();
+        self.release_buffer();
         let since = Instant::now();
         let load = self.load.clone();
-        let found = load.room.wait(|| {
-            packet.device.inbox.wait_for(packet.index);
+        let found = load.backpressure.wait(|| {
+            packet.device.reorder.wait_for(packet.index);
             match self.look_near(packet) {
-                // What the driver tells of, and nothing else.
+                // What the I/O thread tells of, and nothing else.
                 Ok(near) if near && self.is_told(packet, false) => Some(Ok(())),
                 Ok(_) => None,
                 Err(error) => Some(Err(error)),
             }
         });
         self.counters.blocked.add_time(since.elapsed());
-        load.room.pass_on();
+        load.backpressure.pass_on();
         found
     }
 
-    /// Whether the driver tells of what this packet waits for, should it be there.
-    fn is_told(&self, packet: &Incoming, patient: bool) -> bool {
-        packet.index <= packet.device.inbox.next() || self.load.room.is_wide(patient)
+    /// Whether the I/O thread tells of what this packet waits for, should it be there.
+    fn is_told(&self, packet: &IncomingPacket, within_read_ahead: bool) -> bool {
+        packet.index <= packet.device.reorder.next()
+            || self.load.backpressure.has_room(within_read_ahead)
     }
 
     /// Publishes what a lease of this packet was filled with.
-    pub(crate) fn publish(&mut self, packet: &mut Incoming, lease: Buffer) -> Result<()> {
+    pub(crate) fn publish(&mut self, packet: &mut IncomingPacket, lease: Buffer) -> Result<()> {
         let len = lease.size();
         if packet.dropped {
             self.count_dropped(packet, len);
             return Ok(());
         }
         let filled = Packet {
-            payload: Payload::Piece(lease.into_piece()),
+            payload: Payload::Lease(lease.into_token()),
             config: packet.config,
             more: len < packet.remaining,
         };
@@ -343,7 +362,7 @@ impl LoadInlet {
     }
 
     /// Publishes a packet without data. Waits for it to come near enough.
-    pub(crate) fn publish_empty(&mut self, packet: &mut Incoming) -> Result<()> {
+    pub(crate) fn publish_empty(&mut self, packet: &mut IncomingPacket) -> Result<()> {
         if !packet.dropped {
             let near = self.come_near(packet);
             self.unless_unplugged(packet, near)?;
@@ -362,7 +381,7 @@ impl LoadInlet {
 
     fn hand_over_or_drop(
         &mut self,
-        packet: &mut Incoming,
+        packet: &mut IncomingPacket,
         filled: Packet,
         len: usize,
     ) -> Result<()> {
@@ -373,13 +392,13 @@ impl LoadInlet {
         Ok(())
     }
 
-    fn hand_over(&mut self, packet: &mut Incoming, filled: Packet, len: usize) -> Result<()> {
+    fn hand_over(&mut self, packet: &mut IncomingPacket, filled: Packet, len: usize) -> Result<()> {
         let device = &packet.device;
         let index = packet.index;
         let published = if packet.first {
             device.counters.published();
             let guard = self.epoch.pin();
-            device.inbox.publish(index, filled, &guard)
+            device.reorder.publish(index, filled, &guard)
         } else {
             self.publish_rest(device, index, filled)
         };
@@ -392,7 +411,7 @@ impl LoadInlet {
             Publish::Closed(filled) => {
                 self.load.recycle(filled);
                 // A device that has got all closes too: then this is one that it has got.
-                let written = || index < device.inbox.next();
+                let written = || index < device.reorder.next();
                 return Err(match self.stopped(device) {
                     Some(error) => error,
                     None if written() => device.refuse(Violation::IndexAlreadyWritten, index),
@@ -402,8 +421,8 @@ impl LoadInlet {
                 });
             }
         }
-        let driver = &self.load.driver;
-        driver.wake_if(device.inbox.ring(index, &driver.doorbell));
+        let io = &self.load.io;
+        io.wake_if(device.reorder.ring(index, &io.doorbell));
         packet.first = false;
         packet.remaining -= len;
         self.counters.bytes.add(len as u64);
@@ -415,13 +434,16 @@ impl LoadInlet {
     fn publish_rest(&mut self, device: &LoadDevice, index: u32, filled: Packet) -> Publish {
         let load = self.load.clone();
         let mut waiting = Some(filled);
-        load.room.wait(|| {
+        load.backpressure.wait(|| {
             let filled = waiting.take().expect("put back below");
             if self.stopped(device).is_some() {
                 return Some(Publish::Closed(filled));
             }
-            device.inbox.wait_for(index);
-            match device.inbox.publish_rest(index, filled, &self.epoch.pin()) {
+            device.reorder.wait_for(index);
+            match device
+                .reorder
+                .publish_rest(index, filled, &self.epoch.pin())
+            {
                 Publish::Full(filled) => {
                     waiting = Some(filled);
                     None
@@ -437,15 +459,15 @@ impl LoadInlet {
             return Some(error);
         }
         device
-            .control
+            .flags
             .stop()
             .map(|_| Error::cancelled(Phase::Receive).on_device(&device.id))
     }
 
     /// Gives up memory that is not in use.
-    fn rest(&mut self) {
-        self.packer.release();
-        self.load.room.pass_on();
+    fn release_buffer(&mut self) {
+        self.cutter.release();
+        self.load.backpressure.pass_on();
     }
 
     /// The load that it brings packets for.
@@ -454,60 +476,60 @@ impl LoadInlet {
     }
 }
 
-impl Inlet for LoadInlet {
-    type Packet = Incoming;
+impl PacketSink for LoadSink {
+    type Packet = IncomingPacket;
 
     fn announce(
         &mut self,
         name: (&[u8], u32),
         header: wire::PacketHeader,
         data_len: usize,
-    ) -> Result<Incoming> {
+    ) -> Result<IncomingPacket> {
         let mut packet = self.announce(name, header, data_len)?;
         self.admit(&mut packet)?;
         Ok(packet)
     }
 
-    fn place(packet: &Incoming) -> (&DeviceId, u32) {
+    fn place(packet: &IncomingPacket) -> (&DeviceId, u32) {
         (&packet.device.id, packet.index)
     }
 
-    fn remaining(&self, packet: &Incoming) -> usize {
+    fn remaining(&self, packet: &IncomingPacket) -> usize {
         packet.remaining
     }
 
-    fn lease(&mut self, packet: &mut Incoming) -> Result<Space> {
+    fn lease(&mut self, packet: &mut IncomingPacket) -> Result<Space> {
         self.lease(packet)
     }
 
     fn spill(
         &mut self,
-        packet: &mut Incoming,
+        packet: &mut IncomingPacket,
         receive: &mut dyn FnMut(&mut [u8], bool) -> Result<()>,
     ) -> Result<()> {
         self.spill(packet, receive)
     }
 
-    fn passed(&mut self, packet: &mut Incoming) {
+    fn passed(&mut self, packet: &mut IncomingPacket) {
         let rest = packet.remaining;
         self.count_dropped(packet, rest);
     }
 
-    fn publish(&mut self, packet: &mut Incoming, filled: Buffer) -> Result<()> {
+    fn publish(&mut self, packet: &mut IncomingPacket, filled: Buffer) -> Result<()> {
         self.publish(packet, filled)
     }
 
-    fn publish_empty(&mut self, packet: &mut Incoming) -> Result<()> {
+    fn publish_empty(&mut self, packet: &mut IncomingPacket) -> Result<()> {
         self.publish_empty(packet)
     }
 
-    fn rest(&mut self) {
-        self.rest();
+    fn release_buffer(&mut self) {
+        self.release_buffer();
     }
 
-    fn stand(&mut self) {
+    fn before_sync(&mut self) {
         // The others may need what is left of it before they come to theirs.
-        self.rest();
+        self.release_buffer();
     }
 
     fn counters(&self) -> &ChannelCounters {
@@ -515,8 +537,8 @@ impl Inlet for LoadInlet {
     }
 }
 
-impl Drop for LoadInlet {
+impl Drop for LoadSink {
     fn drop(&mut self) {
-        self.rest();
+        self.release_buffer();
     }
 }

@@ -1,4 +1,4 @@
-//! Device side: the driver's part, from a device's slots to its data fd.
+//! Device side: the I/O thread's part, from a device's slots to its data fd.
 //!
 //! ```text
 //!   take what is there ─▶ gather small ones, chain large ones ─▶ submit ─▶ … ─▶ batch done
@@ -13,26 +13,41 @@
 
 use nix::errno::Errno;
 
-use super::*;
+use std::{io, mem, time::Instant};
+
+use crossbeam_epoch::Guard;
+use vfio_migration_uring::{Completion, Fd, Ring};
+
+use super::{Load, LoadDevice, TransferResult};
+use crate::{
+    error::{Error, ErrorKind, Phase, Result},
+    io_loop::{Context, Transfer, TransferState},
+    lane::{Buffer, CHAIN, Direction, Filled, Lane, Progress},
+    reorder::{
+        pool::{LeaseCutter, LeaseToken, Pool, PoolLayout},
+        reorder_buffer::{Next, ReorderReader},
+        slot::{Packet, Payload},
+    },
+    spill::{BOUNCE, SpillExtent},
+    sync::{Arc, atomic::Ordering},
+    trace, wire,
+};
 
 /// Packets up to this many bytes are gathered into one write where several are ready: copying them
 /// costs less than an operation for each.
 const GATHER_MAX: usize = 64 << 10;
-
-/// How much of a spilled packet is read back at once where the pool has no buffer.
-pub(crate) const READ_BACK: usize = 64 << 10;
 
 /// The most bytes that all lanes together are given at once: enough to keep devices busy, little enough
 /// to stay in the cache. Where many are busy each has less, but not less than what is gathered: their
 /// number is what keeps the kernel busy then, and a packet that is alone need not be copied.
 const CHAIN_BYTES: usize = 4 << 20;
 
-/// One device's packets on their way into its data fd. The driver's.
-pub(crate) struct LoadFlow {
+/// One device's packets on their way into its data fd. The I/O thread's.
+pub(crate) struct LoadTransfer {
     load: Arc<Load>,
     device: Arc<LoadDevice>,
     lane: Lane,
-    cursor: Cursor,
+    reader: ReorderReader,
     /// The config packet's data so far, once it is next.
     config: Vec<u8>,
     config_taken: bool,
@@ -51,12 +66,12 @@ pub(crate) struct LoadFlow {
     started: Option<Instant>,
     starved: Option<Instant>,
     /// Last, so that the lane has given the data fd back before the result is there.
-    outcome: Outcome,
+    outcome: ResultOnDrop,
 }
 
 /// A packet on its way back from the spill file.
 struct ReadBack {
-    spilled: Spilled,
+    spilled: SpillExtent,
     index: u32,
     config: bool,
     /// How many of its bytes have been read.
@@ -119,35 +134,35 @@ impl Batch {
 }
 
 /// Leaves a flow's result when it goes away, however it does.
-struct Outcome {
+struct ResultOnDrop {
     load: Arc<Load>,
     device: Arc<LoadDevice>,
-    drained: Option<Drained>,
+    drained: Option<TransferResult>,
 }
 
-impl Drop for Outcome {
+impl Drop for ResultOnDrop {
     fn drop(&mut self) {
         // Nothing is stored any more: later packets are refused, and those that nobody took are
         // recycled.
         let epoch = self.load.collector.register();
         let load = &self.load;
         self.device
-            .inbox
+            .reorder
             .close(&epoch.pin(), |packet| load.recycle(packet));
-        self.load.room.notify_all();
+        self.load.backpressure.notify_all();
         let unfinished = || {
-            let kind = ErrorKind::Internal("the driver ended before this device's transfer");
+            let kind = ErrorKind::Internal("the I/O thread ended before this device's transfer");
             Err(Error::new(kind, Phase::Load).on_device(&self.device.id))
         };
         self.device
-            .leave(self.drained.take().unwrap_or_else(unfinished));
+            .set_result(self.drained.take().unwrap_or_else(unfinished));
     }
 }
 
-impl LoadFlow {
+impl LoadTransfer {
     pub(crate) fn new(load: Arc<Load>, device: Arc<LoadDevice>, fd: Fd) -> Self {
         let lane = Lane::new(fd, Direction::Write, device.ordinal);
-        let outcome = Outcome {
+        let outcome = ResultOnDrop {
             load: load.clone(),
             device: device.clone(),
             drained: None,
@@ -156,7 +171,7 @@ impl LoadFlow {
             load,
             device,
             lane,
-            cursor: Cursor::new(),
+            reader: ReorderReader::new(),
             config: Vec::new(),
             config_taken: false,
             no_room: None,
@@ -186,12 +201,12 @@ impl LoadFlow {
             .or(self.ready.indices.first());
         let read_back = self.read_back.as_ref().map(|packet| packet.index);
         let taken = taken.copied().or(read_back);
-        taken.unwrap_or_else(|| self.cursor.next())
+        taken.unwrap_or_else(|| self.reader.next())
     }
 
     /// Tells how far the device is, while somebody may wait for it: before the switchover.
-    fn tell(&self) {
-        if !self.device.control.is_switched() {
+    fn report_progress(&self) {
+        if !self.device.flags.is_switched() {
             // Release: what is said to be in the device is there. Partner: `wait_written`.
             self.device
                 .written
@@ -201,16 +216,16 @@ impl LoadFlow {
     }
 
     /// The device misses its next packet: a channel that waits with it must hear of that.
-    fn miss(&self) {
-        if self.cursor.is_awaited(&self.device.inbox) {
-            self.load.room.miss();
+    fn next_missing(&self) {
+        if self.reader.is_awaited(&self.device.reorder) {
+            self.load.backpressure.next_missing();
         }
     }
 
     /// Takes a piece of the config packet out of the pool: it waits for the device's thread, and
     /// must not hold up other packets meanwhile. Its size is bounded by the maximum of a packet.
     fn take_config(&mut self, packet: Packet) {
-        if let Payload::Piece(piece) = packet.payload {
+        if let Payload::Lease(piece) = packet.payload {
             let lease = Pool::adopt(&*self.load.pool, piece);
             if let Err(error) = keep(&mut self.config, lease.bytes()) {
                 self.no_room = Some(error.on_device(&self.device.id));
@@ -225,13 +240,13 @@ impl LoadFlow {
     fn gather(&mut self, guard: &Guard) {
         let mut taken = 0;
         while !self.config_taken && self.read_back.is_none() && !self.ready.is_full(self.share) {
-            let (index, packet) = match self.cursor.take(&self.device.inbox, guard) {
+            let (index, packet) = match self.reader.take(&self.device.reorder, guard) {
                 Next::Packet(index, packet) => (index, packet),
                 Next::Starved(_) | Next::Closed => break,
             };
             let last = !packet.more;
             taken += u64::from(last);
-            if let Payload::Aside(number) = packet.payload {
+            if let Payload::External(number) = packet.payload {
                 self.read_back = Some(ReadBack {
                     spilled: self.load.adopt_spilled(number),
                     index,
@@ -250,8 +265,8 @@ impl LoadFlow {
                     self.ready.bytes += wire::PACKET_HEADER_LEN as u64;
                     continue;
                 }
-                Payload::Aside(_) => unreachable!("seen to above"),
-                Payload::Piece(piece) => self.add(index, piece, guard),
+                Payload::External(_) => unreachable!("seen to above"),
+                Payload::Lease(piece) => self.add(index, piece, guard),
             };
             let ready = &mut self.ready;
             if ready.indices.last() != Some(&index) {
@@ -274,7 +289,7 @@ impl LoadFlow {
         let (offset, run) = packet.spilled.locate(packet.at);
         let most = self.load.pool.layout().buffer_len;
         let lease = if most > 0 {
-            Packer::new(self.load.pool.clone()).lease(run.min(most))
+            LeaseCutter::new(self.load.pool.clone()).lease(run.min(most))
         } else {
             None
         };
@@ -288,7 +303,7 @@ impl LoadFlow {
                 };
                 let lease = Pool::reserve(self.own.insert(own).clone(), 0);
                 let mut lease = lease.expect("what was in it before has been written");
-                lease.truncate(run.min(READ_BACK));
+                lease.truncate(run.min(BOUNCE));
                 lease
             }
         };
@@ -340,7 +355,7 @@ impl LoadFlow {
             self.config_taken = packet.config;
             self.read_back = None;
             // Channels may wait for its space.
-            self.load.room.miss();
+            self.load.backpressure.next_missing();
         }
         Ok(())
     }
@@ -353,11 +368,11 @@ impl LoadFlow {
     }
 
     /// Adds a piece to the batch: by a copy where it is small and not alone.
-    fn add(&mut self, index: u32, piece: Piece, guard: &Guard) -> usize {
+    fn add(&mut self, index: u32, piece: LeaseToken, guard: &Guard) -> usize {
         let len = piece.size();
         let small = len <= GATHER_MAX && 2 * len <= self.share;
         if small && self.ready.gathered_at.is_none() {
-            let another = self.cursor.is_ready(&self.device.inbox, guard);
+            let another = self.reader.is_ready(&self.device.reorder, guard);
             self.ready.staging = another.then(|| self.stage(index)).flatten();
         }
         let ready = &mut self.ready;
@@ -386,7 +401,7 @@ impl LoadFlow {
         if layout.buffers == 0 {
             return None;
         }
-        let buffer = Packer::new(self.load.staging.clone()).lease(layout.buffer_len)?;
+        let buffer = LeaseCutter::new(self.load.staging.clone()).lease(layout.buffer_len)?;
         self.ready.gathered_at = Some(index);
         Some((index, buffer, 0))
     }
@@ -406,14 +421,14 @@ fn own_buffer() -> Result<Arc<Pool>> {
         buffers: 0,
         buffer_len: 0,
         reserves: 1,
-        reserve_len: READ_BACK,
+        reserve_len: BOUNCE,
     });
     let what = "memory to read a spilled packet back";
     pool.map(Arc::new)
         .map_err(|error| Error::lacking(Phase::Load, what, error))
 }
 
-impl Flow for LoadFlow {
+impl Transfer for LoadTransfer {
     fn lane(&mut self) -> &mut Lane {
         &mut self.lane
     }
@@ -427,17 +442,17 @@ impl Flow for LoadFlow {
     }
 
     fn stop(&self) -> Option<Error> {
-        let _quit_or_exit = self.device.control.stop()?;
+        let _quit_or_exit = self.device.flags.stop()?;
         Some(self.cancelled())
     }
 
-    fn pump(&mut self, context: &mut Context<'_>) -> Pump {
-        if !self.device.control.is_started() {
-            return Pump::Held;
+    fn advance(&mut self, context: &mut Context<'_>) -> TransferState {
+        if !self.device.flags.is_started() {
+            return TransferState::Held;
         }
-        let first = self.cursor.next() == 0;
+        let first = self.reader.next() == 0;
         // A loader that has been started early does not count as waiting before the switchover.
-        let switched = self.device.control.is_switched();
+        let switched = self.device.flags.is_switched();
         if switched {
             self.started.get_or_insert_with(Instant::now);
         }
@@ -445,7 +460,7 @@ impl Flow for LoadFlow {
         let ended = self.load.input_ended();
         self.share = (CHAIN_BYTES / context.busy.max(1)).max(GATHER_MAX);
         self.gather(context.guard);
-        if first && self.cursor.next() > 0 {
+        if first && self.reader.next() > 0 {
             trace::load_state_device_buffer_start(&self.device.id);
         }
         self.ready.close_staging();
@@ -462,25 +477,25 @@ impl Flow for LoadFlow {
                 context.ring,
                 &self.device.counters,
             );
-            if !self.cursor.is_ready(&self.device.inbox, context.guard) {
-                self.miss();
+            if !self.reader.is_ready(&self.device.reorder, context.guard) {
+                self.next_missing();
             }
-            return Pump::Busy;
+            return TransferState::Busy;
         }
         if self.read_back.is_some() {
             return match self.read_on(context.ring) {
-                Ok(()) => Pump::Busy,
-                Err(error) => Pump::Finished(Err(error)),
+                Ok(()) => TransferState::Busy,
+                Err(error) => TransferState::Finished(Err(error)),
             };
         }
-        self.tell();
+        self.report_progress();
         if let Some(error) = self.no_room.take() {
-            return Pump::Finished(Err(error));
+            return TransferState::Finished(Err(error));
         }
         if self.config_taken {
             let Some(started) = self.started else {
                 // The gate: no config before the switchover.
-                return Pump::Held;
+                return TransferState::Held;
             };
             let counters = &self.device.counters;
             if let Some(since) = self.starved.take() {
@@ -491,26 +506,30 @@ impl Flow for LoadFlow {
             let wrote = started.elapsed().saturating_sub(waited);
             counters.phases.write.add_time(wrote);
             trace::load_state_device_buffer_end(&self.device.id);
-            return Pump::Finished(Ok(()));
+            return TransferState::Finished(Ok(()));
         }
         if ended {
             // Channels that were hung up on have ended too: then this is no news.
             if self.load.failure().is_some() {
-                return Pump::Finished(Err(self.cancelled()));
+                return TransferState::Finished(Err(self.cancelled()));
             }
             let error = Error::new(ErrorKind::Missing, Phase::Load)
                 .on_device(&self.device.id)
-                .at_index(self.cursor.next());
-            return Pump::Finished(Err(error));
+                .at_index(self.reader.next());
+            return TransferState::Finished(Err(error));
         }
-        self.miss();
-        if switched { Pump::Starved } else { Pump::Held }
+        self.next_missing();
+        if switched {
+            TransferState::Starved
+        } else {
+            TransferState::Held
+        }
     }
 
     fn prepare(&mut self, guard: &Guard) -> Result<()> {
         self.gather(guard);
         if !self.config_taken && self.read_back.is_none() && !self.ready.is_full(self.share) {
-            self.miss();
+            self.next_missing();
         }
         Ok(())
     }
@@ -521,7 +540,7 @@ impl Flow for LoadFlow {
             && self.read_back.is_none()
             && !self.ready.is_full(self.share)
             && self.in_flight.gathered_at.is_some()
-            && self.cursor.is_ready(&self.device.inbox, guard)
+            && self.reader.is_ready(&self.device.reorder, guard)
     }
 
     fn batch_done(&mut self, filled: Vec<Filled>, _guard: &Guard) -> Result<()> {
@@ -533,7 +552,7 @@ impl Flow for LoadFlow {
         }
         self.device.counters.bytes.add(self.in_flight.bytes);
         self.in_flight.clear();
-        self.tell();
+        self.report_progress();
         Ok(())
     }
 
@@ -563,17 +582,17 @@ impl Flow for LoadFlow {
     fn starve(&mut self) {
         if self.started.is_some() && self.starved.is_none() {
             self.starved = Some(Instant::now());
-            trace::load_state_device_buffer_starved(&self.device.id, self.cursor.next());
+            trace::load_state_device_buffer_starved(&self.device.id, self.reader.next());
         }
-        self.cursor.starve(&self.device.inbox);
+        self.reader.starve(&self.device.reorder);
     }
 
     fn is_ready(&mut self, guard: &Guard) -> bool {
         if self.config_taken {
-            return self.device.control.is_switched();
+            return self.device.flags.is_switched();
         }
-        self.device.control.is_started()
-            && (self.cursor.is_ready(&self.device.inbox, guard) || self.load.input_ended())
+        self.device.flags.is_started()
+            && (self.reader.is_ready(&self.device.reorder, guard) || self.load.input_ended())
     }
 
     fn stalled(&self) -> Error {

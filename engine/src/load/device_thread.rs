@@ -1,10 +1,22 @@
 //! The device's thread: everything of a load but the bytes, and the main thread's calls beside it.
 //!
 //! ```text
-//!   RESUMING ─▶ attach the flow ─▶ wait for the driver ─▶ (wait for the notice) ─▶ config ─▶ (STOP)
+//!   RESUMING ─▶ attach the flow ─▶ wait for the I/O thread ─▶ (wait for the notice) ─▶ config ─▶ (STOP)
 //! ```
 
-use super::*;
+use std::time::{Duration, Instant};
+
+use vfio_migration_uring::{deadline, later};
+
+use super::{Load, LoadDevice, TransferResult, device_side::LoadTransfer};
+use crate::{
+    device::{Device, Recover, write_all},
+    error::{Error, ErrorKind, Phase, Result, Violation},
+    reorder::flags::SLACK,
+    state::DeviceState,
+    sync::{Arc, atomic::Ordering, lock},
+    trace, wire,
+};
 
 /// The device's thread: everything of a load but the bytes. Returns once the device is loaded, put
 /// back, or given up; never touches a device that a transfer is stuck in.
@@ -25,7 +37,7 @@ pub(crate) fn serve_device(
         // Where the switchover never began the main channel's side still has the fd.
         drop(lock(&shared.iterable).take());
         // The first error is the one to report; what this one comes to is the device's duty.
-        let _duty = device.forget();
+        let _duty = device.discard_state();
     }
     trace::load_bufs_thread_end(id);
     result
@@ -39,26 +51,26 @@ fn set_up_device(load: &Arc<Load>, shared: &Arc<LoadDevice>, device: &mut Device
     shared.counters.phases.set_state.add_time(since.elapsed());
     let fd = device.lend()?;
     *lock(&shared.iterable) = Some(fd.clone());
-    let flow = LoadFlow::new(load.clone(), shared.clone(), fd);
-    let attached = load.driver.attach(shared.ordinal, flow);
+    let flow = LoadTransfer::new(load.clone(), shared.clone(), fd);
+    let attached = load.io.attach(shared.ordinal, flow);
     attached.map_err(|_flow| Error::cancelled(Phase::Setup).on_device(&shared.id))
 }
 
 fn finish_load(load: &Load, shared: &LoadDevice, device: &mut Device) -> Result<()> {
     let cancelled = |_stop| Error::cancelled(Phase::Config).on_device(&shared.id);
-    let config = wait_for_driver(load, shared)?;
+    let config = wait_for_transfer(load, shared)?;
     let body = wire::config_body(&config).map_err(|error| error.on_device(&shared.id))?;
     if shared.config_waits {
         // A time beyond the clock's end is none.
         let until = Some(deadline(load.settings.config_ready_timeout));
-        match shared.control.wait_config_ready(until) {
+        match shared.flags.wait_config_ready(until) {
             Some(told) => told.map_err(cancelled)?,
             None => {
                 let missing = "the notice that its config may be loaded has not come";
                 return Err(Error::stalled(Phase::Config, missing).on_device(&shared.id));
             }
         }
-    } else if let Some(stop) = shared.control.stop() {
+    } else if let Some(stop) = shared.flags.stop() {
         return Err(cancelled(stop));
     }
     let since = Instant::now();
@@ -79,17 +91,17 @@ fn finish_load(load: &Load, shared: &LoadDevice, device: &mut Device) -> Result<
     Ok(())
 }
 
-/// The driver's result. Ends with it; or, after a stop, with the grace time.
-fn wait_for_driver(load: &Load, shared: &LoadDevice) -> Drained {
-    if shared.control.wait_drained().is_err() {
-        // The driver bounds its own part by the grace time.
+/// The I/O thread's result. Ends with it; or, after a stop, with the grace time.
+fn wait_for_transfer(load: &Load, shared: &LoadDevice) -> TransferResult {
+    if shared.flags.wait_drained().is_err() {
+        // The I/O thread bounds its own part by the grace time.
         let until = later(deadline(load.settings.grace), SLACK);
-        if !shared.control.wait_drained_until(until) {
+        if !shared.flags.wait_drained_until(until) {
             return Err(Error::new(ErrorKind::Stuck, Phase::Load).on_device(&shared.id));
         }
     }
     let drained = lock(&shared.drained).take();
-    drained.expect("the driver leaves its result before it says so")
+    drained.expect("the I/O thread leaves its result before it says so")
 }
 
 /// Writes iterable data, which comes over the main channel, into the device: in the caller's
@@ -98,7 +110,7 @@ pub(crate) fn write_iterable(shared: &LoadDevice, bytes: &[u8]) -> Result<()> {
     let fail = |kind| Error::new(kind, Phase::Section).on_device(&shared.id);
     let fd = lock(&shared.iterable);
     let Some(fd) = &*fd else {
-        let kind = ErrorKind::Config("iterable data outside setup and switchover");
+        let kind = ErrorKind::Misuse("iterable data outside setup and switchover");
         return Err(fail(kind));
     };
     write_all(fd, bytes).map_err(|error| fail(ErrorKind::Device).caused_by(error))?;
@@ -109,18 +121,18 @@ pub(crate) fn write_iterable(shared: &LoadDevice, bytes: &[u8]) -> Result<()> {
 /// The switchover starts: all iterable data is in the device.
 pub(crate) fn start(load: &Load, shared: &LoadDevice) {
     drop(lock(&shared.iterable).take());
-    let switched = shared.control.switch();
-    if shared.control.start() || switched {
-        load.driver.wake();
+    let switched = shared.flags.switch();
+    if shared.flags.start() || switched {
+        load.io.wake();
     }
 }
 
-/// All of the device's data comes over the channels, what was read in PRE_COPY too: the driver may
+/// All of the device's data comes over the channels, what was read in PRE_COPY too: the I/O thread may
 /// write what comes before the switchover, but for the config.
 pub(crate) fn start_early(load: &Load, shared: &LoadDevice) {
     drop(lock(&shared.iterable).take());
-    if shared.control.start() {
-        load.driver.wake();
+    if shared.flags.start() {
+        load.io.wake();
     }
 }
 
@@ -137,12 +149,12 @@ pub(crate) fn wait_written(
         let deadline = Some(deadline(no_progress));
         let mut written = 0;
         let ended = shared.progress.wait(deadline, || {
-            // Acquire: with the driver's release.
+            // Acquire: with the I/O thread's release.
             written = shared.written.load(Ordering::Acquire);
             if written >= count {
                 return Some(Ok(()));
             }
-            let ended = shared.control.stop().is_some() || shared.control.is_drained();
+            let ended = shared.flags.stop().is_some() || shared.flags.is_drained();
             ended.then(|| {
                 let cancelled = || Error::cancelled(Phase::Section).on_device(&shared.id);
                 Err(load.failure().unwrap_or_else(cancelled))

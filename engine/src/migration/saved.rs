@@ -12,8 +12,13 @@
 
 use std::mem;
 
-use super::{Failed, Realized, at_once, put_all_back};
-use crate::{channel::Finished, error::Result, stats::Stats, trace};
+use super::{MigratableDevice, at_once, put_all_back};
+use crate::{
+    channel::Finished,
+    error::{Failed, Result},
+    stats::Stats,
+    trace,
+};
 
 /// All devices of a VM on the source, saved, in STOP_COPY: they stand, and keep what they hold; and
 /// the channels, which are closed with it.
@@ -24,13 +29,17 @@ use crate::{channel::Finished, error::Result, stats::Stats, trace};
 #[derive(Debug)]
 #[must_use = "the devices are in STOP_COPY: clean up, abort, or leave them in doubt"]
 pub struct Saved {
-    devices: Vec<Realized>,
+    devices: Vec<MigratableDevice>,
     stats: Stats,
     channels: Finished,
 }
 
 impl Saved {
-    pub(super) const fn new(devices: Vec<Realized>, stats: Stats, channels: Finished) -> Self {
+    pub(super) const fn new(
+        devices: Vec<MigratableDevice>,
+        stats: Stats,
+        channels: Finished,
+    ) -> Self {
         Self {
             devices,
             stats,
@@ -51,13 +60,13 @@ impl Saved {
     /// # Errors
     ///
     /// The first device's that refused: it was reset, which makes it RUNNING, and then stopped.
-    /// [`Realized::duty`] says where that failed too.
-    pub fn cleanup(mut self) -> Result<Vec<Realized>, Failed<Vec<Realized>>> {
+    /// [`MigratableDevice::duty`] says where that failed too.
+    pub fn cleanup(mut self) -> Result<Vec<MigratableDevice>, Failed<Vec<MigratableDevice>>> {
         let mut devices = mem::take(&mut self.devices);
-        let stopped = at_once(&mut devices, |realized| {
-            trace::save_cleanup(realized.id());
-            let stopped = realized.device.retire();
-            trace::migration_state_notifier(realized.id(), "completed");
+        let stopped = at_once(&mut devices, |migratable| {
+            trace::save_cleanup(migratable.id());
+            let stopped = migratable.device.retire();
+            trace::migration_state_notifier(migratable.id(), "completed");
             stopped
         });
         match stopped.into_iter().collect::<Result<()>>() {
@@ -71,7 +80,7 @@ impl Saved {
     ///
     /// Only where the destination has said so, or the main channel's end was never written to it.
     #[must_use = "these are the VM's devices"]
-    pub fn abort(mut self) -> Vec<Realized> {
+    pub fn abort(mut self) -> Vec<MigratableDevice> {
         let mut devices = mem::take(&mut self.devices);
         self.channels.abandon();
         put_all_back(&mut devices);
@@ -84,16 +93,16 @@ impl Saved {
     /// Once it is known that the VM does not run there, [`vm::start`](super::vm::start) lets it go on
     /// here.
     #[must_use = "these are the VM's devices"]
-    pub fn in_doubt(mut self) -> Vec<Realized> {
+    pub fn in_doubt(mut self) -> Vec<MigratableDevice> {
         self.hold();
         mem::take(&mut self.devices)
     }
 
     fn hold(&mut self) {
-        at_once(&mut self.devices, |realized| {
-            trace::save_cleanup(realized.id());
+        at_once(&mut self.devices, |migratable| {
+            trace::save_cleanup(migratable.id());
             // What this comes to is the device's state and its duty.
-            let _duty = realized.device.hold();
+            let _duty = migratable.device.hold();
         });
     }
 }

@@ -21,7 +21,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Realized, Source, at_once};
+use super::{MigratableDevice, OutgoingDevice, at_once};
 use crate::{
     device::{Device, Recover, set::for_all},
     error::{Error, Result},
@@ -55,7 +55,7 @@ mod sealed {
     pub trait Sealed {}
 }
 
-/// A device that the VM's state concerns, in whatever part of its life: [`Realized`], [`Source`], a
+/// A device that the VM's state concerns, in whatever part of its life: [`MigratableDevice`], [`OutgoingDevice`], a
 /// [`Device`] of a session's report, or a reference to one. A set of several kinds is a slice of
 /// `&mut dyn Member`.
 pub trait Member: sealed::Sealed + Send {
@@ -82,18 +82,18 @@ pub trait Member: sealed::Sealed + Send {
 
     /// What its part of a stop for the migration's end, or of a start, has taken.
     #[doc(hidden)]
-    fn took(&mut self, time: Duration);
+    fn add_transition_time(&mut self, time: Duration);
 }
 
-impl sealed::Sealed for Realized {}
+impl sealed::Sealed for MigratableDevice {}
 
-impl Member for Realized {
+impl Member for MigratableDevice {
     fn device(&mut self) -> &mut Device {
         &mut self.device
     }
 
-    fn took(&mut self, time: Duration) {
-        self.took += time;
+    fn add_transition_time(&mut self, time: Duration) {
+        self.transition_time += time;
     }
 }
 
@@ -104,12 +104,12 @@ impl Member for Device {
         self
     }
 
-    fn took(&mut self, _time: Duration) {}
+    fn add_transition_time(&mut self, _time: Duration) {}
 }
 
-impl sealed::Sealed for Source {}
+impl sealed::Sealed for OutgoingDevice {}
 
-impl Member for Source {
+impl Member for OutgoingDevice {
     fn device(&mut self) -> &mut Device {
         &mut self.device
     }
@@ -126,7 +126,7 @@ impl Member for Source {
         Self::failed(self, error);
     }
 
-    fn took(&mut self, time: Duration) {
+    fn add_transition_time(&mut self, time: Duration) {
         self.counters.phases.stop.add_time(time);
     }
 }
@@ -150,8 +150,8 @@ impl<M: Member + ?Sized> Member for &mut M {
         (**self).failed(error);
     }
 
-    fn took(&mut self, time: Duration) {
-        (**self).took(time);
+    fn add_transition_time(&mut self, time: Duration) {
+        (**self).add_transition_time(time);
     }
 }
 
@@ -165,14 +165,14 @@ impl<M: Member + ?Sized> Member for &mut M {
 /// # #[cfg(feature = "sim")] {
 /// use vfio_migration::{
 ///     Device, DeviceId, DeviceState,
-///     migration::{DeviceSettings, Realized, vm},
+///     migration::{DeviceSettings, MigratableDevice, vm},
 ///     sim::{SimConfig, SimDevice},
 /// };
 ///
 /// let device = |name| {
 ///     let device = Box::new(SimDevice::new(SimConfig::default()).unwrap());
 ///     let device = Device::new(DeviceId::new(name, 0).unwrap(), device).unwrap();
-///     Realized::new(device, DeviceSettings::default())
+///     MigratableDevice::new(device, DeviceSettings::default())
 /// };
 /// let mut devices = [device("a"), device("b")];
 /// vm::stop(&mut devices, vm::Reason::Pause)?;
@@ -188,9 +188,9 @@ impl<M: Member + ?Sized> Member for &mut M {
 /// The first device's that refused: it was reset, and stopped after all ([`Device::duty`] says where
 /// that failed too). The migration, if there is one, has failed. Also
 /// [`ErrorKind::LateRequest`](crate::ErrorKind::LateRequest), where a device has new initial data
-/// only now; and where the switchover has not been acknowledged, [`ErrorKind::Config`].
+/// only now; and where the switchover has not been acknowledged, [`ErrorKind::Misuse`].
 ///
-/// [`ErrorKind::Config`]: crate::ErrorKind::Config
+/// [`ErrorKind::Misuse`]: crate::ErrorKind::Misuse
 pub fn stop<M: Member>(devices: &mut [M], reason: Reason) -> Result<()> {
     let ends = reason == Reason::FinishMigration;
     // From here on no device may ask for the switchover to wait.
@@ -210,7 +210,7 @@ pub fn stop<M: Member>(devices: &mut [M], reason: Reason) -> Result<()> {
         let result = device.set_state(asked, Recover::Reset);
         trace::vmstate_change_prepare(device.id(), false, reason, device.state());
         if ends {
-            member.took(since.elapsed());
+            member.add_transition_time(since.elapsed());
         }
         result
     });
@@ -232,7 +232,7 @@ pub fn stop<M: Member>(devices: &mut [M], reason: Reason) -> Result<()> {
         }
         trace::vmstate_change(device.id(), false, reason, device.state());
         if ends {
-            member.took(since.elapsed());
+            member.add_transition_time(since.elapsed());
         }
         kept.and(result)
     });
@@ -281,7 +281,7 @@ pub fn start<M: Member>(devices: &mut [M]) -> Result<()> {
         }
         let result = device.set_state(DeviceState::RunningP2p, Recover::Reset);
         trace::vmstate_change_prepare(device.id(), true, reason, device.state());
-        member.took(since.elapsed());
+        member.add_transition_time(since.elapsed());
         result
     });
     // The barrier: all are through the first column.
@@ -296,7 +296,7 @@ pub fn start<M: Member>(devices: &mut [M]) -> Result<()> {
             }
             let result = device.set_state(DeviceState::Running, Recover::Reset);
             trace::vmstate_change(device.id(), true, reason, device.state());
-            member.took(since.elapsed());
+            member.add_transition_time(since.elapsed());
             result
         });
         started = results.into_iter().collect();

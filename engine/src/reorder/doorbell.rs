@@ -1,26 +1,26 @@
-//! How the one driver sleeps, and how whoever has something for it knows that it must be woken.
+//! How the one I/O thread sleeps, and how whoever has something for it knows that it must be woken.
 //!
 //! ```text
-//!   driver                                publisher, canceller, …
+//!   I/O thread                                publisher, canceller, …
 //!   ──────                                ───────────────────────
 //!   say what it waits for                 make it so (publish, set a flag)
 //!   asleep = true                         fence ─────────────┐
 //!   fence ────────────────────────┐       asleep?  no ──▶ done, without a system call
 //!   look again at all it waits for│       yes: asleep = false, and wake the ring
 //!   nothing: sleep in the ring    │
-//!   asleep = false                └─── of two such fences one comes first: either the driver's
+//!   asleep = false                └─── of two such fences one comes first: either the I/O thread's
 //!                                      second look sees what was made so, or the other thread
 //!                                      sees it asleep
 //! ```
 //!
 //! The ring's wake is sticky, so a wake between the second look and the sleep ends the sleep. What
-//! the driver waits for ([`Doorbell::ring_if`]) is written by the driver alone; a waker only reads
-//! it. (A waker that *takes back* what the driver has written, with a swap, can take back a later
+//! the I/O thread waits for ([`Doorbell::ring_if`]) is written by the I/O thread alone; a waker only reads
+//! it. (A waker that *takes back* what the I/O thread has written, with a swap, can take back a later
 //! sleep's: that loses a wake-up, and did.)
 //!
 //! # Edges
 //!
-//! There is none: the doorbell carries no data. What the driver finds when it looks again carries
+//! There is none: the doorbell carries no data. What the I/O thread finds when it looks again carries
 //! its own edge. The two fences are each other's partners, and both are needed.
 
 use std::fmt;
@@ -33,13 +33,13 @@ use crate::sync::atomic::{
     fence,
 };
 
-/// The driver's bell. One sleeper, many ringers.
+/// The I/O thread's bell. One sleeper, many ringers.
 pub struct Doorbell {
     asleep: CachePadded<AtomicBool>,
 }
 
 impl Doorbell {
-    /// Returns the bell of a driver that is awake.
+    /// Returns the bell of an I/O thread that is awake.
     #[must_use]
     pub fn new() -> Self {
         Self {
@@ -47,7 +47,7 @@ impl Doorbell {
         }
     }
 
-    /// The driver says that it is about to sleep. It must look again at everything it waits for
+    /// The I/O thread says that it is about to sleep. It must look again at everything it waits for
     /// before it does.
     pub fn lie_down(&self) {
         // Relaxed: ordered by the fence.
@@ -56,21 +56,21 @@ impl Doorbell {
         fence(SeqCst);
     }
 
-    /// The driver says that it is awake.
+    /// The I/O thread says that it is awake.
     pub fn get_up(&self) {
         // Relaxed: a ringer that still sees it asleep wakes it once too often.
         self.asleep.store(false, Relaxed);
     }
 
-    /// Called after something was made so that the driver may wait for. Returns whether the caller
-    /// must wake the driver's ring: at most one caller per sleep is told so.
+    /// Called after something was made so that the I/O thread may wait for. Returns whether the caller
+    /// must wake the I/O thread's ring: at most one caller per sleep is told so.
     #[must_use = "a driver that is not woken sleeps on"]
     pub fn ring(&self) -> bool {
         self.ring_if(|| true)
     }
 
-    /// As [`Doorbell::ring`], where `waits` tells whether the driver waits for just this. It is
-    /// asked behind the fence, so a relaxed load of what the driver wrote before
+    /// As [`Doorbell::ring`], where `waits` tells whether the I/O thread waits for just this. It is
+    /// asked behind the fence, so a relaxed load of what the I/O thread wrote before
     /// [`Doorbell::lie_down`] is enough.
     #[must_use = "a driver that is not woken sleeps on"]
     pub fn ring_if(&self, waits: impl FnOnce() -> bool) -> bool {

@@ -4,17 +4,17 @@
 //!   free list (a stack: the buffer used last is the next to be used, while it is in the cache)
 //!      │ ▲
 //!      ▼ │ last hold gone
-//!   buffer ── held by ─┬─ a Packer, which cuts leases from it, front to back
+//!   buffer ── held by ─┬─ a LeaseCutter, which cuts leases from it, front to back
 //!                      ├─ a Lease of bytes 0..4096            (a channel fills it)
-//!                      ├─ a Piece, the same as a plain value  (a slot keeps it)
+//!                      ├─ a LeaseToken, the same as a plain value  (a slot keeps it)
 //!                      └─ …
 //!
 //!   arena:  [ buffer 0 │ buffer 1 │ … │ buffer n-1 │ reserve 0 │ reserve 1 │ … ]
 //! ```
 //!
-//! A buffer is large (1 MiB); packets may be small. So a thread that leases keeps a [`Packer`]: it
-//! owns one buffer and cuts packets from it, and the buffer goes back when the packer and all
-//! packets are done with it. A packer that finds itself its buffer's only holder starts at its
+//! A buffer is large (1 MiB); packets may be small. So a thread that leases keeps a [`LeaseCutter`]: it
+//! owns one buffer and cuts packets from it, and the buffer goes back when the lease cutter and all
+//! packets are done with it. A lease cutter that finds itself its buffer's only holder starts at its
 //! front again. What a small packet costs is its bytes, rounded up to [`ALIGN`].
 //!
 //! Each device has one *reserve* besides, smaller than a buffer, for the packet that it needs
@@ -26,7 +26,7 @@
 //!
 //! | edge    | release side    | acquire side                            | what it carries                     |
 //! |---------|-----------------|-----------------------------------------|-------------------------------------|
-//! | unhold  | [`Lease`] drop  | the last holder's drop, a packer's look | a holder's accesses, all done       |
+//! | unhold  | [`Lease`] drop  | the last holder's drop, a lease cutter's look | a holder's accesses, all done       |
 //! | recycle | `Pool::push`    | `Pool::pop`                             | the last holder's view of the bytes |
 //! | reserve | [`Lease`] drop  | [`Pool::reserve`]                       | the last owner's accesses, all done |
 #![expect(
@@ -70,10 +70,10 @@ pub struct PoolLayout {
 }
 
 impl PoolLayout {
-    /// The largest buffer: what an offset in a [`Piece`] can reach.
-    pub const MAX_BUFFER_LEN: usize = ALIGN << Piece::OFFSET_BITS;
-    /// The most buffers and reserves together: what an id in a [`Piece`] can name.
-    pub const MAX_BUFFERS: u32 = (1 << Piece::ID_BITS) - 1;
+    /// The largest buffer: what an offset in a [`LeaseToken`] can reach.
+    pub const MAX_BUFFER_LEN: usize = ALIGN << LeaseToken::OFFSET_BITS;
+    /// The most buffers and reserves together: what an id in a [`LeaseToken`] can name.
+    pub const MAX_BUFFERS: u32 = (1 << LeaseToken::ID_BITS) - 1;
 
     /// The arena's size in bytes.
     #[must_use]
@@ -84,17 +84,17 @@ impl PoolLayout {
 
 /// Some bytes of a pool, as a plain value: what a slot keeps while nobody works on them.
 ///
-/// It is made by [`Lease::into_piece`] and turned back by [`Pool::adopt`], and is neither copied
+/// It is made by [`Lease::into_token`] and turned back by [`Pool::adopt`], and is neither copied
 /// nor cloned, so it stands for the ownership.
 #[derive(Debug, Eq, PartialEq)]
 #[must_use = "the bytes have no other owner"]
-pub struct Piece {
+pub struct LeaseToken {
     buffer: u32,
     offset: u32,
     len: u32,
 }
 
-impl Piece {
+impl LeaseToken {
     /// How many bits a piece takes.
     pub(super) const BITS: u32 = Self::ID_BITS + Self::OFFSET_BITS + Self::LEN_BITS;
     /// The bits of no piece.
@@ -114,7 +114,7 @@ impl Piece {
             | u64::from(self.len)
     }
 
-    /// The piece of [`Piece::into_bits`]. Only for whoever took those bits out of the one place
+    /// The piece of [`LeaseToken::into_bits`]. Only for whoever took those bits out of the one place
     /// that had them: a slot.
     #[expect(clippy::cast_possible_truncation, reason = "masked to their fields")]
     pub(super) const fn from_bits(bits: u64) -> Self {
@@ -134,7 +134,7 @@ impl Piece {
 }
 
 // A lease is never longer than a buffer, so its length fits a piece.
-const _: () = assert!(PoolLayout::MAX_BUFFER_LEN < 1 << Piece::LEN_BITS);
+const _: () = assert!(PoolLayout::MAX_BUFFER_LEN < 1 << LeaseToken::LEN_BITS);
 
 /// The head of the free list: a tag against ABA above, a buffer's index below.
 #[derive(Clone, Copy)]
@@ -159,7 +159,7 @@ impl Head {
 
 /// What is known of one buffer. Its bytes are in the arena.
 struct Buffer {
-    /// Its packer and its leases. A buffer with none is on the free list; a reserve with none is
+    /// Its lease cutter and its leases. A buffer with none is on the free list; a reserve with none is
     /// free.
     holders: AtomicU32,
     /// The one below it on the free list.
@@ -341,7 +341,7 @@ impl Pool {
     }
 
     /// Turns a piece back into a lease.
-    pub fn adopt<P: Deref<Target = Self>>(pool: P, piece: Piece) -> Lease<P> {
+    pub fn adopt<P: Deref<Target = Self>>(pool: P, piece: LeaseToken) -> Lease<P> {
         assert!(
             (piece.buffer as usize) < pool.buffers.len(),
             "a piece goes back to the pool that it came from"
@@ -377,20 +377,20 @@ impl fmt::Debug for Pool {
 }
 
 /// Cuts leases from a buffer of its own. One thread's.
-pub struct Packer<P: Deref<Target = Pool> + Clone> {
+pub struct LeaseCutter<P: Deref<Target = Pool> + Clone> {
     pool: P,
     current: Option<Current>,
 }
 
-/// A packer's buffer: which, and where its free part begins.
+/// A lease cutter's buffer: which, and where its free part begins.
 #[derive(Clone, Copy)]
 struct Current {
     buffer: u32,
     used: usize,
 }
 
-impl<P: Deref<Target = Pool> + Clone> Packer<P> {
-    /// Returns a packer without a buffer.
+impl<P: Deref<Target = Pool> + Clone> LeaseCutter<P> {
+    /// Returns a lease cutter without a buffer.
     pub const fn new(pool: P) -> Self {
         Self {
             pool,
@@ -407,11 +407,11 @@ impl<P: Deref<Target = Pool> + Clone> Packer<P> {
         self.lease_within(len, u32::MAX)
     }
 
-    /// As [`Packer::lease`], but takes no further buffer where `limit` of the pool's are out.
+    /// As [`LeaseCutter::lease`], but takes no further buffer where `limit` of the pool's are out.
     ///
     /// # Panics
     ///
-    /// As [`Packer::lease`].
+    /// As [`LeaseCutter::lease`].
     pub fn lease_within(&mut self, len: usize, limit: u32) -> Option<Lease<P>> {
         let whole = self.pool.layout.buffer_len;
         assert!(len > 0 && len <= whole, "a lease fits a buffer");
@@ -441,7 +441,7 @@ impl<P: Deref<Target = Pool> + Clone> Packer<P> {
             return None;
         }
         let buffer = self.pool.pop()?;
-        // Relaxed: as above. The hold of `pop` is the packer's, this one is the lease's.
+        // Relaxed: as above. The hold of `pop` is the lease cutter's, this one is the lease's.
         self.pool.buffers[buffer as usize]
             .holders
             .fetch_add(1, Relaxed);
@@ -485,15 +485,15 @@ impl<P: Deref<Target = Pool> + Clone> Packer<P> {
     }
 }
 
-impl<P: Deref<Target = Pool> + Clone> Drop for Packer<P> {
+impl<P: Deref<Target = Pool> + Clone> Drop for LeaseCutter<P> {
     fn drop(&mut self) {
         self.release();
     }
 }
 
-impl<P: Deref<Target = Pool> + Clone> fmt::Debug for Packer<P> {
+impl<P: Deref<Target = Pool> + Clone> fmt::Debug for LeaseCutter<P> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Packer")
+        f.debug_struct("LeaseCutter")
             .field("buffer", &self.current.map(|current| current.buffer))
             .field("used", &self.current.map(|current| current.used))
             .finish_non_exhaustive()
@@ -589,16 +589,16 @@ impl<P: Deref<Target = Pool>> Lease<P> {
     /// # Panics
     ///
     /// Where the lease was advanced by anything but a multiple of [`ALIGN`].
-    pub fn into_piece(self) -> Piece {
+    pub fn into_token(self) -> LeaseToken {
         assert!((self.offset as usize).is_multiple_of(ALIGN));
         let (piece, pool) = self.into_parts();
         drop(pool);
         piece
     }
 
-    fn into_parts(self) -> (Piece, P) {
+    fn into_parts(self) -> (LeaseToken, P) {
         let lease = ManuallyDrop::new(self);
-        let piece = Piece {
+        let piece = LeaseToken {
             buffer: lease.buffer,
             offset: lease.offset,
             len: lease.len,
@@ -659,24 +659,24 @@ mod tests {
             (PoolLayout::MAX_BUFFERS - 1, (1 << 24) - 64, 64),
             (7, 64, 1 << 24),
         ] {
-            let piece = || Piece {
+            let piece = || LeaseToken {
                 buffer,
                 offset,
                 len,
             };
-            assert_ne!(piece().into_bits(), Piece::NONE);
-            assert_eq!(Piece::from_bits(piece().into_bits()), piece());
+            assert_ne!(piece().into_bits(), LeaseToken::NONE);
+            assert_eq!(LeaseToken::from_bits(piece().into_bits()), piece());
         }
     }
 
     #[test]
     fn small_packets_share_a_buffer_and_it_comes_back_with_the_last() {
         let pool = pool(1, 256, 0);
-        let mut packer = Packer::new(&pool);
-        let leases: Vec<_> = (0..4).map(|_| packer.lease(64).unwrap()).collect();
+        let mut cutter = LeaseCutter::new(&pool);
+        let leases: Vec<_> = (0..4).map(|_| cutter.lease(64).unwrap()).collect();
         assert_eq!(pool.in_use(), (1, 1));
-        assert!(packer.lease(1).is_none());
-        packer.release();
+        assert!(cutter.lease(1).is_none());
+        cutter.release();
         let mut leases = leases.into_iter();
         drop(leases.by_ref().take(3).collect::<Vec<_>>());
         assert_eq!(pool.in_use().0, 1);
@@ -685,14 +685,14 @@ mod tests {
     }
 
     #[test]
-    fn a_packer_alone_with_its_buffer_starts_again_at_the_front() {
+    fn a_cutter_alone_with_its_buffer_starts_again_at_the_front() {
         let pool = pool(1, 128, 0);
-        let mut packer = Packer::new(&pool);
+        let mut cutter = LeaseCutter::new(&pool);
         for round in 0..10u8 {
-            let mut lease = packer.lease(100).unwrap();
+            let mut lease = cutter.lease(100).unwrap();
             lease.bytes_mut().fill(round);
-            assert!(packer.lease(100).is_none());
-            let piece = lease.into_piece();
+            assert!(cutter.lease(100).is_none());
+            let piece = lease.into_token();
             let lease = Pool::adopt(&pool, piece);
             assert!(lease.bytes().iter().all(|&byte| byte == round));
         }
@@ -702,33 +702,33 @@ mod tests {
     #[test]
     fn the_buffer_used_last_is_used_next() {
         let pool = pool(3, 64, 0);
-        let mut packer = Packer::new(&pool);
-        let (first, second) = (packer.lease(64).unwrap(), packer.lease(64).unwrap());
+        let mut cutter = LeaseCutter::new(&pool);
+        let (first, second) = (cutter.lease(64).unwrap(), cutter.lease(64).unwrap());
         let at = second.start();
-        packer.release();
+        cutter.release();
         drop(first);
         drop(second);
-        assert_eq!(packer.lease(64).unwrap().start(), at);
+        assert_eq!(cutter.lease(64).unwrap().start(), at);
     }
 
     #[test]
     fn what_a_shortened_lease_frees_is_cut_again() {
         let pool = pool(1, 256, 0);
-        let mut packer = Packer::new(&pool);
-        let mut lease = packer.lease(256).unwrap();
-        packer.shorten(&mut lease, 10);
-        let second = packer.lease(192).unwrap();
+        let mut cutter = LeaseCutter::new(&pool);
+        let mut lease = cutter.lease(256).unwrap();
+        cutter.shorten(&mut lease, 10);
+        let second = cutter.lease(192).unwrap();
         assert_eq!((lease.size(), second.start()), (10, 64));
-        assert!(packer.lease(1).is_none());
+        assert!(cutter.lease(1).is_none());
     }
 
     #[test]
-    fn of_two_buffers_the_packer_keeps_the_roomier() {
+    fn of_two_buffers_the_cutter_keeps_the_roomier() {
         let pool = pool(2, 256, 0);
-        let mut packer = Packer::new(&pool);
-        let small = packer.lease(64).unwrap();
-        let large = packer.lease(256).unwrap();
-        let more = packer.lease(192).unwrap();
+        let mut cutter = LeaseCutter::new(&pool);
+        let small = cutter.lease(64).unwrap();
+        let large = cutter.lease(256).unwrap();
+        let more = cutter.lease(192).unwrap();
         assert_eq!(more.start(), small.start() + 64);
         drop(large);
         assert_eq!(pool.in_use().0, 1);
@@ -737,7 +737,7 @@ mod tests {
     #[test]
     fn a_reserve_has_one_owner_and_is_not_in_the_free_list() {
         let pool = pool(0, 64, 2);
-        assert!(Packer::new(&pool).lease(1).is_none());
+        assert!(LeaseCutter::new(&pool).lease(1).is_none());
         let reserve = Pool::reserve(&pool, 1).unwrap();
         assert!(Pool::reserve(&pool, 1).is_none());
         assert_eq!(Pool::reserve(&pool, 0).unwrap().size(), 64);
@@ -748,9 +748,9 @@ mod tests {
     #[test]
     fn every_byte_of_the_arena_is_some_leases() {
         let pool = pool(3, 128, 2);
-        let mut packer = Packer::new(&pool);
+        let mut cutter = LeaseCutter::new(&pool);
         let mut ranges: Vec<_> = (0..6)
-            .map(|_| packer.lease(64).unwrap())
+            .map(|_| cutter.lease(64).unwrap())
             .chain((0..2).map(|ordinal| Pool::reserve(&pool, ordinal).unwrap()))
             .map(|lease| {
                 let lease = ManuallyDrop::new(lease);

@@ -3,12 +3,11 @@
 //! A lease that is refused is what a spent budget looks like from outside. Threads that lease count
 //! in one sequence; a harness counts once, and then refuses each number in turn.
 
-use std::{
-    ops::Range,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
+use std::ops::Range;
+
+use crate::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering::Relaxed},
 };
 
 /// Which leases of a session are refused, by their number. A handle: clones count together.

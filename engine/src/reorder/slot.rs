@@ -9,7 +9,7 @@
 //!
 //!    63                                     5    4     3     2      1   0
 //!   ┌────────────────────────────────────────┬───────┬──────┬────────┬──────┐
-//!   │  Piece: buffer, offset, length         │ aside │ more │ config │ phase│
+//!   │  LeaseToken: buffer, offset, length         │ aside │ more │ config │ phase│
 //!   │  or, with `aside`, a number            │       │      │        │      │
 //!   └────────────────────────────────────────┴───────┴──────┴────────┴──────┘
 //! ```
@@ -30,7 +30,7 @@
 use std::fmt;
 
 use crate::{
-    reorder::pool::{Piece, Pool},
+    reorder::pool::{LeaseToken, Pool},
     sync::atomic::{
         AtomicU64,
         Ordering::{Acquire, Relaxed, Release},
@@ -43,15 +43,15 @@ pub enum Payload {
     /// Nowhere: the packet has none.
     Empty,
     /// In a buffer of the pool.
-    Piece(Piece),
+    Lease(LeaseToken),
     /// Outside the pool, under a number that the table's owner understands: a spilled range, or a
     /// device whose config is kept apart. Below [`Payload::ASIDE_MAX`].
-    Aside(u64),
+    External(u64),
 }
 
 impl Payload {
-    /// The largest number that [`Payload::Aside`] can hold.
-    pub const ASIDE_MAX: u64 = (1 << Piece::BITS) - 1;
+    /// The largest number that [`Payload::External`] can hold.
+    pub const ASIDE_MAX: u64 = (1 << LeaseToken::BITS) - 1;
 }
 
 /// A packet, or a piece of one, on its way through a slot.
@@ -69,7 +69,7 @@ pub struct Packet {
 impl Packet {
     /// Gives the packet's memory back to the pool that it came from.
     pub fn recycle(self, pool: &Pool) {
-        if let Payload::Piece(piece) = self.payload {
+        if let Payload::Lease(piece) = self.payload {
             drop(Pool::adopt(pool, piece));
         }
     }
@@ -114,9 +114,9 @@ impl Word {
             bits |= Self::MORE;
         }
         match packet.payload {
-            Payload::Empty => bits |= Piece::NONE << Self::PAYLOAD_SHIFT,
-            Payload::Piece(piece) => bits |= piece.into_bits() << Self::PAYLOAD_SHIFT,
-            Payload::Aside(number) => {
+            Payload::Empty => bits |= LeaseToken::NONE << Self::PAYLOAD_SHIFT,
+            Payload::Lease(piece) => bits |= piece.into_bits() << Self::PAYLOAD_SHIFT,
+            Payload::External(number) => {
                 assert!(number <= Payload::ASIDE_MAX, "a number aside has 59 bits");
                 bits |= Self::ASIDE | number << Self::PAYLOAD_SHIFT;
             }
@@ -142,11 +142,11 @@ impl Word {
     fn into_packet(self) -> Packet {
         let bits = self.0 >> Self::PAYLOAD_SHIFT;
         let payload = if self.0 & Self::ASIDE != 0 {
-            Payload::Aside(bits)
-        } else if bits == Piece::NONE {
+            Payload::External(bits)
+        } else if bits == LeaseToken::NONE {
             Payload::Empty
         } else {
-            Payload::Piece(Piece::from_bits(bits))
+            Payload::Lease(LeaseToken::from_bits(bits))
         };
         Packet {
             payload,
@@ -156,7 +156,7 @@ impl Word {
     }
 }
 
-const _: () = assert!(Word::PAYLOAD_SHIFT + Piece::BITS == u64::BITS);
+const _: () = assert!(Word::PAYLOAD_SHIFT + LeaseToken::BITS == u64::BITS);
 
 /// What became of a publication. A packet that was refused is given back.
 #[derive(Debug, Eq, PartialEq)]
@@ -290,7 +290,7 @@ mod tests {
 
     fn aside(number: u64) -> Packet {
         Packet {
-            payload: Payload::Aside(number),
+            payload: Payload::External(number),
             config: false,
             more: false,
         }
@@ -300,9 +300,9 @@ mod tests {
     fn a_word_round_trips_every_kind_of_packet() {
         let payloads: [fn() -> Payload; 4] = [
             || Payload::Empty,
-            || Payload::Aside(0),
-            || Payload::Aside(Payload::ASIDE_MAX),
-            || Payload::Piece(Piece::from_bits(0x0123_4567_89ab_cdef >> 5)),
+            || Payload::External(0),
+            || Payload::External(Payload::ASIDE_MAX),
+            || Payload::Lease(LeaseToken::from_bits(0x0123_4567_89ab_cdef >> 5)),
         ];
         for payload in payloads {
             for (config, more) in [(false, false), (true, false), (false, true), (true, true)] {

@@ -327,7 +327,7 @@ mod tests {
 
     fn aside(number: u64) -> Packet {
         Packet {
-            payload: Payload::Aside(number),
+            payload: Payload::External(number),
             config: false,
             more: false,
         }

@@ -1,4 +1,4 @@
-//! How threads other than the driver wait: for room, for a packet to send, for a device's end.
+//! How threads other than the I/O thread wait: for room, for a packet to send, for a device's end.
 //!
 //! ```text
 //!   waiter                                 notifier

@@ -5,7 +5,22 @@
 //!   the end ─▶ finish: the peer reads the channel's end ─▶ kept open, for the session's report
 //! ```
 
-use super::*;
+use std::{io, time::Instant};
+
+use super::{Save, SaveDevice};
+use crate::{
+    channel::{ChannelLimits, Sender},
+    error::{Error, Phase, Result},
+    framed,
+    reorder::{
+        pool::Pool,
+        send_queue::Taken,
+        slot::{Packet, Payload},
+    },
+    stats::ChannelCounters,
+    sync::lock,
+    wire,
+};
 
 /// Packets below this size are sent several with one call.
 const SMALL: usize = 64 << 10;
@@ -17,12 +32,12 @@ const GATHER: usize = 16;
 pub(crate) fn serve_channel(
     save: &Save,
     mut sender: Sender,
-    terms: &Terms,
+    limits: &ChannelLimits,
     id: u8,
     counters: &ChannelCounters,
 ) -> Result<()> {
-    sender.greet(terms, id)?;
-    sender.set_timeout(terms.no_progress)?;
+    sender.greet(limits, id)?;
+    sender.set_timeout(limits.no_progress)?;
     counters.syncs.add(1);
     let epoch = save.collector.register();
     let mut packets = Vec::with_capacity(GATHER);
@@ -31,26 +46,26 @@ pub(crate) fn serve_channel(
         let ticket = save.queue.take(None, || epoch.pin());
         counters.blocked.add_time(since.elapsed());
         match ticket.expect("a wait without a deadline ends with a look") {
-            Ticket::Packet(packet) => packets.push(Outgoing::new(save, packet)),
-            Ticket::End => {
+            Taken::Packet(packet) => packets.push(OutgoingPacket::new(save, packet)),
+            Taken::End => {
                 sender.finish()?;
                 lock(&save.finished).push(sender.into_channel());
                 return Ok(());
             }
-            Ticket::Closed => {
-                let failure = save.verdict.failure();
+            Taken::Closed => {
+                let failure = save.first_failure.failure();
                 return Err(failure.unwrap_or_else(|| Error::cancelled(Phase::Send)));
             }
         }
         while packets.len() < GATHER && packets.iter().all(|packet| packet.len() < SMALL) {
             match save.queue.try_take(&epoch.pin()) {
-                Some(Ticket::Packet(packet)) => packets.push(Outgoing::new(save, packet)),
+                Some(Taken::Packet(packet)) => packets.push(OutgoingPacket::new(save, packet)),
                 // Found again by the next take.
                 _ => break,
             }
         }
         let sent = {
-            let mut slices: Vec<_> = packets.iter().flat_map(Outgoing::slices).collect();
+            let mut slices: Vec<_> = packets.iter().flat_map(OutgoingPacket::slices).collect();
             sender.send(&mut slices)
         };
         if let Err(error) = sent {
@@ -68,28 +83,27 @@ pub(crate) fn serve_channel(
 }
 
 /// A packet that a channel has taken.
-struct Outgoing<'a> {
+struct OutgoingPacket<'a> {
     device: &'a SaveDevice,
     /// Headroom and data; `None` for the config packet, which is the device's to keep.
     buffer: Option<crate::reorder::pool::Lease<&'a Pool>>,
 }
 
-impl<'a> Outgoing<'a> {
+impl<'a> OutgoingPacket<'a> {
     fn new(save: &'a Save, packet: Packet) -> Self {
         match packet.payload {
-            Payload::Piece(piece) => {
+            Payload::Lease(piece) => {
                 let buffer = Pool::adopt(&*save.pool, piece);
-                let ordinal = buffer.bytes()[..4].try_into().expect("4 of many bytes");
                 Self {
-                    device: &save.devices[u32::from_be_bytes(ordinal) as usize],
+                    device: &save.devices[framed::ordinal(buffer.bytes())],
                     buffer: Some(buffer),
                 }
             }
-            Payload::Aside(ordinal) => Self {
+            Payload::External(ordinal) => Self {
                 device: usize::try_from(ordinal)
                     .ok()
                     .and_then(|at| save.devices.get(at))
-                    .expect("the driver published it"),
+                    .expect("the I/O thread published it"),
                 buffer: None,
             },
             Payload::Empty => unreachable!("a save has no empty packets"),
@@ -99,7 +113,7 @@ impl<'a> Outgoing<'a> {
     /// Headers, then data.
     fn slices(&self) -> impl Iterator<Item = io::IoSlice<'_>> {
         let (headers, data) = match &self.buffer {
-            Some(buffer) => (&buffer.bytes()[HEADERS..], [].as_slice()),
+            Some(buffer) => (framed::on_wire(buffer.bytes()), [].as_slice()),
             None => {
                 let headers = self.device.config_headers.get();
                 let config = self.device.config.get();
@@ -122,10 +136,6 @@ impl<'a> Outgoing<'a> {
 
     fn index(&self) -> u32 {
         let headers = self.slices().next();
-        let index = headers
-            .as_deref()
-            .and_then(|headers| headers.get(wire::DEVICE_STATE_HEADER_LEN + 4..))
-            .and_then(|bytes| bytes.first_chunk());
-        index.copied().map_or(0, u32::from_be_bytes)
+        framed::index(&headers.expect("every packet has headers"))
     }
 }

@@ -1,17 +1,38 @@
-//! Device side: the driver's part, from a device's data fd to the queue.
+//! Device side: the I/O thread's part, from a device's data fd to the queue.
 //!
 //! ```text
 //!   lease ─▶ submit reads, linked ─▶ … ─▶ write each packet's headers in front of its data ─▶ publish
 //! ```
 
-use super::*;
+use std::{io, time::Instant};
 
-/// One device's bytes on their way out of its data fd. The driver's.
-pub(crate) struct SaveFlow {
+use crossbeam_epoch::Guard;
+use vfio_migration_uring::{Completion, Fd, Ring};
+
+use super::{Save, SaveDevice};
+use crate::{
+    error::{Error, ErrorKind, Phase, Result},
+    framed::{self, HEADROOM},
+    io_loop::{Context, Transfer, TransferState},
+    lane::{Buffer, CHAIN, Direction, Filled, Lane, Progress},
+    reorder::{
+        pool::{LeaseCutter, Pool},
+        slot::{Packet, Payload},
+    },
+    sync::{
+        Arc,
+        atomic::Ordering::{AcqRel, Relaxed},
+        lock,
+    },
+    wire,
+};
+
+/// One device's bytes on their way out of its data fd. The I/O thread's.
+pub(crate) struct SaveTransfer {
     save: Arc<Save>,
     device: Arc<SaveDevice>,
     lane: Lane,
-    packer: Packer<Arc<Pool>>,
+    cutter: LeaseCutter<Arc<Pool>>,
     /// Memory that was leased and not used.
     spare: Vec<Buffer>,
     /// How many reads to link: more while they come back full.
@@ -21,40 +42,40 @@ pub(crate) struct SaveFlow {
     started: Instant,
     starved: Option<Instant>,
     /// Last, so that the lane has given the data fd back before the result is there.
-    outcome: Outcome,
+    outcome: ResultOnDrop,
 }
 
 /// Leaves a flow's result when it goes away, however it does.
-struct Outcome {
+struct ResultOnDrop {
     save: Arc<Save>,
     device: Arc<SaveDevice>,
     drained: Option<Result<()>>,
 }
 
-impl Drop for Outcome {
+impl Drop for ResultOnDrop {
     fn drop(&mut self) {
         let unfinished = || {
-            let kind = ErrorKind::Internal("the driver ended before this device's transfer");
+            let kind = ErrorKind::Internal("the I/O thread ended before this device's transfer");
             Err(Error::new(kind, Phase::Save).on_device(&self.device.id))
         };
         let drained = self.drained.take().unwrap_or_else(unfinished);
         let done = drained.is_ok();
         *lock(&self.device.drained) = Some(drained);
-        self.device.control.drained();
+        self.device.flags.drained();
         // AcqRel: the last one ends the sequence that all have published to; and all are the
-        // driver's.
+        // I/O thread's.
         if done && self.save.unfinished.fetch_sub(1, AcqRel) == 1 {
             self.save.queue.end();
         }
     }
 }
 
-impl SaveFlow {
+impl SaveTransfer {
     pub(super) fn new(save: Arc<Save>, device: Arc<SaveDevice>, fd: Fd) -> Self {
         Self {
             lane: Lane::new(fd, Direction::Read, device.ordinal),
-            packer: Packer::new(save.pool.clone()),
-            outcome: Outcome {
+            cutter: LeaseCutter::new(save.pool.clone()),
+            outcome: ResultOnDrop {
                 save: save.clone(),
                 device: device.clone(),
                 drained: None,
@@ -79,7 +100,7 @@ impl SaveFlow {
     /// Leases up to `depth` buffers.
     fn lease(&mut self) {
         while self.spare.len() < self.depth {
-            let Some(mut buffer) = self.packer.lease(HEADROOM + self.device.data_len) else {
+            let Some(mut buffer) = self.cutter.lease(HEADROOM + self.device.data_len) else {
                 return;
             };
             buffer.advance(HEADROOM);
@@ -90,18 +111,16 @@ impl SaveFlow {
     /// Encodes a packet's headers in front of its data, and publishes it.
     fn publish(&mut self, mut buffer: Buffer, len: usize, guard: &Guard) -> Result<()> {
         if self.next == wire::INVALID_INDEX {
-            return Err(self.error(ErrorKind::Config("more packets than idx can count")));
+            return Err(self.error(ErrorKind::Misuse("more packets than idx can count")));
         }
         buffer.retreat(HEADROOM);
-        self.packer.shorten(&mut buffer, HEADROOM + len);
+        self.cutter.shorten(&mut buffer, HEADROOM + len);
         let data_len = u32::try_from(len).expect("a buffer is far below 4 GiB");
         let headers = wire::encode_packet(&self.device.key, self.next, false, data_len);
-        let bytes = buffer.bytes_mut();
-        bytes[..4].copy_from_slice(&self.device.ordinal.to_be_bytes());
-        bytes[HEADERS..HEADROOM].copy_from_slice(&headers);
+        framed::frame(buffer.bytes_mut(), self.device.ordinal, &headers);
         self.device.count_published();
         let packet = Packet {
-            payload: Payload::Piece(buffer.into_piece()),
+            payload: Payload::Lease(buffer.into_token()),
             config: false,
             more: false,
         };
@@ -128,7 +147,7 @@ impl SaveFlow {
             .expect("a device has one config packet");
         self.device.count_published();
         let packet = Packet {
-            payload: Payload::Aside(self.device.ordinal.into()),
+            payload: Payload::External(self.device.ordinal.into()),
             config: true,
             more: false,
         };
@@ -136,7 +155,7 @@ impl SaveFlow {
     }
 }
 
-impl Flow for SaveFlow {
+impl Transfer for SaveTransfer {
     fn lane(&mut self) -> &mut Lane {
         &mut self.lane
     }
@@ -150,20 +169,20 @@ impl Flow for SaveFlow {
     }
 
     fn stop(&self) -> Option<Error> {
-        let _quit_or_exit = self.device.control.stop()?;
+        let _quit_or_exit = self.device.flags.stop()?;
         Some(self.error(ErrorKind::Cancelled))
     }
 
-    fn pump(&mut self, context: &mut Context<'_>) -> Pump {
+    fn advance(&mut self, context: &mut Context<'_>) -> TransferState {
         if self.ended {
-            if !self.device.control.is_config_ready() {
-                return Pump::Held;
+            if !self.device.flags.is_config_ready() {
+                return TransferState::Held;
             }
-            return Pump::Finished(self.publish_config(context.guard));
+            return TransferState::Finished(self.publish_config(context.guard));
         }
         self.lease();
         if self.spare.is_empty() {
-            return Pump::Held;
+            return TransferState::Held;
         }
         if let Some(since) = self.starved.take() {
             self.device.counters.starved.add_time(since.elapsed());
@@ -172,7 +191,7 @@ impl Flow for SaveFlow {
         let numbered = (next..).zip(batch);
         self.lane
             .submit(numbered, context.ring, &self.device.counters);
-        Pump::Busy
+        TransferState::Busy
     }
 
     fn batch_done(&mut self, filled: Vec<Filled>, guard: &Guard) -> Result<()> {
@@ -199,7 +218,7 @@ impl Flow for SaveFlow {
         self.spare.truncate(self.depth);
         if self.ended {
             self.spare.clear();
-            self.packer.release();
+            self.cutter.release();
         }
         Ok(())
     }
@@ -214,14 +233,14 @@ impl Flow for SaveFlow {
         if !self.ended {
             self.starved.get_or_insert_with(Instant::now);
             // Relaxed: ordered by the bell's fence. Never taken back: a channel that rings for a
-            // driver with enough memory wakes it once too often.
+            // I/O thread with enough memory wakes it once too often.
             self.save.dry.store(true, Relaxed);
         }
     }
 
     fn is_ready(&mut self, _guard: &Guard) -> bool {
         if self.ended {
-            return self.device.control.is_config_ready();
+            return self.device.flags.is_config_ready();
         }
         self.lease();
         !self.spare.is_empty()

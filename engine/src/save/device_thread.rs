@@ -1,13 +1,25 @@
 //! The device's thread: everything of a save but the bytes.
 //!
 //! ```text
-//!   STOP_COPY ─▶ attach the flow ─▶ save the config meanwhile ─▶ wait for the driver
+//!   STOP_COPY ─▶ attach the flow ─▶ save the config meanwhile ─▶ wait for the I/O thread
 //! ```
 
 use std::io::Write;
 
-use super::*;
+use std::time::Instant;
+
+use vfio_migration_uring::{deadline, later};
+
+use super::{Save, SaveDevice, device_side::SaveTransfer};
 use crate::host::Growing;
+use crate::{
+    device::Device,
+    error::{Error, ErrorKind, Phase, Result},
+    reorder::flags::SLACK,
+    state::DeviceState,
+    sync::{Arc, lock},
+    trace, wire,
+};
 
 /// The device's thread: everything of a save but the bytes. Returns once all of the device is in
 /// the queue, or it is put back, or given up.
@@ -23,10 +35,10 @@ pub(crate) fn serve_device(
     let result = result.and_then(|()| {
         let config = save_config(save, shared, device);
         if let Err(error) = &config {
-            // Ends the driver's part too, so that the wait for it does.
+            // Ends the I/O thread's part too, so that the wait for it does.
             save.fail(error.clone());
         }
-        config.and(wait_for_driver(save, shared))
+        config.and(wait_for_transfer(save, shared))
     });
     let errno = |error: &Error| {
         -error
@@ -41,21 +53,21 @@ pub(crate) fn serve_device(
 fn set_up_device(save: &Arc<Save>, shared: &Arc<SaveDevice>, device: &mut Device) -> Result<()> {
     trace::save_setup(&shared.id, shared.data_len as u64);
     let cancelled = || Error::cancelled(Phase::Setup).on_device(&shared.id);
-    if shared.control.stop().is_some() {
+    if shared.flags.stop().is_some() {
         return Err(cancelled());
     }
     let since = Instant::now();
     device.set_state(DeviceState::StopCopy, DeviceState::Stop)?;
     shared.counters.phases.set_state.add_time(since.elapsed());
-    let flow = SaveFlow::new(save.clone(), shared.clone(), device.lend()?);
-    let attached = save.driver.attach(shared.ordinal, flow);
+    let flow = SaveTransfer::new(save.clone(), shared.clone(), device.lend()?);
+    let attached = save.io.attach(shared.ordinal, flow);
     attached.map_err(|_flow| cancelled())
 }
 
 /// The largest config packet's data: with its headers its length fits 32 bits.
 const MAX_CONFIG: usize = u32::MAX as usize - wire::DEVICE_PACKET_LEN;
 
-/// Saves the config while the driver reads: a device in STOP_COPY does not change.
+/// Saves the config while the I/O thread reads: a device in STOP_COPY does not change.
 fn save_config(save: &Save, shared: &SaveDevice, device: &mut Device) -> Result<()> {
     let since = Instant::now();
     let mut packet = Vec::new();
@@ -76,20 +88,20 @@ fn save_config(save: &Save, shared: &SaveDevice, device: &mut Device) -> Result<
         .config
         .set(packet)
         .expect("a device saves its config once");
-    let _first = shared.control.config_ready();
-    save.driver.wake();
+    let _first = shared.flags.config_ready();
+    save.io.wake();
     Ok(())
 }
 
-/// The driver's result. Ends with it; or, after a stop, with the grace time.
-fn wait_for_driver(save: &Save, shared: &SaveDevice) -> Result<()> {
-    if shared.control.wait_drained().is_err() {
-        // The driver bounds its own part by the grace time.
+/// The I/O thread's result. Ends with it; or, after a stop, with the grace time.
+fn wait_for_transfer(save: &Save, shared: &SaveDevice) -> Result<()> {
+    if shared.flags.wait_drained().is_err() {
+        // The I/O thread bounds its own part by the grace time.
         let until = later(deadline(save.grace), SLACK);
-        if !shared.control.wait_drained_until(until) {
+        if !shared.flags.wait_drained_until(until) {
             return Err(Error::new(ErrorKind::Stuck, Phase::Save).on_device(&shared.id));
         }
     }
     let drained = lock(&shared.drained).take();
-    drained.expect("the driver leaves its result before it says so")
+    drained.expect("the I/O thread leaves its result before it says so")
 }

@@ -41,7 +41,7 @@ pub struct Canceller {
 }
 
 impl Canceller {
-    pub(super) fn new(phase: Phase, fail: impl Fn(Error) + Send + Sync + 'static) -> Self {
+    pub(crate) fn new(phase: Phase, fail: impl Fn(Error) + Send + Sync + 'static) -> Self {
         let fail: Fail = Arc::new(fail);
         Self {
             phase,
@@ -71,7 +71,7 @@ impl Canceller {
     }
 
     /// The session has ended.
-    pub(super) fn retire(&self) {
+    pub(crate) fn retire(&self) {
         drop(self.lock().take());
     }
 

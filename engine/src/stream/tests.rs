@@ -207,7 +207,7 @@ fn an_id_has_one_owner_and_there_are_so_many() {
 
 #[test]
 fn the_caller_reads_body_and_footer_in_turn() {
-    let misused = |error: Error| assert!(matches!(error.kind(), ErrorKind::Config(_)));
+    let misused = |error: Error| assert!(matches!(error.kind(), ErrorKind::Misuse(_)));
     let bytes = written(&[section(SectionKind::Start, 1, "a"), Event::Eof]);
     let mut reader = Reader::open(&bytes[..]).expect("a good header");
     misused(reader.body().err().expect("no section yet"));
@@ -232,7 +232,7 @@ fn what_no_reader_accepts_is_not_written() {
     ];
     for event in &too_long {
         let error = writer.write(event).expect_err("too long");
-        assert!(matches!(error.kind(), ErrorKind::Config(_)));
+        assert!(matches!(error.kind(), ErrorKind::Misuse(_)));
     }
     assert_eq!(writer.into_inner().len(), 8);
 }

@@ -47,11 +47,11 @@ impl PageSize {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Config`] where it is no power of two between 4 KiB and 512 KiB.
+    /// [`ErrorKind::Misuse`] where it is no power of two between 4 KiB and 512 KiB.
     pub fn new(bytes: u32) -> Result<Self> {
         if !bytes.is_power_of_two() || !(4096..=RAM_BYTES_PER_PACKET).contains(&bytes) {
             return Err(Error::new(
-                ErrorKind::Config("a page size is a power of two between 4 KiB and 512 KiB"),
+                ErrorKind::Misuse("a page size is a power of two between 4 KiB and 512 KiB"),
                 Phase::Setup,
             ));
         }

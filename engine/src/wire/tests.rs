@@ -215,7 +215,7 @@ fn a_page_size_is_a_power_of_two_within_a_packet() {
     );
     for bad in [0, 1, 2048, 4095, 4097, 12288, 1 << 20, u32::MAX] {
         let error = PageSize::new(bad).expect_err("no page size");
-        assert!(matches!(error.kind(), ErrorKind::Config(_)));
+        assert!(matches!(error.kind(), ErrorKind::Misuse(_)));
     }
 }
 

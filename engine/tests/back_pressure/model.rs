@@ -11,7 +11,7 @@
 //! Each arrow is one step, and any step that is enabled may be the next: so a search through the
 //! graph goes through all orders in which a source can hand out its packets, all channels that it
 //! can give each to, and all schedules of the receivers and devices. Where a packet's memory may
-//! come from is not said again here: [`Admission::ways`] of the engine is asked.
+//! come from is not said again here: [`MemoryPolicy::grant`] of the engine is asked.
 //!
 //! A packet, or a piece of a large one, is as large as a buffer and as a reserve. Every step takes
 //! something away from what is to be done, so a graph has no cycles, and a state without a next step
@@ -20,7 +20,7 @@
 use std::collections::HashSet;
 
 use vfio_migration::internals::{
-    admission::{Admission, Asked},
+    memory_policy::{MemoryPolicy, MemoryRequest},
     pool::{ALIGN, PoolLayout},
 };
 
@@ -267,7 +267,7 @@ impl Case {
     }
 
     /// Calls `visit` with every state that one step leads to.
-    fn each_next(&self, admission: &Admission, state: &State, mut visit: impl FnMut(State)) {
+    fn each_next(&self, policy: &MemoryPolicy, state: &State, mut visit: impl FnMut(State)) {
         let mut step = |change: &dyn Fn(&mut State)| {
             let mut next = state.clone();
             change(&mut next);
@@ -300,7 +300,7 @@ impl Case {
                     });
                 }
             }
-            self.receive(admission, state, at, &mut step);
+            self.receive(policy, state, at, &mut step);
         }
         for number in 0..DEVICES {
             self.drive(state, number, &mut step);
@@ -308,7 +308,7 @@ impl Case {
     }
 
     /// What a channel's thread can do.
-    fn receive(&self, admission: &Admission, state: &State, at: usize, step: Step<'_>) {
+    fn receive(&self, policy: &MemoryPolicy, state: &State, at: usize, step: Step<'_>) {
         let channel = &state.channels[at];
         match channel.hand {
             Hand::Free if channel.len() > 0 => step(&|next| {
@@ -330,7 +330,7 @@ impl Case {
             }
             Hand::Asks(device, index, done) => {
                 let number = usize::from(device);
-                if let Some(memory) = self.ask(admission, state, number, index, done) {
+                if let Some(memory) = self.ask(policy, state, number, index, done) {
                     step(&|next| {
                         match memory {
                             Memory::Buffer => next.buffers_out += 1,
@@ -364,35 +364,35 @@ impl Case {
     /// Which memory the engine's rule gives to a packet, or to its next piece, now.
     fn ask(
         &self,
-        admission: &Admission,
+        policy: &MemoryPolicy,
         state: &State,
         number: usize,
         index: u8,
         done: u8,
     ) -> Option<Memory> {
         let device = &state.devices[number];
-        let ways = admission.ways(Asked {
+        let grant = policy.grant(MemoryRequest {
             len: usize::from(self.pieces - done) * ALIGN,
             first: done == 0,
             next: device.next == index,
             in_window: true,
             started: state.started,
-            patient: false,
+            within_read_ahead: false,
             spills: self.spill.is_some(),
         });
         let out = u32::from(state.buffers_out);
-        if ways.buffer.is_some_and(|limit| out < limit) && out < self.buffers {
+        if grant.buffer.is_some_and(|limit| out < limit) && out < self.buffers {
             Some(Memory::Buffer)
-        } else if ways.reserve && self.reserve && !device.reserve_out {
+        } else if grant.reserve && self.reserve && !device.reserve_out {
             Some(Memory::Reserve)
-        } else if ways.spill && self.spill.is_some_and(|limit| state.spilled < limit) {
+        } else if grant.spill && self.spill.is_some_and(|limit| state.spilled < limit) {
             Some(Memory::Spilled)
         } else {
             None
         }
     }
 
-    /// What the driver can do for one device.
+    /// What the I/O thread can do for one device.
     fn drive(&self, state: &State, number: usize, step: Step<'_>) {
         let device = &state.devices[number];
         if let Some(memory) = device.writes {
@@ -431,7 +431,7 @@ impl Case {
 
     /// Searches through all states, to the first deadlock.
     pub fn search(&self) -> Found {
-        let admission = Admission::new(self.layout());
+        let policy = MemoryPolicy::new(self.layout());
         let first = State::new();
         let mut found = Found::default();
         let mut seen = HashSet::from([first.packed()]);
@@ -439,7 +439,7 @@ impl Case {
         while let Some(state) = left.pop() {
             found.states += 1;
             let mut steps = 0;
-            self.each_next(&admission, &state, |next| {
+            self.each_next(&policy, &state, |next| {
                 steps += 1;
                 let next = next.in_order(self);
                 if seen.insert(next.packed()) {

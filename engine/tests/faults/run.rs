@@ -233,11 +233,11 @@ fn run(case: &dyn fmt::Display, scene: &Scene, expect: Expect) -> (bool, u64) {
         save = save.refuse_leases(plan.clone());
     }
 
-    let migrate = || match load.start() {
+    let migrate = || match load.start().map_err(Error::from) {
         Err(error) => (Err(Error::cancelled(Phase::Setup)), Err(error)),
         Ok(load) => {
             load.switchover_start();
-            let saved = match save.start() {
+            let saved = match save.start().map_err(Error::from) {
                 // The save's channels are gone with it, and the load notices by itself.
                 Err(error) => Err(error),
                 Ok(save) => Ok(save.join()),

@@ -125,8 +125,8 @@ fn a_destination_that_is_not_there() {
         let to = match wire {
             // A port that was free a moment ago.
             Wire::Tcp => {
-                let door = TcpListener::bind("127.0.0.1:0").unwrap();
-                door.local_addr().unwrap().to_string()
+                let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+                listener.local_addr().unwrap().to_string()
             }
             Wire::Unix => format!("unix:{}", rig.directory.file("nobody")),
         };
@@ -142,13 +142,13 @@ fn a_destination_that_takes_all_and_says_nothing() {
     for reads in [true, false] {
         for told in ["", "--channels 2"] {
             let rig = Rig::new(1000);
-            let door = TcpListener::bind("127.0.0.1:0").unwrap();
-            let to = door.local_addr().unwrap().to_string();
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            let to = listener.local_addr().unwrap().to_string();
             let (relay, through) =
                 relay(&rig, &to, Wire::Unix, "r", &format!("--timeout 2 {told}"));
             let accepting = thread::spawn(move || {
                 // The main channel; a source that is not answered makes no other.
-                let (mut main, _) = door.accept().unwrap();
+                let (mut main, _) = listener.accept().unwrap();
                 let mut all = Vec::new();
                 while reads && main.read(&mut [0; 4096]).is_ok_and(|count| count > 0) {}
                 all.push(main);
@@ -165,11 +165,11 @@ fn a_destination_that_takes_all_and_says_nothing() {
 fn a_destination_that_ends_at_once() {
     for number in 0..4 {
         let rig = Rig::new(1000);
-        let door = TcpListener::bind("127.0.0.1:0").unwrap();
-        let to = door.local_addr().unwrap().to_string();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let to = listener.local_addr().unwrap().to_string();
         let (relay, through) = relay(&rig, &to, Wire::Unix, "r", "--timeout 3");
         let accepting = thread::spawn(move || {
-            let (mut main, _) = door.accept().unwrap();
+            let (mut main, _) = listener.accept().unwrap();
             let mut some = vec![0; number * 10];
             let _cut = main.read_exact(&mut some);
         });
@@ -199,12 +199,12 @@ fn a_source_that_is_gone_before_its_channels() {
 fn a_relay_whose_destination_is_gone_before_it_replied_says_so() {
     for told in ["", "--channels 2"] {
         let rig = Rig::new(1000);
-        let door = TcpListener::bind("127.0.0.1:0").unwrap();
-        let to = door.local_addr().unwrap().to_string();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let to = listener.local_addr().unwrap().to_string();
         let (relay, through) = relay(&rig, &to, Wire::Tcp, "r", &format!("--timeout 2 {told}"));
         // It ends in order, when it has read all that there was: as a process that is killed does.
         let accepting = thread::spawn(move || {
-            let (mut main, _) = door.accept().unwrap();
+            let (mut main, _) = listener.accept().unwrap();
             main.set_read_timeout(Some(Duration::from_millis(300)))
                 .unwrap();
             while main.read(&mut [0; 4096]).is_ok_and(|count| count > 0) {}
@@ -219,12 +219,12 @@ fn a_relay_whose_destination_is_gone_before_it_replied_says_so() {
 fn a_flood_of_channels_is_refused() {
     for told in ["", "--channels 2"] {
         case();
-        let door = TcpListener::bind("127.0.0.1:0").unwrap();
-        let to = door.local_addr().unwrap().to_string();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let to = listener.local_addr().unwrap().to_string();
         let over = thread::spawn(move || {
             let mut kept = Vec::new();
             // Ends with the word of the test.
-            while let Ok((mut socket, _)) = door.accept() {
+            while let Ok((mut socket, _)) = listener.accept() {
                 let mut word = [0; 4];
                 socket
                     .set_read_timeout(Some(Duration::from_millis(20)))

@@ -124,22 +124,22 @@ impl Socket {
     }
 }
 
-enum Door {
+enum Listener {
     Tcp(TcpListener),
     Unix(UnixListener, PathBuf),
 }
 
-impl Door {
+impl Listener {
     fn accept(&self) -> io::Result<Socket> {
         match self {
-            Self::Tcp(door) => {
-                let (socket, _) = door.accept()?;
+            Self::Tcp(listener) => {
+                let (socket, _) = listener.accept()?;
                 socket.set_nonblocking(false)?;
                 socket.set_nodelay(true)?;
                 Ok(Socket::Tcp(socket))
             }
-            Self::Unix(door, _) => {
-                let (socket, _) = door.accept()?;
+            Self::Unix(listener, _) => {
+                let (socket, _) = listener.accept()?;
                 socket.set_nonblocking(false)?;
                 Ok(Socket::Unix(socket))
             }
@@ -182,23 +182,27 @@ pub struct Link {
 impl Link {
     /// From `at`, an address to listen on, to `to`.
     pub fn new(at: &str, to: &str, fate: Fate) -> io::Result<Self> {
-        let (door, address, path) = match at.strip_prefix("unix:") {
+        let (listener, address, path) = match at.strip_prefix("unix:") {
             Some(path) => {
-                let door = UnixListener::bind(path)?;
-                door.set_nonblocking(true)?;
+                let listener = UnixListener::bind(path)?;
+                listener.set_nonblocking(true)?;
                 let path = PathBuf::from(path);
-                (Door::Unix(door, path.clone()), at.to_owned(), Some(path))
+                (
+                    Listener::Unix(listener, path.clone()),
+                    at.to_owned(),
+                    Some(path),
+                )
             }
             None => {
-                let door = TcpListener::bind(at)?;
-                door.set_nonblocking(true)?;
-                let address = door.local_addr()?.to_string();
-                (Door::Tcp(door), address, None)
+                let listener = TcpListener::bind(at)?;
+                listener.set_nonblocking(true)?;
+                let address = listener.local_addr()?.to_string();
+                (Listener::Tcp(listener), address, None)
             }
         };
         let shared = Arc::new(Shared::default());
         let (mine, to) = (shared.clone(), to.to_owned());
-        let accepting = thread::spawn(move || accept(&door, &to, fate, &mine));
+        let accepting = thread::spawn(move || accept(&listener, &to, fate, &mine));
         Ok(Self {
             address,
             shared,
@@ -230,10 +234,10 @@ impl Drop for Link {
     }
 }
 
-fn accept(door: &Door, to: &str, fate: Fate, shared: &Arc<Shared>) {
+fn accept(listener: &Listener, to: &str, fate: Fate, shared: &Arc<Shared>) {
     let mut pumps = Vec::new();
     while !shared.over.load(Relaxed) {
-        let Ok(near) = door.accept() else {
+        let Ok(near) = listener.accept() else {
             thread::sleep(LOOK);
             continue;
         };

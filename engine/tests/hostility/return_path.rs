@@ -45,9 +45,9 @@ struct False {
 
 impl False {
     fn new(reads: bool) -> Self {
-        let door = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = door.local_addr().unwrap().to_string();
-        door.set_nonblocking(true).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        listener.set_nonblocking(true).unwrap();
         let over = Arc::new(AtomicBool::new(false));
         let (sender, main) = std::sync::mpsc::channel();
         let mine = over.clone();
@@ -55,7 +55,7 @@ impl False {
             let mut kept = Vec::new();
             // Relaxed: a flag, and nothing goes with it.
             while !mine.load(Relaxed) {
-                let Ok((mut socket, _)) = door.accept() else {
+                let Ok((mut socket, _)) = listener.accept() else {
                     thread::sleep(Duration::from_millis(2));
                     continue;
                 };

@@ -217,9 +217,12 @@ fn in_a_relay() {
                     refused(&end(sending), &[]);
                     refused(&end(receiving), &[]);
                 }
-                None => receiving.signal("INT"),
+                None => {
+                    receiving.signal("INT");
+                    obeyed(&end(receiving), "INT");
+                }
             }
-            rig.untouched(if busy { &[] } else { &["socket"] });
+            rig.untouched(&[]);
         }
     }
 }

@@ -225,9 +225,13 @@ fn a_full_backlog_ends_and_can_be_interrupted() {
         let directory = Directory::new();
         let path = directory.file("socket");
         let flags = SockFlag::SOCK_CLOEXEC;
-        let door = socket(AddressFamily::Unix, SockType::Stream, flags, None).unwrap();
-        bind(door.as_raw_fd(), &UnixAddr::new(Path::new(&path)).unwrap()).unwrap();
-        listen(&door, Backlog::new(0).unwrap()).unwrap();
+        let listener = socket(AddressFamily::Unix, SockType::Stream, flags, None).unwrap();
+        bind(
+            listener.as_raw_fd(),
+            &UnixAddr::new(Path::new(&path)).unwrap(),
+        )
+        .unwrap();
+        listen(&listener, Backlog::new(0).unwrap()).unwrap();
         // The one that it takes.
         let _first = UnixStream::connect(&path).unwrap();
         let sending = start(words(&format!(
@@ -251,9 +255,9 @@ fn nobody_there_is_named() {
     let directory = Directory::new();
     fs::write(directory.file("file"), "").unwrap();
     // A port that was free a moment ago.
-    let door = TcpListener::bind("127.0.0.1:0").unwrap();
-    let tcp = door.local_addr().unwrap().to_string();
-    drop(door);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let tcp = listener.local_addr().unwrap().to_string();
+    drop(listener);
     let unix = |name: &str| format!("unix:{}", directory.file(name));
     for to in [tcp, unix("nobody"), unix("file"), unix("")] {
         case();

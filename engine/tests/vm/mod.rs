@@ -18,8 +18,8 @@ use vfio_migration::{
     Device, DeviceId, DeviceState, LoadSession, MigrationFlags, Result, SaveBuilder, SaveSession,
     Settings, SourceChannels, Stats,
     migration::{
-        Ack, Acks, DeviceSettings, Incoming, OnOffAuto, Realized, Saved, Source, Switchover, Terms,
-        vm,
+        Capabilities, DeviceSettings, Incoming, MigratableDevice, OnOffAuto, Outgoing,
+        OutgoingDevice, Saved, SwitchoverAck, SwitchoverAcks, vm,
     },
     sim::{Faults, SimConfig, SimDevice, SimHandle},
     stream::{Command, Event, Reader, Section, SectionKind, Writer},
@@ -37,7 +37,7 @@ pub struct Setup {
     pub transfer: OnOffAuto,
     /// Every second device does not use the channels.
     pub mixed: bool,
-    pub ack: Ack,
+    pub ack: SwitchoverAck,
     pub config_after_iterables: OnOffAuto,
     /// What is set of every second device, beginning with the first.
     pub config_of_odd: Option<OnOffAuto>,
@@ -63,7 +63,7 @@ impl Default for Setup {
             channels: 2,
             transfer: OnOffAuto::Auto,
             mixed: false,
-            ack: Ack::Off,
+            ack: SwitchoverAck::Off,
             config_after_iterables: OnOffAuto::Off,
             config_of_odd: None,
             delays: Vec::new(),
@@ -76,12 +76,12 @@ impl Default for Setup {
 }
 
 impl Setup {
-    pub fn terms(&self) -> Terms {
-        let mut terms = Terms::default();
-        terms.switchover_ack = self.ack;
-        terms.config_after_iterables = self.config_after_iterables;
-        terms.precopy_over_channels = self.over_channels;
-        terms
+    pub fn capabilities(&self) -> Capabilities {
+        let mut capabilities = Capabilities::default();
+        capabilities.switchover_ack = self.ack;
+        capabilities.config_after_iterables = self.config_after_iterables;
+        capabilities.precopy_over_channels = self.over_channels;
+        capabilities
     }
 
     pub fn config(&self, seed: u64) -> SimConfig {
@@ -99,7 +99,7 @@ impl Setup {
         }
     }
 
-    pub fn realize(&self, number: u32, config: SimConfig) -> (Realized, SimHandle) {
+    pub fn admit(&self, number: u32, config: SimConfig) -> (MigratableDevice, SimHandle) {
         let device = SimDevice::new(config).unwrap();
         let handle = device.handle();
         let mut settings = DeviceSettings::default();
@@ -111,7 +111,7 @@ impl Setup {
             settings.config_after_iterables = self.config_of_odd;
         }
         let device = Device::new(id(number), Box::new(device)).unwrap();
-        (Realized::new(device, settings), handle)
+        (MigratableDevice::new(device, settings), handle)
     }
 }
 
@@ -199,7 +199,7 @@ pub struct Ended {
     pub stats: Stats,
     /// How often the switchover was approved.
     pub acks: u32,
-    pub devices: Vec<Realized>,
+    pub devices: Vec<MigratableDevice>,
 }
 
 impl Ended {
@@ -214,11 +214,11 @@ impl Ended {
             assert_eq!(destination.state(), DeviceState::Running);
             assert_eq!(source.state(), DeviceState::StopCopy);
         }
-        for realized in &self.devices {
-            assert_eq!(realized.state(), DeviceState::Running);
+        for migratable in &self.devices {
+            assert_eq!(migratable.state(), DeviceState::Running);
         }
-        for realized in self.saved.cleanup().unwrap() {
-            assert_eq!(realized.state(), DeviceState::Stop);
+        for migratable in self.saved.cleanup().unwrap() {
+            assert_eq!(migratable.state(), DeviceState::Stop);
         }
         for source in &self.sources {
             assert_eq!(source.state(), DeviceState::Stop);
@@ -228,7 +228,7 @@ impl Ended {
 
 /// Everything that a VMM does, from its devices at rest to the VM on the destination.
 pub fn migrate(setup: &Setup) -> Ended {
-    let terms = setup.terms();
+    let capabilities = setup.capabilities();
     let mut load = LoadSession::builder().settings(setup.settings.clone());
     let mut channels = Vec::new();
     for _ in 0..setup.channels {
@@ -242,18 +242,18 @@ pub fn migrate(setup: &Setup) -> Ended {
     let numbered = 1..=setup.devices;
     let (sources, saved_from): (Vec<_>, Vec<_>) = numbered
         .clone()
-        .map(|at| setup.realize(at, setup.config(at.into())))
+        .map(|at| setup.admit(at, setup.config(at.into())))
         .unzip();
     let (destinations, loaded_to): (Vec<_>, Vec<_>) = numbered
         .map(|at| {
             let mut config = setup.config(1000 + u64::from(at));
             config.state = DeviceState::Running;
-            setup.realize(at, config)
+            setup.admit(at, config)
         })
         .unzip();
 
     let approvals = Arc::new(AtomicU32::new(0));
-    let acks = Acks::new(setup.ack);
+    let acks = SwitchoverAcks::new(setup.ack);
     let approve = {
         let (approvals, acks) = (approvals.clone(), acks.clone());
         move || {
@@ -262,15 +262,15 @@ pub fn migrate(setup: &Setup) -> Ended {
             Ok(())
         }
     };
-    let incoming = Incoming::setup(destinations, &terms, load, Box::new(approve)).unwrap();
+    let incoming = Incoming::setup(destinations, &capabilities, load, Box::new(approve)).unwrap();
     let (mut main, pipe) = Sections::open();
     let mut reader = Reader::open(pipe.clone()).unwrap();
 
     let mut under_way = Vec::new();
-    for realized in sources {
-        let id = realized.id().clone();
+    for migratable in sources {
+        let id = migratable.id().clone();
         let source = main.section(SectionKind::Start, &id, |body| {
-            Source::setup(realized, &terms, &acks, body).unwrap()
+            OutgoingDevice::setup(migratable, &capabilities, &acks, body).unwrap()
         });
         under_way.push(source);
     }
@@ -289,14 +289,14 @@ pub fn migrate(setup: &Setup) -> Ended {
             .iter()
             .map(|it| it.pending_estimate().precopy())
             .sum();
-        if left == 0 && under_way.iter().all(Source::is_switchover_ready) {
+        if left == 0 && under_way.iter().all(OutgoingDevice::is_switchover_ready) {
             break;
         }
     }
     // It runs on, and nothing is said.
     thread::sleep(setup.hold);
     assert!(incoming.failure().is_none());
-    if under_way.iter().any(Source::uses_multifd) {
+    if under_way.iter().any(OutgoingDevice::uses_multifd) {
         assert!(channels.failure().is_none());
     }
     for source in &mut under_way {
@@ -308,20 +308,20 @@ pub fn migrate(setup: &Setup) -> Ended {
     let ids: Vec<_> = under_way.iter().map(|source| source.id().clone()).collect();
     let save = SaveSession::builder().settings(setup.settings.clone());
     let save = save.greeted_channels(channels);
-    let mut switchover = Switchover::begin(under_way, save).unwrap();
+    let mut outgoing = Outgoing::begin(under_way, save).unwrap();
     main.command(Command::SwitchoverStart);
     for id in &ids {
         main.section(SectionKind::End, id, |body| {
-            switchover.complete(id, body).unwrap();
+            outgoing.write_state(id, body).unwrap();
         });
     }
     for id in &ids {
         main.section(SectionKind::Full, id, |body| {
-            switchover.config(id, body).unwrap();
+            outgoing.write_config(id, body).unwrap();
         });
     }
     read_main(&mut reader, &pipe, &incoming).unwrap();
-    let saved = switchover.finish().unwrap();
+    let saved = outgoing.finish().unwrap();
     let mut loaded = incoming.finish().unwrap();
     vm::start(loaded.devices_mut()).unwrap();
     let stats = loaded.stats();

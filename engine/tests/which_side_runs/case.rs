@@ -2,7 +2,7 @@
 
 use vfio_migration::{
     DeviceState, MigrationFlags,
-    migration::{OnOffAuto, Realized},
+    migration::{MigratableDevice, OnOffAuto},
 };
 
 use crate::side::{Kind, Truth, Wrong, device};
@@ -38,8 +38,8 @@ pub enum Leave {
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Side {
-    Source,
-    Destination,
+    OutgoingDevice,
+    IncomingDevice,
 }
 
 /// A step that can fail.
@@ -126,7 +126,7 @@ impl Case {
         if self.alone { 1 } else { 3 }
     }
 
-    pub fn device(&self, side: Side, at: usize) -> (Realized, Truth) {
+    pub fn device(&self, side: Side, at: usize) -> (MigratableDevice, Truth) {
         let flags = match (self.alone, at) {
             (true, _) => MigrationFlags::STOP_COPY | MigrationFlags::PRE_COPY,
             (false, 1) => MigrationFlags::STOP_COPY | MigrationFlags::P2P,
@@ -140,9 +140,9 @@ impl Case {
         };
         let number = u32::try_from(at).unwrap() + 1;
         let (home, seed) = match side {
-            Side::Source if self.vm == Vm::Stands => (DeviceState::Stop, number),
-            Side::Source => (DeviceState::Running, number),
-            Side::Destination => (self.far_home, 1000 + number),
+            Side::OutgoingDevice if self.vm == Vm::Stands => (DeviceState::Stop, number),
+            Side::OutgoingDevice => (DeviceState::Running, number),
+            Side::IncomingDevice => (self.far_home, 1000 + number),
         };
         device(&Kind {
             number,

@@ -7,7 +7,7 @@ use std::{
 
 use vfio_migration::{
     DeviceState, Duty,
-    migration::{Realized, vm as state},
+    migration::{MigratableDevice, vm as state},
 };
 
 use crate::{
@@ -67,7 +67,7 @@ pub const fn comes_to(at: Option<At>) -> (Near, Far) {
 /// One device in the end.
 struct One<'a> {
     /// `None`: it was dropped.
-    back: Option<&'a Realized>,
+    back: Option<&'a MigratableDevice>,
     truth: &'a Truth,
     wrong: Option<Wrong>,
     /// The state in which the VM is when it is here.
@@ -147,13 +147,13 @@ impl One<'_> {
 
 fn ones<'a>(case: &'a Case, side: Side, ended: &'a Ended) -> Vec<One<'a>> {
     let (back, truth) = match side {
-        Side::Source => &ended.sources,
-        Side::Destination => &ended.destinations,
+        Side::OutgoingDevice => &ended.sources,
+        Side::IncomingDevice => &ended.destinations,
     };
-    let paused = side == Side::Source && ended.paused;
+    let paused = side == Side::OutgoingDevice && ended.paused;
     let find = |at: usize| {
         let id = vm::id(u32::try_from(at).unwrap() + 1);
-        back.iter().find(|realized| *realized.id() == id)
+        back.iter().find(|migratable| *migratable.id() == id)
     };
     let all = truth.iter().enumerate();
     all.map(|(at, truth)| One {
@@ -174,8 +174,8 @@ pub fn judge(case: &Case) -> (Option<At>, Ended) {
     let ended = walk(case);
     let at = ended.at;
     let (near, far) = comes_to(at);
-    let sources = ones(case, Side::Source, &ended);
-    let destinations = ones(case, Side::Destination, &ended);
+    let sources = ones(case, Side::OutgoingDevice, &ended);
+    let destinations = ones(case, Side::IncomingDevice, &ended);
     let whole = case.leave != Leave::Dropped;
     for (source, destination) in sources.iter().zip(&destinations) {
         assert!(!whole || source.back.is_some(), "a device is missing");
@@ -221,7 +221,7 @@ impl Tally {
             let back = case.leave != Leave::Dropped;
             if near == Near::Held && far != Far::Runs && back && !severe {
                 // Somebody has said that the VM does not run there: it goes on here.
-                goes_on(case, Side::Source, &mut ended.sources);
+                goes_on(case, Side::OutgoingDevice, &mut ended.sources);
             }
             at
         }));
@@ -248,14 +248,14 @@ impl Tally {
 
 /// The VM starts on this side, which has its state. Where a device refuses, all stand, the others with what
 /// they hold, and those can go on.
-pub fn goes_on(case: &Case, side: Side, (back, truth): &mut (Vec<Realized>, Vec<Truth>)) {
+pub fn goes_on(case: &Case, side: Side, (back, truth): &mut (Vec<MigratableDevice>, Vec<Truth>)) {
     let held = match side {
-        Side::Source => Holds::Own,
-        Side::Destination => Holds::Arrived,
+        Side::OutgoingDevice => Holds::Own,
+        Side::IncomingDevice => Holds::Arrived,
     };
     if let Err(error) = state::start(back) {
         assert!(case.wrong.is_some(), "{error}");
-        for (at, (realized, truth)) in back.iter().zip(truth.iter()).enumerate() {
+        for (at, (migratable, truth)) in back.iter().zip(truth.iter()).enumerate() {
             let wrong = case.wrong_of(side, at).is_some();
             let (holds, duty) = if wrong {
                 (Holds::Nothing, Duty::SetUpAnew)
@@ -263,12 +263,15 @@ pub fn goes_on(case: &Case, side: Side, (back, truth): &mut (Vec<Realized>, Vec<
                 (held, Duty::Nothing)
             };
             assert_eq!((truth.state(), truth.holds()), (DeviceState::Stop, holds));
-            assert_eq!((realized.state(), realized.duty()), (truth.state(), duty));
+            assert_eq!(
+                (migratable.state(), migratable.duty()),
+                (truth.state(), duty)
+            );
         }
         state::start(back).unwrap();
     }
-    for (at, (realized, truth)) in back.iter().zip(truth.iter()).enumerate() {
-        assert_eq!(realized.state(), DeviceState::Running);
+    for (at, (migratable, truth)) in back.iter().zip(truth.iter()).enumerate() {
+        assert_eq!(migratable.state(), DeviceState::Running);
         assert_eq!(truth.state(), DeviceState::Running);
         let wrong = case.wrong_of(side, at).is_some();
         assert!(wrong || truth.holds() == held);

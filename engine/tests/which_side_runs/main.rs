@@ -27,7 +27,10 @@ use judge::{Tally, goes_on, judge};
 use side::{Holds, LEN, Wrong};
 use vfio_migration::{
     DeviceState, SaveSession,
-    migration::{Ack, Acks, OnOffAuto, Source, Switchover, Terms, vm as state},
+    migration::{
+        Capabilities, OnOffAuto, Outgoing, OutgoingDevice, SwitchoverAck, SwitchoverAcks,
+        vm as state,
+    },
     sim::Callback,
 };
 
@@ -72,8 +75,8 @@ fn devices(kind: &Case) -> Vec<(Side, usize, Calls)> {
     assert_eq!(at, None);
     let mut all = Vec::new();
     for (side, (_, truth)) in [
-        (Side::Source, &ended.sources),
-        (Side::Destination, &ended.destinations),
+        (Side::OutgoingDevice, &ended.sources),
+        (Side::IncomingDevice, &ended.destinations),
     ] {
         for (device, truth) in truth.iter().enumerate() {
             let calls = Callback::ALL.map(|callback| (callback, truth.handle.calls(callback)));
@@ -177,7 +180,7 @@ fn every_other_call_of_every_device_fails() {
 fn every_data_fd_fails() {
     let _watchdog = Watchdog::new();
     let mut tally = Tally::default();
-    // The last bytes may be in the driver's hands before it refuses them: its check does then.
+    // The last bytes may be in the I/O thread's hands before it refuses them: its check does then.
     let before_the_verdict = [
         At::Iteration,
         At::Begin,
@@ -200,8 +203,8 @@ fn every_data_fd_fails() {
                     tally.case(&case, &before_the_verdict);
                 }
             }
-            if side == Side::Source {
-                // The source takes that for all there is, and the destination's driver does not.
+            if side == Side::OutgoingDevice {
+                // The source takes that for all there is, and the destination's I/O thread does not.
                 let wrong = Some((side, device, Wrong::Short(LEN / 2)));
                 let case = Case { wrong, ..kind };
                 let checks = match kind.vm {
@@ -294,9 +297,9 @@ fn a_device_refuses_where_nobody_knows() {
             // behind the first are the start's.
             let last = changes(&calls);
             let (asked, lost) = match (side, kind.vm) {
-                (Side::Source, _) => (last - 1..last, vec![At::End, At::Verdict]),
-                (Side::Destination, Vm::Runs) => (1..last, vec![At::VerdictOfFailure]),
-                (Side::Destination, _) => continue,
+                (Side::OutgoingDevice, _) => (last - 1..last, vec![At::End, At::Verdict]),
+                (Side::IncomingDevice, Vm::Runs) => (1..last, vec![At::VerdictOfFailure]),
+                (Side::IncomingDevice, _) => continue,
             };
             for k in asked {
                 for wrong in [
@@ -326,7 +329,7 @@ fn a_device_refuses_where_nobody_knows() {
             let asked = changes(&calls);
             for k in asked..asked + if kind.alone { 1 } else { 2 } {
                 for wrong in [Wrong::Refuses(k), Wrong::Breaks(k)] {
-                    if side == Side::Source {
+                    if side == Side::OutgoingDevice {
                         let wrong = Some((side, device, wrong));
                         let link = Link::Lost(At::End);
                         let case = Case {
@@ -351,7 +354,7 @@ fn a_vm_that_was_moved_standing_starts_or_stands() {
     let mut refused = 0;
     for kind in kinds().into_iter().filter(|kind| kind.vm != Vm::Runs) {
         for (side, device, calls) in devices(&kind) {
-            if side == Side::Source {
+            if side == Side::OutgoingDevice {
                 continue;
             }
             let asked = changes(&calls);
@@ -381,21 +384,21 @@ fn a_vm_that_was_moved_standing_moves_on() {
         let (at, ended) = judge(&kind);
         assert_eq!(at, None);
         let (back, truth) = ended.destinations;
-        let acks = Acks::new(Ack::Off);
-        let sources = back.into_iter().map(|mut realized| {
-            realized.settings_mut().transfer = OnOffAuto::Off;
-            Source::setup(realized, &Terms::default(), &acks, io::sink()).unwrap()
+        let acks = SwitchoverAcks::new(SwitchoverAck::Off);
+        let sources = back.into_iter().map(|mut migratable| {
+            migratable.settings_mut().transfer = OnOffAuto::Off;
+            OutgoingDevice::setup(migratable, &Capabilities::default(), &acks, io::sink()).unwrap()
         });
         let mut sources: Vec<_> = sources.collect();
         state::stop(&mut sources, state::Reason::FinishMigration).unwrap();
-        let mut switchover = Switchover::begin(sources, SaveSession::builder()).unwrap();
+        let mut outgoing = Outgoing::begin(sources, SaveSession::builder()).unwrap();
         for number in 1..=u32::try_from(kind.devices()).unwrap() {
-            switchover.complete(&vm::id(number), io::sink()).unwrap();
-            switchover.config(&vm::id(number), io::sink()).unwrap();
+            outgoing.write_state(&vm::id(number), io::sink()).unwrap();
+            outgoing.write_config(&vm::id(number), io::sink()).unwrap();
         }
-        for realized in switchover.finish().unwrap().cleanup().unwrap() {
-            assert_eq!(realized.state(), DeviceState::Stop);
-            assert!(!realized.was_reset());
+        for migratable in outgoing.finish().unwrap().cleanup().unwrap() {
+            assert_eq!(migratable.state(), DeviceState::Stop);
+            assert!(!migratable.was_reset());
         }
         for truth in truth {
             assert_eq!(

@@ -9,7 +9,7 @@ use std::{
 use nix::errno::Errno;
 use vfio_migration::{
     Device, DeviceState, MigrationDevice, MigrationFlags, PrecopyInfo, StateEvent,
-    migration::{DeviceSettings, OnOffAuto, Realized},
+    migration::{DeviceSettings, MigratableDevice, OnOffAuto},
     sim::{
         CallFault, Callback, Fault, Faults, On, SimConfig, SimDevice, SimHandle, Stream,
         TransitionFault, Which,
@@ -181,7 +181,7 @@ pub struct Kind {
 pub const LEN: u64 = 40_000;
 
 /// Makes a device.
-pub fn device(kind: &Kind) -> (Realized, Truth) {
+pub fn device(kind: &Kind) -> (MigratableDevice, Truth) {
     // A socket fails where a pipe just ends.
     let stream = match kind.wrong {
         Some(Wrong::Data(_)) => Stream::Socket,
@@ -209,5 +209,5 @@ pub fn device(kind: &Kind) -> (Realized, Truth) {
     let device = Device::new(id(kind.number), device).unwrap();
     let mut settings = DeviceSettings::default();
     settings.transfer = kind.transfer;
-    (Realized::new(device, settings), truth)
+    (MigratableDevice::new(device, settings), truth)
 }

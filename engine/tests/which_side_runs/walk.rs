@@ -8,7 +8,10 @@ use std::{
 
 use vfio_migration::{
     Backend, DeviceState, Duty, LoadBuilder, LoadSession, SaveSession, Settings, SourceChannels,
-    migration::{Ack, Acks, Incoming, Loaded, Realized, Saved, Source, Switchover, Terms, vm},
+    migration::{
+        Capabilities, Incoming, Loaded, MigratableDevice, Outgoing, OutgoingDevice, Saved,
+        SwitchoverAck, SwitchoverAcks, vm,
+    },
     stream::{Command, Reader, SectionKind},
 };
 
@@ -21,28 +24,30 @@ use crate::{
 
 /// The source's devices, as far as they are.
 enum Near {
-    Set(Vec<Source>, Vec<Realized>),
-    Switching(Switchover),
+    Set(Vec<OutgoingDevice>, Vec<MigratableDevice>),
+    Switching(Outgoing),
     Saved(Saved),
-    Back(Vec<Realized>),
+    Back(Vec<MigratableDevice>),
 }
 
 impl Near {
     /// The migration is off.
-    fn give_up(self, leave: Leave) -> Vec<Realized> {
+    fn give_up(self, leave: Leave) -> Vec<MigratableDevice> {
         match (self, leave) {
             (Self::Back(back), _) => back,
             (Self::Set(sources, rest), Leave::Dropped) => {
                 drop(sources);
                 rest
             }
-            (Self::Set(sources, rest), _) => {
-                sources.into_iter().map(Source::abort).chain(rest).collect()
-            }
+            (Self::Set(sources, rest), _) => sources
+                .into_iter()
+                .map(OutgoingDevice::abort)
+                .chain(rest)
+                .collect(),
             (Self::Switching(it), Leave::Called) => it.abort(),
             (Self::Switching(it), Leave::Cancelled) => {
                 it.cancel();
-                it.finish().unwrap_err().back
+                it.finish().unwrap_err().into_back()
             }
             (Self::Switching(it), Leave::Dropped) => {
                 drop(it);
@@ -53,7 +58,7 @@ impl Near {
     }
 
     /// Nobody knows.
-    fn hold(self, leave: Leave) -> Vec<Realized> {
+    fn hold(self, leave: Leave) -> Vec<MigratableDevice> {
         match (self, leave) {
             (Self::Saved(it), Leave::Dropped) => {
                 drop(it);
@@ -69,17 +74,17 @@ impl Near {
 enum Far {
     Incoming(Incoming),
     Loaded(Loaded),
-    Back(Vec<Realized>),
+    Back(Vec<MigratableDevice>),
 }
 
 impl Far {
-    fn give_up(self, leave: Leave) -> Vec<Realized> {
+    fn give_up(self, leave: Leave) -> Vec<MigratableDevice> {
         match (self, leave) {
             (Self::Back(back), _) => back,
             (Self::Incoming(it), Leave::Called) => it.abort(),
             (Self::Incoming(it), Leave::Cancelled) => {
                 it.cancel();
-                it.finish().unwrap_err().back
+                it.finish().unwrap_err().into_back()
             }
             (Self::Loaded(it), Leave::Called | Leave::Cancelled) => it.abort(),
             (it, Leave::Dropped) => {
@@ -97,8 +102,8 @@ pub struct Ended {
     /// Whether the VM was paused before that.
     pub paused: bool,
     /// The devices that came back, and what they all are.
-    pub sources: (Vec<Realized>, Vec<Truth>),
-    pub destinations: (Vec<Realized>, Vec<Truth>),
+    pub sources: (Vec<MigratableDevice>, Vec<Truth>),
+    pub destinations: (Vec<MigratableDevice>, Vec<Truth>),
 }
 
 struct Walk<'a> {
@@ -140,8 +145,8 @@ pub fn walk(case: &Case) -> Ended {
     }
     let channels = SourceChannels::greet(channels, &settings()).unwrap();
     let all = |side| (0..case.devices()).map(move |at| case.device(side, at));
-    let (sources, near_truth): (Vec<_>, Vec<_>) = all(Side::Source).unzip();
-    let (destinations, far_truth): (Vec<_>, Vec<_>) = all(Side::Destination).unzip();
+    let (sources, near_truth): (Vec<_>, Vec<_>) = all(Side::OutgoingDevice).unzip();
+    let (destinations, far_truth): (Vec<_>, Vec<_>) = all(Side::IncomingDevice).unzip();
     let (main, pipe) = Sections::open();
     let reader = Reader::open(pipe.clone()).unwrap();
     let mut walk = Walk {
@@ -199,17 +204,17 @@ pub fn walk(case: &Case) -> Ended {
 }
 
 impl Walk<'_> {
-    fn all(&mut self, destinations: Vec<Realized>, load: LoadBuilder) -> Result<(), At> {
-        let mut terms = Terms::default();
-        terms.switchover_ack = Ack::Off;
-        match Incoming::setup(destinations, &terms, load, Box::new(|| Ok(()))) {
+    fn all(&mut self, destinations: Vec<MigratableDevice>, load: LoadBuilder) -> Result<(), At> {
+        let mut capabilities = Capabilities::default();
+        capabilities.switchover_ack = SwitchoverAck::Off;
+        match Incoming::setup(destinations, &capabilities, load, Box::new(|| Ok(()))) {
             Ok(incoming) => self.far = Far::Incoming(incoming),
             Err(failed) => {
-                self.far = Far::Back(failed.back);
+                self.far = Far::Back(failed.into_back());
                 return Err(At::DestinationSetUp);
             }
         }
-        self.set_up(&terms)?;
+        self.set_up(&capabilities)?;
         self.iterate()?;
         self.stop()?;
         self.send()?;
@@ -236,21 +241,21 @@ impl Walk<'_> {
         Box::new(pipe)
     }
 
-    fn set_up(&mut self, terms: &Terms) -> Result<(), At> {
-        let acks = Acks::new(Ack::Off);
+    fn set_up(&mut self, capabilities: &Capabilities) -> Result<(), At> {
+        let acks = SwitchoverAcks::new(SwitchoverAck::Off);
         let Near::Set(sources, rest) = &mut self.near else {
             unreachable!()
         };
         let link = self.case.link;
         for at in 0..self.case.devices() {
-            let realized = rest.remove(0);
-            let id = realized.id().clone();
+            let migratable = rest.remove(0);
+            let id = migratable.id().clone();
             self.main.section(SectionKind::Start, &id, |body| {
                 let body = Self::body(link, At::SetUp, at, body);
-                match Source::setup(realized, terms, &acks, body) {
+                match OutgoingDevice::setup(migratable, capabilities, &acks, body) {
                     Ok(source) => sources.push(source),
                     Err(failed) => {
-                        rest.insert(0, failed.back);
+                        rest.insert(0, failed.into_back());
                         return Err(At::SetUp);
                     }
                 }
@@ -310,10 +315,10 @@ impl Walk<'_> {
         let sources = std::mem::take(sources);
         let save = SaveSession::builder().settings(settings());
         let save = save.greeted_channels(self.channels.take().unwrap());
-        match Switchover::begin(sources, save) {
-            Ok(switchover) => self.near = Near::Switching(switchover),
+        match Outgoing::begin(sources, save) {
+            Ok(outgoing) => self.near = Near::Switching(outgoing),
             Err(failed) => {
-                self.near = Near::Back(failed.back);
+                self.near = Near::Back(failed.into_back());
                 return Err(At::Begin);
             }
         }
@@ -323,7 +328,7 @@ impl Walk<'_> {
     /// The VM has stopped, and so has every device, one that has refused and was reset as well.
     fn all_stand(&self) {
         for (at, truth) in self.near_truth.iter().enumerate() {
-            let wrong = self.case.wrong_of(Side::Source, at);
+            let wrong = self.case.wrong_of(Side::OutgoingDevice, at);
             if !wrong.is_some_and(Wrong::is_severe) {
                 assert!(!truth.state().runs(), "{}", truth.state());
             }
@@ -331,7 +336,7 @@ impl Walk<'_> {
     }
 
     fn send(&mut self) -> Result<(), At> {
-        let Near::Switching(switchover) = &mut self.near else {
+        let Near::Switching(outgoing) = &mut self.near else {
             unreachable!()
         };
         let Far::Incoming(incoming) = &self.far else {
@@ -345,15 +350,15 @@ impl Walk<'_> {
         for at in 0..self.case.devices() {
             let id = id(u32::try_from(at).unwrap() + 1);
             let written = self.main.section(SectionKind::End, &id, |body| {
-                switchover.complete(&id, Self::body(link, At::Sections, at, body))
+                outgoing.write_state(&id, Self::body(link, At::Sections, at, body))
             });
             written.map_err(|_| At::Sections)?;
         }
         for at in 0..self.case.devices() {
             let id = id(u32::try_from(at).unwrap() + 1);
-            let written = self
-                .main
-                .section(SectionKind::Full, &id, |body| switchover.config(&id, body));
+            let written = self.main.section(SectionKind::Full, &id, |body| {
+                outgoing.write_config(&id, body)
+            });
             written.map_err(|_| At::Sections)?;
         }
         if link == Link::Garbage {
@@ -363,13 +368,13 @@ impl Walk<'_> {
         }
         read_main(&mut self.reader, &self.pipe, incoming).map_err(|_| At::DestinationLoad)?;
         let nobody = Near::Back(Vec::new());
-        let Near::Switching(switchover) = std::mem::replace(&mut self.near, nobody) else {
+        let Near::Switching(outgoing) = std::mem::replace(&mut self.near, nobody) else {
             unreachable!()
         };
-        match switchover.finish() {
+        match outgoing.finish() {
             Ok(saved) => self.near = Near::Saved(saved),
             Err(failed) => {
-                self.near = Near::Back(failed.back);
+                self.near = Near::Back(failed.into_back());
                 return Err(At::Finish);
             }
         }
@@ -388,7 +393,7 @@ impl Walk<'_> {
         match incoming.finish() {
             Ok(loaded) => self.far = Far::Loaded(loaded),
             Err(failed) => {
-                self.far = Far::Back(failed.back);
+                self.far = Far::Back(failed.into_back());
                 return Err(At::DestinationFinish);
             }
         }
@@ -400,8 +405,8 @@ impl Walk<'_> {
         }
         if self.case.vm == Vm::Runs && vm::start(loaded.devices_mut()).is_err() {
             // Before anybody is told.
-            for (realized, truth) in loaded.devices_mut().iter().zip(&self.far_truth) {
-                if realized.duty() != Duty::Close {
+            for (migratable, truth) in loaded.devices_mut().iter().zip(&self.far_truth) {
+                if migratable.duty() != Duty::Close {
                     let is = (truth.state(), truth.holds());
                     assert_eq!(is, (DeviceState::Stop, Holds::Nothing));
                 }
@@ -433,8 +438,8 @@ impl Walk<'_> {
             (Err(_), _) => Err(At::Cleanup),
             (_, Err(_)) => Err(At::Join),
         };
-        self.near = Near::Back(cleaned.unwrap_or_else(|failed| failed.back));
-        self.far = Far::Back(joined.unwrap_or_else(|failed| failed.back));
+        self.near = Near::Back(cleaned.unwrap_or_else(|failed| failed.into_back()));
+        self.far = Far::Back(joined.unwrap_or_else(|failed| failed.into_back()));
         at
     }
 }

@@ -111,13 +111,13 @@ pub(super) const HAND_WRITTEN: &[HandWritten] = &[
     ),
     mutant(
         "pool",
-        "a packer starts again under one lease",
+        "a cutter starts again under one lease",
         "holders.load(Acquire) == 1",
         "holders.load(Acquire) <= 2",
     ),
     mutant(
         "pool",
-        "a packer starts again whoever holds",
+        "a cutter starts again whoever holds",
         "holders.load(Acquire) == 1",
         "true",
     ),
@@ -129,7 +129,7 @@ pub(super) const HAND_WRITTEN: &[HandWritten] = &[
     ),
     mutant(
         "pool",
-        "a released packer keeps its hold",
+        "a released cutter keeps its hold",
         "        if let Some(current) = self.current.take() {
             self.pool.unhold(current.buffer);
         }",
@@ -198,108 +198,108 @@ pub(super) const HAND_WRITTEN: &[HandWritten] = &[
         "            std::mem::forget(segment.into_box());
             return;",
     ),
-    // The inbox and its cursor.
+    // The reorder buffer and its reader.
     mutant(
-        "cursor",
-        "a ringer takes back what the driver waits for",
+        "reorder_buffer",
+        "a ringer takes back what the I/O thread waits for",
         "self.starved.load(Relaxed) == u64::from(index)",
         "self.starved.swap(NONE, Relaxed) == u64::from(index)",
     ),
     mutant(
-        "cursor",
+        "reorder_buffer",
         "admit swaps",
         ".compare_exchange_weak(seen, grown.0, Relaxed, Relaxed)",
         ".swap(grown.0, Relaxed).checked_add(0).ok_or(0)",
     ),
     mutant(
-        "cursor",
+        "reorder_buffer",
         "admit does not compare a config with the highest",
         "if highest > index {",
         "if false {",
     ),
     mutant(
-        "cursor",
-        "the driver does not say what it waits for",
-        "inbox.starved.store(self.next.into(), Relaxed);",
+        "reorder_buffer",
+        "the I/O thread does not say what it waits for",
+        "reorder.starved.store(self.next.into(), Relaxed);",
         "",
     ),
     mutant(
-        "cursor",
-        "the driver says only once what it waits for",
+        "reorder_buffer",
+        "the I/O thread says only once what it waits for",
         "                    self.starved = false;\n",
         "",
     ),
     mutant(
-        "cursor",
+        "reorder_buffer",
         "the second look is left out",
         "            Some(slot) => slot.is_ready(),",
         "            Some(_) => false,",
     ),
     mutant(
-        "cursor",
+        "reorder_buffer",
         "the second look forgets the closing",
-        "            None => inbox.table.is_closed(guard),",
+        "            None => reorder.table.is_closed(guard),",
         "            None => false,",
     ),
     mutant(
-        "cursor",
+        "reorder_buffer",
         "take forgets the closing",
-        "            None if inbox.table.is_closed(guard) => Take::Closed,\n",
+        "            None if reorder.table.is_closed(guard) => Take::Closed,\n",
         "",
     ),
     mutant(
-        "cursor",
+        "reorder_buffer",
         "take does not pass on what is next",
-        "inbox.next.store(self.next.into(), Relaxed);",
+        "reorder.next.store(self.next.into(), Relaxed);",
         "",
     ),
     mutant(
-        "cursor",
+        "reorder_buffer",
         "a channel does not say what it waits for",
         "self.awaited.fetch_min(index.into(), Relaxed);",
         "",
     ),
     mutant(
-        "cursor",
+        "reorder_buffer",
         "a channel hides what another waits for",
         "self.awaited.fetch_min(index.into(), Relaxed);",
         "self.awaited.store(index.into(), Relaxed);",
     ),
     mutant(
-        "cursor",
+        "reorder_buffer",
         "a channel is told of its own idx alone, not of those behind it",
-        "inbox.awaited.load(Relaxed) > u64::from(self.next)",
-        "inbox.awaited.load(Relaxed) != u64::from(self.next)",
+        "reorder.awaited.load(Relaxed) > u64::from(self.next)",
+        "reorder.awaited.load(Relaxed) != u64::from(self.next)",
     ),
     // The queue.
     mutant(
-        "queue",
+        "send_queue",
         "a ticket is swapped",
         ".compare_exchange(ticket, ticket + 1, Relaxed, Relaxed)",
         ".swap(ticket + 1, Relaxed).checked_add(0).ok_or(0)",
     ),
     mutant(
-        "queue",
+        "send_queue",
         "a taker believes a head that it loads",
         ".compare_exchange(ticket, ticket, Relaxed, Relaxed)
             .is_ok()",
         ".load(Relaxed) == ticket",
     ),
     mutant(
-        "queue",
+        "send_queue",
         "publish notifies nobody",
         "self.waiters.notify_one();",
         "",
     ),
     mutant(
-        "queue",
+        "send_queue",
         "end notifies nobody",
         "Release);
         self.waiters.notify_all();",
         "Release);",
     ),
     mutant(
-        "queue",
+        "send_queue",
         "end notifies one",
         "Release);
         self.waiters.notify_all();",
@@ -307,14 +307,14 @@ pub(super) const HAND_WRITTEN: &[HandWritten] = &[
         self.waiters.notify_one();",
     ),
     mutant(
-        "queue",
+        "send_queue",
         "close notifies nobody",
         "self.table.close(guard, abandon);
         self.waiters.notify_all();",
         "self.table.close(guard, abandon);",
     ),
     mutant(
-        "queue",
+        "send_queue",
         "close notifies before it closes",
         "self.table.close(guard, abandon);
         self.waiters.notify_all();",
@@ -322,13 +322,13 @@ pub(super) const HAND_WRITTEN: &[HandWritten] = &[
         self.table.close(guard, abandon);",
     ),
     mutant(
-        "queue",
+        "send_queue",
         "a taker does not look for the end",
         "if self.end.load(Acquire) == u64::from(ticket) {",
         "if false {",
     ),
     mutant(
-        "queue",
+        "send_queue",
         "a taker does not look for the closing",
         "} else if self.table.is_closed(guard) {",
         "} else if false {",
@@ -352,7 +352,7 @@ pub(super) const HAND_WRITTEN: &[HandWritten] = &[
     ),
     mutant(
         "doorbell",
-        "the driver says that it sleeps behind its fence",
+        "the I/O thread says that it sleeps behind its fence",
         "        self.asleep.store(true, Relaxed);
         // Partner: the fence of `ring_if`.
         fence(SeqCst);",
@@ -361,13 +361,13 @@ pub(super) const HAND_WRITTEN: &[HandWritten] = &[
     ),
     mutant(
         "doorbell",
-        "the driver does not say that it sleeps",
+        "the I/O thread does not say that it sleeps",
         "self.asleep.store(true, Relaxed);",
         "",
     ),
     mutant(
         "doorbell",
-        "the driver does not say that it is awake",
+        "the I/O thread does not say that it is awake",
         "        // Relaxed: a ringer that still sees it asleep wakes it once too often.
         self.asleep.store(false, Relaxed);",
         "",
@@ -437,32 +437,32 @@ pub(super) const HAND_WRITTEN: &[HandWritten] = &[
     ),
     // The flags.
     mutant(
-        "control",
+        "flags",
         "set swaps",
         "self.word.fetch_or(flag, AcqRel)",
         "self.word.swap(flag, AcqRel)",
     ),
     mutant(
-        "control",
+        "flags",
         "set looks and then stores",
         "let before = self.word.fetch_or(flag, AcqRel);",
         "let before = self.word.load(Acquire);
         self.word.store(before | flag, crate::sync::atomic::Ordering::Release);",
     ),
     mutant(
-        "control",
+        "flags",
         "set notifies nobody",
         "self.changed.notify_all();",
         "",
     ),
     mutant(
-        "control",
+        "flags",
         "set notifies one",
         "self.changed.notify_all();",
         "self.changed.notify_one();",
     ),
     mutant(
-        "control",
+        "flags",
         "set notifies before it sets",
         "let before = self.word.fetch_or(flag, AcqRel);
         self.changed.notify_all();",
@@ -470,19 +470,19 @@ pub(super) const HAND_WRITTEN: &[HandWritten] = &[
         let before = self.word.fetch_or(flag, AcqRel);",
     ),
     mutant(
-        "control",
+        "flags",
         "stop overlooks a quit",
         "            flags if flags & Self::QUIT != 0 => Some(Stop::Quit),\n",
         "",
     ),
     mutant(
-        "control",
+        "flags",
         "stop overlooks an exit",
         "            flags if flags & Self::EXIT != 0 => Some(Stop::Exit),\n",
         "",
     ),
     mutant(
-        "control",
+        "flags",
         "stop loads twice",
         "match self.word.load(Acquire) {",
         "match if self.has(Self::QUIT) {
@@ -492,25 +492,25 @@ pub(super) const HAND_WRITTEN: &[HandWritten] = &[
         } {",
     ),
     mutant(
-        "control",
+        "flags",
         "the wait for the result does not look for a stop",
         "self.stop().map(Err)",
         "None",
     ),
     mutant(
-        "control",
+        "flags",
         "the wait for the config does not look for a stop",
         "if let Some(stop) = self.stop() {",
         "if let Some(stop) = None {",
     ),
     mutant(
-        "control",
+        "flags",
         "the config comes before a stop",
         "if let Some(stop) = self.stop() {",
         "if let Some(stop) = self.stop().filter(|_| !self.has(Self::CONFIG_READY)) {",
     ),
     mutant(
-        "control",
+        "flags",
         "the wait for the end ends with a stop",
         "let look = || self.is_ended().then_some(());",
         "let look = || (self.is_ended() || self.stop().is_some()).then_some(());",
@@ -554,7 +554,7 @@ pub(super) const EXPLAINED: &[Explained] = &[
     ("table: retire: Acquire to Relaxed", FINISH),
     ("table: close: Acquire to Relaxed", LINK),
     (
-        "control: set: AcqRel to Release",
+        "flags: set: AcqRel to Release",
         "the notification's fence is behind it, and makes an acquire of what it read",
     ),
 ];

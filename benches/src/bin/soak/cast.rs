@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::{link::Fate, plan::Random};
+use crate::{link::Fate, random::Random};
 
 /// A process, by its place in the chain.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

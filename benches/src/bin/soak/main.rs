@@ -15,20 +15,22 @@
 //! The main thread runs the migrations; a watchdog ends the process where one does not end. It counts
 //! its own wake-ups rather than the clock's time, so that a machine that stands still ends nothing.
 
-mod between;
 mod cast;
-mod judge;
+mod lifecycle;
 #[path = "../../../../engine/tests/hostility/link.rs"]
 mod link;
 mod migrate;
 #[path = "../../../../engine/tests/command/minded.rs"]
 mod minded;
 mod packets;
+mod path;
 mod peer;
 mod plan;
 mod processes;
-mod pushed;
-mod whole;
+mod push_api;
+mod random;
+mod subject;
+mod verify;
 
 use std::{
     collections::BTreeMap,
@@ -110,10 +112,10 @@ fn main() -> ExitCode {
         if args.verbose {
             println!("seed {seed}: {plan:?}");
         }
-        let before = judge::left_over();
+        let before = verify::left_over();
         let result = catch_unwind(AssertUnwindSafe(|| migrate::run(&plan)))
-            .unwrap_or_else(|panic| Err(format!("panicked: {}", judge::message(&*panic))))
-            .and_then(|success| judge::settled(before).map(|()| success));
+            .unwrap_or_else(|panic| Err(format!("panicked: {}", verify::message(&*panic))))
+            .and_then(|success| verify::settled(before).map(|()| success));
         let scene = done.entry(plan.scene).or_default();
         let way = ways.entry(plan.way.name()).or_default();
         match result {
@@ -146,7 +148,7 @@ fn main() -> ExitCode {
     }
     println!(
         "spilled, in this process: {} MiB",
-        judge::SPILLED.load(Relaxed) >> 20
+        verify::SPILLED.load(Relaxed) >> 20
     );
     println!(
         "soak: {total} migrations from seed {}, {failed} failed, {}, {:.1} min",

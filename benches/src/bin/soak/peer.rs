@@ -11,12 +11,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use vfio_migration::{Channel, LoadSession, SaveSession};
+use vfio_migration::{Channel, Error, LoadSession, SaveSession};
 
 use crate::{
-    judge,
-    migrate::{go, loading, never, saving},
     plan::{Plan, Scene, Side},
+    subject::{go, loading, never, saving},
+    verify,
 };
 
 /// Which side the peer is.
@@ -63,24 +63,24 @@ fn with(plan: &Plan, listener: &TcpListener, peer: &mut Child) -> Result<bool, S
         match ours {
             Side::Load => {
                 let (load, loaded) = loading(plan, channels)?;
-                let load = load.start();
+                let load = load.start().map_err(Error::from);
                 go(plan, &load);
                 let ended = Some(load.map(LoadSession::join));
-                let success = judge::side(Side::Load, &loaded, ended)?;
+                let success = verify::side(Side::Load, &loaded, ended)?;
                 let unsent = saving(plan, Vec::new())?.1;
                 for (source, destination) in unsent.iter().zip(&loaded) {
-                    judge::whole_or_not(source.before, destination)?;
+                    verify::whole_or_not(source.before, destination)?;
                     if success {
                         let config = source.handle.config_digest();
-                        judge::loaded_from(source.before, config, destination)?;
+                        verify::loaded_from(source.before, config, destination)?;
                     }
                 }
                 Ok::<_, String>(success)
             }
             Side::Save => {
                 let (save, saved) = saving(plan, channels)?;
-                let ended = Some(save.start().map(SaveSession::join));
-                judge::side(Side::Save, &saved, ended)
+                let ended = Some(save.start().map_err(Error::from).map(SaveSession::join));
+                verify::side(Side::Save, &saved, ended)
             }
         }
     })?;
@@ -130,15 +130,15 @@ pub fn serve(plan: &Plan, address: SocketAddr) -> ExitCode {
         .and_then(|channels| match peers(plan) {
             Side::Save => {
                 let (save, saved) = saving(plan, channels)?;
-                let ended = save.start().map(SaveSession::join);
-                judge::side(Side::Save, &saved, Some(ended.or_else(|_| never())))
+                let ended = save.start().map_err(Error::from).map(SaveSession::join);
+                verify::side(Side::Save, &saved, Some(ended.or_else(|_| never())))
             }
             Side::Load => {
                 let (load, loaded) = loading(plan, channels)?;
-                let load = load.start();
+                let load = load.start().map_err(Error::from);
                 go(plan, &load);
                 let ended = load.map(LoadSession::join);
-                judge::side(Side::Load, &loaded, Some(ended.or_else(|_| never())))
+                verify::side(Side::Load, &loaded, Some(ended.or_else(|_| never())))
             }
         });
     match ended {

@@ -4,14 +4,14 @@ use std::time::Duration;
 
 use vfio_migration::{
     Backend, DeviceId, DeviceState, Settings, Spill,
-    migration::{Ack, OnOffAuto, Terms},
+    migration::{Capabilities, OnOffAuto, SwitchoverAck},
     sim::{
         CallFault, Callback, Fault as CallEnd, On, SimConfig, Stall, Stream, TransitionFault, Which,
     },
 };
 use vfio_migration_uring::sim::{Fault, FaultPlan, SimConfig as RingConfig};
 
-use crate::cast::Cast;
+use crate::{cast::Cast, random::Random};
 
 /// What goes wrong.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
@@ -76,19 +76,19 @@ impl Way {
 #[derive(Clone, Debug)]
 pub struct Cycle {
     pub over_channels: bool,
-    pub ack: Ack,
+    pub ack: SwitchoverAck,
     pub config: OnOffAuto,
     /// Of each device: whether its data goes over the main channel, and what is set of its config.
     pub devices: Vec<(bool, Option<OnOffAuto>)>,
 }
 
 impl Cycle {
-    pub fn terms(&self) -> Terms {
-        let mut terms = Terms::default();
-        terms.switchover_ack = self.ack;
-        terms.config_after_iterables = self.config;
-        terms.precopy_over_channels = self.over_channels;
-        terms
+    pub fn capabilities(&self) -> Capabilities {
+        let mut capabilities = Capabilities::default();
+        capabilities.switchover_ack = self.ack;
+        capabilities.config_after_iterables = self.config;
+        capabilities.precopy_over_channels = self.over_channels;
+        capabilities
     }
 }
 
@@ -244,7 +244,11 @@ fn way(random: &mut Random, scene: Scene, devices: usize) -> Way {
         3 if scene != Scene::Drop => Way::Pushed,
         4..7 if scene != Scene::Drop => Way::Whole(Cycle {
             over_channels: random.percent(60),
-            ack: random.of(&[Ack::Off, Ack::Once, Ack::Reusable]),
+            ack: random.of(&[
+                SwitchoverAck::Off,
+                SwitchoverAck::Once,
+                SwitchoverAck::Reusable,
+            ]),
             config: random.of(&[OnOffAuto::Off, OnOffAuto::On]),
             devices: (0..devices)
                 .map(|_| {
@@ -409,34 +413,4 @@ fn settings(random: &mut Random, scene: Scene, devices: usize) -> (Settings, Set
     load.window = random.of(&[1, 3, 100, 1 << 16]);
     load.config_after_iterables = random.percent(20);
     (save, load)
-}
-
-/// SplitMix64.
-#[derive(Debug)]
-pub struct Random(pub u64);
-
-impl Random {
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut word = self.0;
-        word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        word ^ (word >> 31)
-    }
-
-    pub fn below(&mut self, end: u64) -> u64 {
-        self.next() % end.max(1)
-    }
-
-    pub fn size(&mut self, end: u64) -> usize {
-        usize::try_from(self.below(end)).expect("small")
-    }
-
-    pub fn percent(&mut self, chances: u64) -> bool {
-        self.below(100) < chances
-    }
-
-    pub fn of<T: Clone>(&mut self, choices: &[T]) -> T {
-        choices[self.size(choices.len() as u64)].clone()
-    }
 }

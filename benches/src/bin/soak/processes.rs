@@ -21,10 +21,11 @@ use std::{
 
 use crate::{
     cast::{Cast, Role, Trouble},
-    judge::check,
     link::{Fate, Link},
     minded::until_minded,
-    plan::{Plan, Random},
+    plan::Plan,
+    random::Random,
+    verify::check,
 };
 
 /// How long a process may take to end, in looks: a machine that stands still ends nothing.

@@ -7,7 +7,7 @@ use std::{path::Path, time::Duration};
 use clap::ValueEnum;
 use vfio_migration::{
     Backend, MAX_DATA_SIZE, Settings, Spill,
-    migration::{OnOffAuto, Terms},
+    migration::{Capabilities, OnOffAuto},
     wire::PageSize,
 };
 
@@ -67,7 +67,7 @@ impl Default for SpillArgs {
 
 /// What both ends of a migration have to be told.
 #[derive(Clone, Copy, Debug, Default, clap::Args)]
-pub(crate) struct TermsArgs {
+pub(crate) struct CapabilitiesArgs {
     /// The configs are loaded only after everything else: the same on both sides
     #[arg(long)]
     pub(crate) config_after_iterables: bool,
@@ -79,17 +79,17 @@ pub(crate) struct TermsArgs {
     pub(crate) precopy_over_channels: bool,
 }
 
-impl TermsArgs {
+impl CapabilitiesArgs {
     /// As the engine takes it.
-    pub(crate) fn terms(self) -> Terms {
-        let mut terms = Terms::default();
-        terms.config_after_iterables = if self.config_after_iterables {
+    pub(crate) fn capabilities(self) -> Capabilities {
+        let mut capabilities = Capabilities::default();
+        capabilities.config_after_iterables = if self.config_after_iterables {
             OnOffAuto::On
         } else {
             OnOffAuto::Off
         };
-        terms.precopy_over_channels = self.precopy_over_channels;
-        terms
+        capabilities.precopy_over_channels = self.precopy_over_channels;
+        capabilities
     }
 }
 

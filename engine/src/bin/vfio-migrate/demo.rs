@@ -1,7 +1,7 @@
 //! `demo`: simulated devices migrate within this process, over loopback TCP.
 //!
 //! ```text
-//!   SimDevice ─▶ Switchover ══ N × TCP over 127.0.0.1 ══▶ Incoming ─▶ SimDevice
+//!   SimDevice ─▶ Outgoing ══ N × TCP over 127.0.0.1 ══▶ Incoming ─▶ SimDevice
 //!       │                                                                 │
 //!       └────── state and config digests, when all is over: equal? ───────┘
 //! ```
@@ -21,18 +21,21 @@ use serde::Serialize;
 use vfio_migration::{
     Backend, Device, DeviceId, DeviceStats, Error, ErrorKind, LoadSession, SaveSession, Settings,
     SourceChannels, Stats,
-    migration::{Ack, Acks, DeviceSettings, Incoming, OnOffAuto, Realized, Source, Switchover, vm},
+    migration::{
+        DeviceSettings, Incoming, MigratableDevice, OnOffAuto, Outgoing, OutgoingDevice,
+        SwitchoverAck, SwitchoverAcks, vm,
+    },
     sim::{SimConfig, SimDevice, SimHandle},
 };
 
 use crate::{
     Interrupted, Usage,
-    args::{self, BackendArg, SpillArgs, TermsArgs, show},
+    args::{self, BackendArg, CapabilitiesArgs, SpillArgs, show},
     failure::{About, Failure},
+    host_memory::{Need, of_load, of_save},
     interrupt, network,
     output::{self, Downtime, rate, time},
     progress::Progress,
-    room::{Need, of_load, of_save},
 };
 
 /// Migrate simulated devices within this process, and compare
@@ -354,14 +357,17 @@ fn migrate(options: &Options) -> anyhow::Result<Migrated> {
     device_settings.buffer_len = Some(options.packet);
     let (mut pairs_only, mut devices) = (Vec::new(), Vec::new());
     let mut sources = Vec::new();
-    let (terms, acks) = (TermsArgs::default().terms(), Acks::new(Ack::Off));
+    let (capabilities, acks) = (
+        CapabilitiesArgs::default().capabilities(),
+        SwitchoverAcks::new(SwitchoverAck::Off),
+    );
     for (pair, source, destination) in pairs(options)? {
         pairs_only.push(pair);
-        let source = Realized::new(source, device_settings.clone());
+        let source = MigratableDevice::new(source, device_settings.clone());
         // There is no main channel between two sides of one process.
-        let source = Source::setup(source, &terms, &acks, io::sink());
+        let source = OutgoingDevice::setup(source, &capabilities, &acks, io::sink());
         sources.push(source.map_err(Error::from).context("source")?);
-        devices.push(Realized::new(destination, device_settings.clone()));
+        devices.push(MigratableDevice::new(destination, device_settings.clone()));
     }
     let listener = TcpListener::bind(("127.0.0.1", 0)).context("cannot listen on loopback")?;
     let mut channels = Vec::new();
@@ -371,12 +377,12 @@ fn migrate(options: &Options) -> anyhow::Result<Migrated> {
         load = load.channel(far);
     }
     let channels = SourceChannels::greet(channels, &settings).context("source")?;
-    let load = Incoming::setup(devices, &terms, load, Box::new(|| Ok(())));
+    let load = Incoming::setup(devices, &capabilities, load, Box::new(|| Ok(())));
     let load = load.map_err(Error::from).context("destination")?;
     let began = Instant::now();
     vm::stop(&mut sources, vm::Reason::FinishMigration).context("source")?;
     let save = SaveSession::builder().settings(settings);
-    let save = Switchover::begin(sources, save.greeted_channels(channels));
+    let save = Outgoing::begin(sources, save.greeted_channels(channels));
     let save = save.map_err(Error::from).context("source")?;
     load.switchover_start().context("destination")?;
     let lens = pairs_only

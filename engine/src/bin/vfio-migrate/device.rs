@@ -27,9 +27,9 @@ use vfio_migration::{
 
 use crate::{
     Usage, args,
+    config_digest::{Config, ConfigDigest, DigestingDevice},
     file::{FileDevice, Written},
     kernel,
-    observed::{Config, ConfigSeen, Observed},
     output::{Moved, hex, say},
     state_files::{self, StateFile, Target},
 };
@@ -94,7 +94,7 @@ fn number<T: FromStr>(name: &str, value: &str) -> Result<T, String> {
 }
 
 fn name(id: &str, instance: u32) -> Result<DeviceId, String> {
-    DeviceId::new(id, instance).map_err(|error| error.kind().to_string())
+    DeviceId::new(id, instance).map_err(|error| error.to_string())
 }
 
 impl Spec {
@@ -181,7 +181,7 @@ pub(crate) struct Subject {
     /// How long a source's state is, where that is known.
     pub(crate) len: Option<u64>,
     state: State,
-    config: ConfigSeen,
+    config: ConfigDigest,
 }
 
 /// Makes the devices. Those of a source must have their files.
@@ -235,8 +235,8 @@ pub(crate) fn open(specs: &[Spec], source: bool) -> anyhow::Result<Vec<(Device, 
                 (Box::new(device), State::Vfio)
             }
         };
-        let config = ConfigSeen::default();
-        let observed = Observed::new(inner, config.clone());
+        let config = ConfigDigest::default();
+        let observed = DigestingDevice::new(inner, config.clone());
         let device = Device::new(spec.id.clone(), Box::new(observed))?;
         let subject = Subject {
             id: spec.id.clone(),

@@ -17,15 +17,7 @@
 //! The line is written first: whoever does not read stdout does not lose it. Any thread may say it;
 //! whoever is first does.
 
-use std::{
-    fmt, io,
-    os::fd::AsFd,
-    sync::atomic::{
-        AtomicU8,
-        Ordering::{AcqRel, Acquire},
-    },
-    time::Duration,
-};
+use std::{fmt, io, os::fd::AsFd, time::Duration};
 
 use nix::{
     errno::Errno,
@@ -36,7 +28,7 @@ use vfio_migration::{DeviceId, Error, ErrorKind, Phase};
 
 use crate::{
     Interrupted, Usage, interrupt,
-    output::{self, json_text, one_line},
+    output::{self, json_text, one_line, take_object},
     stderr,
 };
 
@@ -82,7 +74,7 @@ fn find<T: std::error::Error + Send + Sync + 'static>(error: &anyhow::Error) -> 
 /// Whether it was the user's arguments that were wrong, in the engine's eyes or the command's.
 fn is_usage(error: &anyhow::Error) -> bool {
     let engine = find(error).is_some_and(|error: &Error| {
-        error.phase() == Phase::Setup && matches!(error.kind(), ErrorKind::Config(_))
+        error.phase() == Phase::Setup && matches!(error.kind(), ErrorKind::Misuse(_))
     });
     engine || find::<Usage>(error).is_some()
 }
@@ -173,29 +165,6 @@ impl Failure {
         }
         json_text(&Object { error: self })
     }
-}
-
-// ----------------------------------------------------------------------------------- one object
-
-/// Nobody wants JSON.
-const OFF: u8 = 0;
-/// An object is wanted.
-const WANTED: u8 = 1;
-/// And is there, or on its way.
-const TAKEN: u8 = 2;
-
-/// Whether an object is still to be printed. Whoever takes it prints.
-static OBJECT: AtomicU8 = AtomicU8::new(OFF);
-
-/// From now on one JSON object is to be printed, whatever happens.
-pub(crate) fn want_json() {
-    let _off = OBJECT.compare_exchange(OFF, WANTED, AcqRel, Acquire);
-}
-
-/// Whether the object is the caller's to print. Nobody else will.
-pub(crate) fn take_object() -> bool {
-    let taken = OBJECT.compare_exchange(WANTED, TAKEN, AcqRel, Acquire);
-    taken.is_ok()
 }
 
 /// Prints why the command has failed, where an object is still wanted. The line is written already.

@@ -31,7 +31,7 @@ use std::{
 
 use vfio_migration_uring::thread::spawn;
 
-use crate::room::NO_THREAD;
+use crate::host_memory::NO_THREAD;
 use anyhow::Context;
 use nix::{
     poll::{PollFd, PollFlags},
@@ -66,8 +66,9 @@ fn state() -> MutexGuard<'static, State> {
     STATE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Has signals waited for, from now on. To be called before any thread is started.
-pub(crate) fn watch() -> anyhow::Result<()> {
+/// Has signals waited for, from now on; `tell` says that the command was interrupted, and waits for nobody
+/// for longer than it is told. To be called before any thread is started.
+pub(crate) fn watch(tell: fn(Duration)) -> anyhow::Result<()> {
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGINT);
     signals.add(Signal::SIGTERM);
@@ -91,7 +92,7 @@ pub(crate) fn watch() -> anyhow::Result<()> {
                 }
                 State::Settled(what) => end_settled(what),
                 State::Idle | State::Asked(_) => {
-                    crate::failure::tell_interrupted_at_once(UNREAD);
+                    tell(UNREAD);
                     std::process::exit(STATUS.into());
                 }
             }

@@ -12,7 +12,7 @@ use anyhow::{Context, ensure};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 /// What a process has open in any case: its standard files, rings and events, a listener and the
-/// main channel; and some strangers at the door.
+/// main channel; and some strangers.
 const ALWAYS: u64 = 48 + STRANGERS;
 
 /// How many connections that have not said what they are have a place in any case.

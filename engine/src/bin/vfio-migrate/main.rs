@@ -13,7 +13,7 @@
 //! |---|---|
 //! | `demo`, `send`, `receive`, `relay`, `probe`, `replay`, `inspect` | a subcommand each |
 //! | `main_channel` | what `send` and `receive` say to each other beside the packets |
-//! | `network`, `connect`, `listen`, `door` | addresses and connections; how they are made, and taken in; which is what |
+//! | `network`, `connect`, `listen`, `acceptor` | addresses and connections; how they are made, and taken in; which is what |
 //! | `limits` | how many files may be open |
 //! | `device`, `file`, `observed` | the devices of a `SPEC`, and what is known of them afterwards |
 //! | `state_files` | the files that a migration leaves: together, or not at all |
@@ -36,15 +36,17 @@
 //! was interrupted, by SIGINT, SIGTERM or SIGHUP. What went through is on stdout, everything else on stderr;
 //! with `--json` a failure is on stdout as well (`failure`).
 
+mod acceptor;
 mod args;
 mod capture;
+mod capture_set;
+mod config_digest;
 mod connect;
-mod contents;
 mod demo;
 mod device;
-mod door;
 mod failure;
 mod file;
+mod host_memory;
 mod inspect;
 mod interrupt;
 mod kernel;
@@ -52,7 +54,6 @@ mod limits;
 mod listen;
 mod main_channel;
 mod network;
-mod observed;
 mod output;
 mod probe;
 mod progress;
@@ -60,7 +61,6 @@ mod receive;
 mod recorder;
 mod relay;
 mod replay;
-mod room;
 mod send;
 mod state_files;
 mod stderr;
@@ -188,7 +188,7 @@ fn log() -> anyhow::Result<()> {
 
 fn run(command: Command) -> anyhow::Result<()> {
     // Before there is any other thread, so that all of them leave the signals to that one.
-    interrupt::watch()?;
+    interrupt::watch(failure::tell_interrupted_at_once)?;
     stderr::start();
     log()?;
     match command {
@@ -203,7 +203,7 @@ fn run(command: Command) -> anyhow::Result<()> {
 }
 
 fn main() -> ExitCode {
-    if !room::to_begin() {
+    if !host_memory::to_begin() {
         // Nothing that allocates: there is nothing to allocate from.
         eprintln!("vfio-migrate: the host has no memory to begin with");
         return ExitCode::from(1);
@@ -212,7 +212,7 @@ fn main() -> ExitCode {
         // Help, too; where it cannot be written there is still the status.
         let _lost = error.print();
         if error.use_stderr() && std::env::args_os().any(|argument| argument == "--json") {
-            failure::want_json();
+            output::want_json();
             failure::print(&anyhow!(Usage(error.to_string())));
         }
         std::process::exit(error.exit_code())
@@ -221,7 +221,7 @@ fn main() -> ExitCode {
         .command
         .unwrap_or_else(|| Command::Demo(demo::Options::default()));
     if command.is_json() {
-        failure::want_json();
+        output::want_json();
     }
     let failed = run(command).err().filter(|error| !is_closed_pipe(error));
     if let Some(error) = &failed {

@@ -9,7 +9,7 @@
 //!     N multifd channels, to the same address ═════════════════════▶
 //!     (PART of each device: END, for what it gives while it runs,
 //!      and the channels carry)               ──────────────────────▶
-//!     command 11, switchover start           ──────────────────────▶   loads begin
+//!     command 11, outgoing start           ──────────────────────▶   loads begin
 //!     END, FULL of each device: empty        ──────────────────────▶   (or: config load ready)
 //!     ping, once a second                    ──────────────────────▶
 //!                                            ◀──────────────────────   pong, once a second
@@ -29,7 +29,7 @@
 //! Each side reads with a thread of its own, which ends with the other side's last word, with its
 //! end, or when the main thread shuts the connection down. On the destination both threads write,
 //! behind a lock; on the source the main thread alone. What the source's reading thread has heard it
-//! leaves in one place, [`Heard`], which holds no more than one reason, whatever a destination says.
+//! leaves in one place, [`ReturnPathEvent`], which holds no more than one reason, whatever a destination says.
 
 use std::{
     io::Write,
@@ -156,9 +156,9 @@ impl ReturnPath {
 
 /// The source's words to the destination.
 #[derive(Debug)]
-pub(crate) struct Words(Writer<Connection>);
+pub(crate) struct MainChannelWriter(Writer<Connection>);
 
-impl Words {
+impl MainChannelWriter {
     /// Opens the main channel.
     pub(crate) fn open(connection: Connection) -> anyhow::Result<Self> {
         let mut writer = Writer::open(connection)?;
@@ -230,12 +230,12 @@ struct Told {
 
 /// Where the source's reading thread leaves what it has heard, and the main thread finds it.
 #[derive(Debug, Default)]
-pub(crate) struct Heard {
+pub(crate) struct ReturnPathEvent {
     told: Mutex<Told>,
     changed: Condvar,
 }
 
-impl Heard {
+impl ReturnPathEvent {
     fn told(&self) -> MutexGuard<'_, Told> {
         self.told.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -277,7 +277,7 @@ impl Heard {
 
 /// Reads the return path to its end: the source's reading thread. It waits for the destination
 /// alone, never for the main thread.
-pub(crate) fn listen(mut connection: Connection, timeout: Duration, to: &Heard) {
+pub(crate) fn listen(mut connection: Connection, timeout: Duration, to: &ReturnPathEvent) {
     loop {
         let why = match Reply::read(&mut connection) {
             Ok(Some(reply)) if to.reply(&reply) => return,
@@ -307,7 +307,7 @@ pub(crate) fn timed_out(error: &Error) -> bool {
 /// What the main thread knows of what the destination has said.
 #[derive(Debug)]
 pub(crate) struct Replies<'a> {
-    heard: &'a Heard,
+    heard: &'a ReturnPathEvent,
     /// Whether the devices are RESUMING.
     pub(crate) ponged: bool,
     /// Whether the destination has all.
@@ -319,7 +319,7 @@ pub(crate) struct Replies<'a> {
 }
 
 impl<'a> Replies<'a> {
-    pub(crate) const fn new(heard: &'a Heard) -> Self {
+    pub(crate) const fn new(heard: &'a ReturnPathEvent) -> Self {
         Self {
             heard,
             ponged: false,

@@ -10,6 +10,10 @@
 use std::{
     fmt,
     io::{self, Write},
+    sync::atomic::{
+        AtomicU8,
+        Ordering::{AcqRel, Acquire},
+    },
     time::Duration,
 };
 
@@ -19,7 +23,7 @@ use vfio_migration::{
     text::{self, Printable},
 };
 
-use crate::{args::show, failure, is_closed_pipe, stderr};
+use crate::{args::show, is_closed_pipe, stderr};
 
 /// stdout could not be written to.
 #[derive(Debug)]
@@ -83,10 +87,31 @@ pub(crate) fn warn(done: &str, printed: anyhow::Result<()>) {
     }
 }
 
+/// Nobody wants JSON.
+const OFF: u8 = 0;
+/// An object is wanted.
+const WANTED: u8 = 1;
+/// And is there, or on its way.
+const TAKEN: u8 = 2;
+
+/// Whether an object is still to be printed. Whoever takes it prints.
+static OBJECT: AtomicU8 = AtomicU8::new(OFF);
+
+/// From now on one JSON object is to be printed, whatever happens.
+pub(crate) fn want_json() {
+    let _off = OBJECT.compare_exchange(OFF, WANTED, AcqRel, Acquire);
+}
+
+/// Whether the object is the caller's to print. Nobody else will.
+pub(crate) fn take_object() -> bool {
+    let taken = OBJECT.compare_exchange(WANTED, TAKEN, AcqRel, Acquire);
+    taken.is_ok()
+}
+
 /// Prints the one JSON object of a command, unless that has been printed.
 pub(crate) fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
     let text = json_text(value)?;
-    if failure::take_object() {
+    if take_object() {
         print_raw(&text)?;
     }
     Ok(())

@@ -2,11 +2,11 @@
 //!
 //! ```text
 //!   listen ─▶ main channel ─▶ Incoming, RESUMING ─▶ the same devices? ─▶ pong
-//!     ─▶ N channels ─▶ switchover start ─▶ all loaded ─▶ EOF ─▶ shut 0 ─▶ what came
+//!     ─▶ N channels ─▶ outgoing start ─▶ all loaded ─▶ EOF ─▶ shut 0 ─▶ what came
 //! ```
 //!
 //! See `main_channel` for what is said, and `reader` for who reads it. The first connection that says `QEVM` is the main channel,
-//! those with the multifd magic are channels; anybody else is shown the door.
+//! those with the multifd magic are channels; anything else is closed.
 //!
 //! # Threads
 //!
@@ -26,7 +26,7 @@ use std::{
 use anyhow::{Context, anyhow, bail, ensure};
 use vfio_migration::{
     Device, Error, ErrorKind, LoadSession, Settings, Stats, Violation,
-    migration::{DeviceSettings, Incoming, Loaded, OnOffAuto, Realized, vm},
+    migration::{DeviceSettings, Incoming, Loaded, MigratableDevice, OnOffAuto, vm},
     stream::Reply,
 };
 use vfio_migration_uring::{deadline, thread::spawn_scoped};
@@ -34,16 +34,16 @@ use vfio_migration_uring::{deadline, thread::spawn_scoped};
 use self::reader::MainChannel;
 use crate::{
     Interrupted,
-    args::{self, BackendArg, SpillArgs, TermsArgs},
+    acceptor::{self, Acceptor, Identified},
+    args::{self, BackendArg, CapabilitiesArgs, SpillArgs},
     device::{self, Checked, Spec, Subject},
-    door::{self, Caller, Door},
+    host_memory::{NO_THREAD, Need, of_load},
     interrupt, limits,
     listen::Listener,
     main_channel::{self, EXPLANATION, HEARTBEAT, LINGER, ReturnPath, is_the_peers, main_failed},
     network::{self, Address, Connection, Peek, TICK},
     output::{Transfer, rate, say, say_of_stranger},
     progress::Progress,
-    room::{NO_THREAD, Need, of_load},
 };
 
 /// Receive devices' states from a `vfio-migrate send`
@@ -78,7 +78,7 @@ pub(crate) struct Options {
     #[arg(long, value_enum, default_value_t)]
     backend: BackendArg,
     #[command(flatten)]
-    terms: TermsArgs,
+    capabilities: CapabilitiesArgs,
     /// How long nothing may move, or be heard of the source, in seconds
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = args::seconds)]
     timeout: Duration,
@@ -100,7 +100,7 @@ impl Options {
         let packet = u32::try_from(self.max_packet).unwrap_or(u32::MAX);
         settings.max_packet = packet.saturating_add(12); // the header inside
         settings.no_progress = self.timeout;
-        settings.hello_timeout = door::hello_timeout(self.timeout);
+        settings.hello_timeout = acceptor::hello_timeout(self.timeout);
         settings
     }
 }
@@ -108,21 +108,21 @@ impl Options {
 // -------------------------------------------------------------------------------- connections
 
 /// The source's connections, as they come.
-struct Hall<'a> {
+struct SourceConnections<'a> {
     options: &'a Options,
-    door: Door,
+    acceptor: Acceptor,
     /// Channels that came before the main channel.
     early: Vec<Connection>,
 }
 
-impl Hall<'_> {
+impl SourceConnections<'_> {
     /// Waits for the main channel.
     fn main(&mut self) -> anyhow::Result<Connection> {
         let deadline = deadline(self.options.accept_timeout);
         loop {
-            match self.door.answer()? {
-                Some(Caller::Main(connection)) => return Ok(connection),
-                Some(Caller::Channel(connection)) => {
+            match self.acceptor.answer()? {
+                Some(Identified::Main(connection)) => return Ok(connection),
+                Some(Identified::Channel(connection)) => {
                     ensure!(
                         self.early.len() < self.options.channels as usize,
                         "more than {} multifd channels and no main channel",
@@ -141,7 +141,7 @@ impl Hall<'_> {
                 "no source has connected within {} s",
                 self.options.accept_timeout.as_secs_f64()
             );
-            network::tick(&[], self.door.fds())?;
+            network::tick(&[], self.acceptor.fds())?;
         }
     }
 
@@ -150,9 +150,9 @@ impl Hall<'_> {
         if let Some(connection) = self.early.pop() {
             return Ok(Some(connection));
         }
-        match self.door.answer()? {
-            Some(Caller::Channel(connection)) => Ok(Some(connection)),
-            Some(Caller::Main(_)) => {
+        match self.acceptor.answer()? {
+            Some(Identified::Channel(connection)) => Ok(Some(connection)),
+            Some(Identified::Main(_)) => {
                 say_of_stranger("a second main channel was closed");
                 Ok(None)
             }
@@ -164,23 +164,23 @@ impl Hall<'_> {
 // --------------------------------------------------------------------------------------- load
 
 /// The main thread's part, until all is loaded and the main channel has ended, or all has failed.
-struct Watch<'a> {
+struct Supervisor<'a> {
     options: &'a Options,
     incoming: &'a Incoming,
     path: &'a ReturnPath,
-    hall: Hall<'a>,
+    connections: SourceConnections<'a>,
     announced: &'a OnceLock<()>,
     channels: u32,
     deadline: Instant,
     said: Instant,
 }
 
-impl Watch<'_> {
+impl Supervisor<'_> {
     /// Takes in the channels that have come. `all` says that no more can come.
     fn admit(&mut self, all: bool) -> anyhow::Result<()> {
         let expected = self.options.channels;
         // Ends: each round is a channel, and they are counted.
-        while let Some(connection) = self.hall.channel()? {
+        while let Some(connection) = self.connections.channel()? {
             ensure!(
                 self.channels < expected,
                 "the source makes more than {expected} multifd channels: --channels must be the \
@@ -216,7 +216,7 @@ impl Watch<'_> {
             .map(AsFd::as_fd)
             .into_iter()
             .collect();
-        network::tick(&loading, self.hall.door.fds())?;
+        network::tick(&loading, self.connections.acceptor.fds())?;
         Ok(())
     }
 
@@ -265,21 +265,21 @@ fn nothing_behind_the_end(main: &Connection) -> anyhow::Result<()> {
 }
 
 fn load(
-    hall: Hall<'_>,
+    connections: SourceConnections<'_>,
     devices: Vec<Device>,
     subjects: &[Subject],
     main: &Connection,
     path: &ReturnPath,
 ) -> anyhow::Result<(Loaded, Duration)> {
-    let options = hall.options;
+    let options = connections.options;
     let mut settings = DeviceSettings::default();
     settings.transfer = OnOffAuto::On;
     let devices = devices.into_iter();
     let incoming = Incoming::setup(
         devices
-            .map(|it| Realized::new(it, settings.clone()))
+            .map(|it| MigratableDevice::new(it, settings.clone()))
             .collect(),
-        &options.terms.terms(),
+        &options.capabilities.capabilities(),
         LoadSession::builder().settings(options.settings()),
         Box::new(|| Ok(())),
     )
@@ -295,11 +295,11 @@ fn load(
         announced: &announced,
         enough: &enough,
     };
-    let mut watch = Watch {
+    let mut watch = Supervisor {
         options,
         incoming: &incoming,
         path,
-        hall,
+        connections,
         announced: &announced,
         channels: 0,
         deadline: deadline(options.timeout),
@@ -440,14 +440,14 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         device::open(&options.devices, false)?.into_iter().unzip();
     let listener = Listener::bind(&options.listen)?;
     say(&format!("listening on {}", listener.address()));
-    let mut hall = Hall {
+    let mut connections = SourceConnections {
         options,
-        door: Door::new(listener, options.timeout, limits::strangers(files)),
+        acceptor: Acceptor::new(listener, options.timeout, limits::strangers(files)),
         early: Vec::new(),
     };
-    let mut main = hall.main()?;
+    let mut main = connections.main()?;
     let path = ReturnPath::new(main.try_clone()?);
-    let loaded = load(hall, devices, &subjects, &main, &path).and_then(|(loaded, took)| {
+    let loaded = load(connections, devices, &subjects, &main, &path).and_then(|(loaded, took)| {
         let stats = loaded.stats();
         match keep(&subjects, &stats, &main, &path) {
             Ok(checked) => Ok((checked, stats, took, loaded)),

@@ -8,10 +8,10 @@
 //!
 //! # Threads
 //!
-//! Of a [`Crew`] there are as many as the host has processors, and no more than devices: what they do is
+//! Of a [`Recorders`] there are as many as the host has processors, and no more than devices: what they do is
 //! to compute. Each sleeps in the epoll, which gives a pipe that has something to one of them; that one
-//! takes some of it, and lets go. A pipe's part ends when the engine closes it, and a crew's threads when
-//! the crew is dropped.
+//! takes some of it, and lets go. A pipe's part ends when the engine closes it, and a recorders's threads when
+//! the recorders is dropped.
 
 use std::{
     fs::File,
@@ -38,8 +38,8 @@ use vfio_migration::{DeviceState, MigrationDevice, MigrationFlags, PrecopyInfo, 
 use vfio_migration_uring::thread::spawn;
 
 use crate::{
+    host_memory::NO_THREAD,
     output::hex,
-    room::NO_THREAD,
     state_files::{StateFile, Target},
 };
 
@@ -49,7 +49,7 @@ const PIECE: usize = 256 << 10;
 /// How many of those, before another pipe gets its turn.
 const TURN: usize = 16;
 
-/// In the place of a pipe's number: the crew is to end.
+/// In the place of a pipe's number: the recorders is to end.
 const END: u64 = u64::MAX;
 
 /// What came out of a device's pipe.
@@ -99,7 +99,7 @@ impl Tape {
     }
 }
 
-/// What the threads of a crew share.
+/// What the threads of a recorders share.
 pub(crate) struct Pipes {
     epoll: Epoll,
     end: EventFd,
@@ -112,7 +112,7 @@ impl Pipes {
         self.tapes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has the crew take what comes out of `pipe`.
+    /// Has the recorders take what comes out of `pipe`.
     fn add(
         &self,
         pipe: PipeReader,
@@ -171,12 +171,12 @@ fn once(at: usize) -> EpollEvent {
 }
 
 /// The threads that take states out of pipes. Dropping it ends them.
-pub(crate) struct Crew {
+pub(crate) struct Recorders {
     pipes: Arc<Pipes>,
     threads: Vec<JoinHandle<()>>,
 }
 
-impl Crew {
+impl Recorders {
     /// How many threads it has, for so many devices.
     pub(crate) fn threads(devices: usize) -> usize {
         let processors = thread::available_parallelism().map_or(1, usize::from);
@@ -192,19 +192,19 @@ impl Crew {
             end,
             tapes: Mutex::default(),
         };
-        let mut crew = Self {
+        let mut recorders = Self {
             pipes: Arc::new(pipes),
             threads: Vec::new(),
         };
         for _ in 0..Self::threads(devices) {
-            let pipes = crew.pipes.clone();
+            let pipes = recorders.pipes.clone();
             let mut buffer = Vec::new();
             buffer.try_reserve_exact(PIECE)?;
             buffer.resize(PIECE, 0);
             let thread = spawn("state", move || pipes.serve(&mut buffer)).context(NO_THREAD)?;
-            crew.threads.push(thread);
+            recorders.threads.push(thread);
         }
-        Ok(crew)
+        Ok(recorders)
     }
 
     pub(crate) const fn pipes(&self) -> &Arc<Pipes> {
@@ -212,7 +212,7 @@ impl Crew {
     }
 }
 
-impl Drop for Crew {
+impl Drop for Recorders {
     fn drop(&mut self) {
         // Never full: this is all that is written.
         let _told = self.pipes.end.write(1);

@@ -34,15 +34,16 @@ use vfio_migration::{Channel, Relay, Settings, wire::PageSize};
 
 use self::{main_channel::MainChannel, output::Output};
 use crate::{
-    Interrupted, args,
+    Interrupted,
+    acceptor::{self, Acceptor, Identified},
+    args,
     connect::connect,
-    door::{self, Caller, Door},
+    host_memory::{Need, is_the_hosts},
     interrupt, limits,
     listen::Listener,
     main_channel::main_failed,
     network::{self, Address, Connection},
     output::{say, say_of_stranger, warn},
-    room::{Need, is_the_hosts},
 };
 
 /// Pass a migration on, its devices' states through the engine
@@ -113,7 +114,7 @@ impl Options {
         settings.max_packet = packet.saturating_add(12); // the header inside
         settings.precopy_over_channels = self.precopy_over_channels;
         settings.no_progress = self.timeout;
-        settings.hello_timeout = door::hello_timeout(self.timeout);
+        settings.hello_timeout = acceptor::hello_timeout(self.timeout);
         settings
     }
 
@@ -127,9 +128,9 @@ impl Options {
 // --------------------------------------------------------------------------------------- watch
 
 /// The main thread's part.
-struct Watch<'a> {
+struct Supervisor<'a> {
     options: &'a Options,
-    door: Door,
+    acceptor: Acceptor,
     relay: &'a Relay,
     main: Option<MainChannel>,
     /// Since when nothing has been open.
@@ -138,19 +139,19 @@ struct Watch<'a> {
     main_ended: Option<Instant>,
 }
 
-impl Watch<'_> {
+impl Supervisor<'_> {
     /// Takes in those who have come.
     fn admit(&mut self) -> anyhow::Result<()> {
-        while let Some(caller) = self.door.answer()? {
+        while let Some(caller) = self.acceptor.answer()? {
             match caller {
-                Caller::Main(_) if self.main.is_some() => {
+                Identified::Main(_) if self.main.is_some() => {
                     say_of_stranger("a second main channel was closed");
                 }
-                Caller::Main(source) => {
+                Identified::Main(source) => {
                     let destination = self.options.connect()?;
                     self.main = Some(MainChannel::start(source, destination)?);
                 }
-                Caller::Channel(source) => {
+                Identified::Channel(source) => {
                     let (count, _) = self.relay.channels();
                     // A channel's id is a byte.
                     let most = self.options.channels.unwrap_or(MOST_CHANNELS) as usize;
@@ -175,7 +176,7 @@ impl Watch<'_> {
             None => {
                 let main = self.main.as_ref();
                 let loaded = main.is_some_and(MainChannel::is_loaded);
-                (loaded || self.main_ended.is_some()) && self.door.is_empty()
+                (loaded || self.main_ended.is_some()) && self.acceptor.is_empty()
             }
         }
     }
@@ -279,7 +280,7 @@ impl Watch<'_> {
                 }
             }
             self.check_patience()?;
-            network::tick(&[self.relay.as_fd()], self.door.fds())?;
+            network::tick(&[self.relay.as_fd()], self.acceptor.fds())?;
         }
     }
 }
@@ -301,9 +302,9 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let relay = Relay::start(&settings)?;
     let listener = Listener::bind(&options.listen)?;
     say(&format!("listening on {}", listener.address()));
-    let mut watch = Watch {
+    let mut watch = Supervisor {
         options,
-        door: Door::new(listener, options.timeout, limits::strangers(files)),
+        acceptor: Acceptor::new(listener, options.timeout, limits::strangers(files)),
         relay: &relay,
         main: None,
         idle_since: Instant::now(),

@@ -3,7 +3,7 @@
 //! ```text
 //!   FILE … ─┬─▶ Scan: is it whole? which devices? where is which idx?
 //!           │
-//!           └─▶ Channel::from_reader ══▶ LoadSession ──▶ Recorder, a device ──▶ pipe ──▶ Crew
+//!           └─▶ Channel::from_reader ══▶ LoadSession ──▶ Recorder, a device ──▶ pipe ──▶ Recorders
 //!                                                           │                            │
 //!                                                           ▼                            ▼
 //!                                                     config, sha256      state, sha256, DIR/…
@@ -39,12 +39,12 @@ use crate::{
     Interrupted, Usage,
     args::{self, BackendArg, SpillArgs},
     capture::{Scan, show_key},
-    contents::{self, DeviceKeyOrder, by_device, check, explain},
+    capture_set::{self, DeviceKeyOrder, by_device, check, explain},
+    host_memory::{Need, of_load},
     interrupt, network,
     output::{self, Moved, hex},
     progress::Progress,
-    recorder::{Crew, Kept, Recorder, lock},
-    room::{Need, of_load},
+    recorder::{Kept, Recorder, Recorders, lock},
     state_files::{self, Directory, StateFile, Target},
 };
 
@@ -168,12 +168,12 @@ struct Subject {
 }
 
 impl Subject {
-    fn device(&self, crew: &Crew) -> anyhow::Result<Device> {
+    fn device(&self, recorders: &Recorders) -> anyhow::Result<Device> {
         let recorder = Recorder {
             state: DeviceState::Stop,
             target: self.files.as_ref().map(|files| files.state.clone()),
             kept: self.kept.clone(),
-            pipes: crew.pipes().clone(),
+            pipes: recorders.pipes().clone(),
         };
         Ok(Device::new(self.id.clone(), Box::new(recorder))?)
     }
@@ -310,11 +310,11 @@ fn load(
     scans: &[Scan],
     subjects: &[Subject],
     settings: Settings,
-    crew: &Crew,
+    recorders: &Recorders,
 ) -> anyhow::Result<Report> {
     let mut builder = LoadSession::builder().settings(settings);
     for subject in subjects {
-        builder = builder.device(subject.device(crew)?);
+        builder = builder.device(subject.device(recorders)?);
     }
     for scan in scans {
         let file =
@@ -324,7 +324,7 @@ fn load(
             .with_page_size(options.page_size.bytes())?;
         builder = builder.channel(channel);
     }
-    let mut session = builder.start()?;
+    let session = builder.start()?;
     session.no_more_channels();
     session.switchover_start();
     let lens: Vec<_> = subjects
@@ -376,18 +376,18 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
 }
 
 fn receive(options: &Options, scans: &[Scan], subjects: &[Subject]) -> anyhow::Result<Vec<Moved>> {
-    let mut settings = contents::settings(scans);
+    let mut settings = capture_set::settings(scans);
     settings.backend = options.backend.into();
     options.spill.set(&mut settings);
     let need = Need {
         budgets: of_load(settings.budget, subjects.len()),
         devices: subjects.len(),
-        behind: Crew::threads(subjects.len()),
+        behind: Recorders::threads(subjects.len()),
         channels: scans.len(),
     };
     need.check(&settings)?;
-    let crew = Crew::start(subjects.len())?;
-    let report = load(options, scans, subjects, settings, &crew)?;
+    let recorders = Recorders::start(subjects.len())?;
+    let report = load(options, scans, subjects, settings, &recorders)?;
     if let Err(error) = report.result {
         if interrupt::requested() && error.is_cancelled() {
             bail!(Interrupted);

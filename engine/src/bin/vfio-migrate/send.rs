@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   connect ─▶ main channel: which devices ─▶ pong ─▶ N channels, greeted ─▶ (PRE_COPY data, over them)
-//!     ─▶ the devices stop, STOP_COPY ─▶ switchover start ─▶ all sent ─▶ EOF ─▶ shut 0
+//!     ─▶ the devices stop, STOP_COPY ─▶ outgoing start ─▶ all sent ─▶ EOF ─▶ shut 0
 //!     ─▶ devices STOP ─▶ what was moved
 //! ```
 //!
@@ -21,9 +21,10 @@ use std::{
 
 use anyhow::{Context, anyhow, bail};
 use vfio_migration::{
-    Canceller, Channel, Device, Duty, Error, SaveSession, Settings, SourceChannels, Stats,
+    Canceller, Channel, Device, Duty, Error, Failed, SaveSession, Settings, SourceChannels, Stats,
     migration::{
-        Ack, Acks, DeviceSettings, Failed, OnOffAuto, Realized, Saved, Source, Switchover, vm,
+        DeviceSettings, MigratableDevice, OnOffAuto, Outgoing, OutgoingDevice, Saved,
+        SwitchoverAck, SwitchoverAcks, vm,
     },
     stream::{Command, SectionKind},
 };
@@ -31,18 +32,18 @@ use vfio_migration_uring::{deadline, thread::spawn_scoped};
 
 use crate::{
     Interrupted,
-    args::{self, BackendArg, TermsArgs},
+    args::{self, BackendArg, CapabilitiesArgs},
     connect::connect,
     device::{self, Spec, Subject},
+    host_memory::{NO_THREAD, Need, of_save},
     interrupt, limits,
     main_channel::{
-        self, EXPLANATION, HEARTBEAT, Heard, LINGER, PING, Replies, STILL_HERE, Words, interrupted,
-        is_the_peers, main_failed, timed_out,
+        self, EXPLANATION, HEARTBEAT, LINGER, MainChannelWriter, PING, Replies, ReturnPathEvent,
+        STILL_HERE, interrupted, is_the_peers, main_failed, timed_out,
     },
     network::{self, Address, Connection, TICK},
     output::{Transfer, rate, say},
     progress::Progress,
-    room::{NO_THREAD, Need, of_save},
 };
 
 /// Send devices' states to a `vfio-migrate receive`
@@ -76,7 +77,7 @@ pub(crate) struct Options {
     #[arg(long, value_enum, default_value_t)]
     backend: BackendArg,
     #[command(flatten)]
-    terms: TermsArgs,
+    capabilities: CapabilitiesArgs,
     /// How long nothing may move, or be heard of the destination, in seconds
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = args::seconds)]
     timeout: Duration,
@@ -112,16 +113,24 @@ impl Options {
 fn greet(
     options: &Options,
     devices: Vec<Device>,
-    words: &mut Words,
+    words: &mut MainChannelWriter,
     replies: &mut Replies<'_>,
-) -> anyhow::Result<Vec<Source>> {
-    let (terms, acks) = (options.terms.terms(), Acks::new(Ack::Off));
+) -> anyhow::Result<Vec<OutgoingDevice>> {
+    let (capabilities, acks) = (
+        options.capabilities.capabilities(),
+        SwitchoverAcks::new(SwitchoverAck::Off),
+    );
     let mut sources = Vec::with_capacity(devices.len());
     for (number, device) in (0..).zip(devices) {
         let id = device.id().clone();
-        let realized = Realized::new(device, options.device_settings());
+        let migratable = MigratableDevice::new(device, options.device_settings());
         let source = words.section(SectionKind::Start, number, &id, |body| {
-            Ok(Source::setup(realized, &terms, &acks, body)?)
+            Ok(OutgoingDevice::setup(
+                migratable,
+                &capabilities,
+                &acks,
+                body,
+            )?)
         })?;
         sources.push(source);
     }
@@ -146,7 +155,7 @@ fn greet(
 fn connect_channels(
     options: &Options,
     patience: Duration,
-    words: &mut Words,
+    words: &mut MainChannelWriter,
     replies: &mut Replies<'_>,
 ) -> anyhow::Result<Vec<Channel>> {
     let mut said = Instant::now();
@@ -168,9 +177,9 @@ fn connect_channels(
 
 /// Sends what the devices give while they still run, over the channels. Returns how many bytes.
 fn iterate(
-    sources: &mut [Source],
+    sources: &mut [OutgoingDevice],
     channels: &mut SourceChannels,
-    words: &mut Words,
+    words: &mut MainChannelWriter,
     replies: &mut Replies<'_>,
 ) -> anyhow::Result<u64> {
     let mut sent = 0;
@@ -211,9 +220,9 @@ fn cancel_on_interrupt(canceller: &Canceller, sent: &mpsc::Receiver<()>) {
 
 /// As [`iterate`], and to be interrupted.
 fn send_precopy(
-    sources: &mut [Source],
+    sources: &mut [OutgoingDevice],
     channels: &mut SourceChannels,
-    words: &mut Words,
+    words: &mut MainChannelWriter,
     replies: &mut Replies<'_>,
 ) -> anyhow::Result<u64> {
     let canceller = channels.canceller();
@@ -237,18 +246,18 @@ fn send_precopy(
 /// Says that the loads may begin, and all that follows but the end.
 fn switch_over(
     subjects: &[Subject],
-    switchover: &mut Switchover,
-    words: &mut Words,
+    outgoing: &mut Outgoing,
+    words: &mut MainChannelWriter,
 ) -> anyhow::Result<()> {
     words.command(Command::SwitchoverStart)?;
     for (number, Subject { id, .. }) in (0..).zip(subjects) {
         words.section(SectionKind::End, number, id, |body| {
-            switchover.complete(id, body)
+            outgoing.write_state(id, body)
         })?;
     }
     for (number, Subject { id, .. }) in (0..).zip(subjects) {
         words.section(SectionKind::Full, number, id, |body| {
-            switchover.config(id, body)
+            outgoing.write_config(id, body)
         })?;
     }
     Ok(())
@@ -257,11 +266,14 @@ fn switch_over(
 /// Watches over the save until everything has been sent, or has failed.
 fn send_all(
     options: &Options,
-    mut save: Switchover,
+    mut save: Outgoing,
     subjects: &[Subject],
-    words: &mut Words,
+    words: &mut MainChannelWriter,
     replies: &mut Replies<'_>,
-) -> (Result<Saved, Failed<Vec<Realized>>>, Option<anyhow::Error>) {
+) -> (
+    Result<Saved, Failed<Vec<MigratableDevice>>>,
+    Option<anyhow::Error>,
+) {
     let lens: Vec<_> = subjects
         .iter()
         .map(|subject| (subject.id.clone(), subject.len))
@@ -344,14 +356,14 @@ fn migrate(
     patience: Duration,
     devices: Vec<Device>,
     subjects: &[Subject],
-    words: &mut Words,
+    words: &mut MainChannelWriter,
     replies: &mut Replies<'_>,
 ) -> anyhow::Result<Sent> {
     let mut sources = greet(options, devices, words, replies)?;
     let channels = connect_channels(options, patience, words, replies)?;
     let settings = options.settings();
     let mut channels = SourceChannels::greet(channels, &settings)?;
-    let precopy = if options.terms.precopy_over_channels {
+    let precopy = if options.capabilities.precopy_over_channels {
         Some(send_precopy(&mut sources, &mut channels, words, replies)?)
     } else {
         None
@@ -360,8 +372,8 @@ fn migrate(
     let session = session.greeted_channels(channels);
     let began = Instant::now();
     vm::stop(&mut sources, vm::Reason::FinishMigration)?;
-    let switchover = Switchover::begin(sources, session).map_err(Error::from)?;
-    let (saved, main) = send_all(options, switchover, subjects, words, replies);
+    let outgoing = Outgoing::begin(sources, session).map_err(Error::from)?;
+    let (saved, main) = send_all(options, outgoing, subjects, words, replies);
     if interrupt::requested() && main.is_none() && saved.is_err() {
         bail!(Interrupted);
     }
@@ -390,8 +402,9 @@ fn migrate(
         (Ok(stats), Some(saved)) => {
             // Out of downtime.
             if let Err(failed) = saved.cleanup() {
-                let error = anyhow!(failed.error);
-                let left = told(&failed.back);
+                let (error, back) = failed.into_parts();
+                let error = anyhow!(error);
+                let left = told(&back);
                 say(&format!("all was sent, but afterwards: {error:#} ({left})"));
             }
             Ok(Sent {
@@ -408,7 +421,7 @@ fn migrate(
         }
         (result, saved) => {
             let back = saved.map(Saved::abort).unwrap_or_default();
-            let whole = |it: &Realized| !it.was_reset() && it.duty() == Duty::Nothing;
+            let whole = |it: &MigratableDevice| !it.was_reset() && it.duty() == Duty::Nothing;
             let result = if back.iter().all(whole) {
                 result
             } else {
@@ -424,7 +437,7 @@ fn migrate(
 }
 
 /// Where the devices are, and what is to be done about those that something is to be done about.
-fn told(devices: &[Realized]) -> String {
+fn told(devices: &[MigratableDevice]) -> String {
     let told = devices.iter().map(|device| {
         let reset = if device.was_reset() { ", reset" } else { "" };
         let duty = match device.duty() {
@@ -463,7 +476,7 @@ fn talk(
 ) -> anyhow::Result<Sent> {
     let mut last = main.try_clone().context("cannot use a connection")?;
     let listening = main.try_clone().context("cannot use a connection")?;
-    let heard = Heard::default();
+    let heard = ReturnPathEvent::default();
     let mut replies = Replies::new(&heard);
     thread::scope(|scope| {
         let listen = || main_channel::listen(listening, options.timeout, &heard);
@@ -471,7 +484,7 @@ fn talk(
         let result = main
             .try_clone()
             .context("cannot use a connection")
-            .and_then(Words::open)
+            .and_then(MainChannelWriter::open)
             .and_then(|mut words| {
                 let result = migrate(
                     options,

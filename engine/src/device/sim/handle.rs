@@ -14,7 +14,7 @@ use std::{
     time::Instant,
 };
 
-use super::{faults::Callback, image::Image, session::Control};
+use super::{control::Control, faults::Callback, image::Image};
 use crate::{device::StateEvent, state::DeviceState};
 
 /// A request for a state, as the device has seen it.

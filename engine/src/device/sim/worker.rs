@@ -26,9 +26,9 @@ use xxhash_rust::xxh3::Xxh3Default;
 
 use super::{
     SimConfig,
+    control::{CHUNK, Control, Loaded},
     faults::Stall,
     image::{Image, mix, part},
-    session::{CHUNK, Control, Loaded},
 };
 
 /// The device's thread of a session.

@@ -1,15 +1,20 @@
 //! Packets that do not go to memory: to the spill file, or nowhere where their device has been unplugged.
 
-use super::*;
+use std::mem;
 
-/// How much of a packet is in memory on its way to the spill file.
-pub(crate) const BOUNCE: usize = 64 << 10;
+use super::{IncomingPacket, LoadSink};
+use crate::{
+    error::{Error, ErrorKind, Phase, Result},
+    host::zeroed,
+    reorder::slot::{Packet, Payload},
+    spill::{BOUNCE, SpillFile},
+};
 
-impl LoadInlet {
+impl LoadSink {
     /// Has space for a packet in the spill file, if it may be spilled and there is any.
-    pub(super) fn set_aside(&mut self, packet: &Incoming) -> bool {
+    pub(super) fn set_aside(&mut self, packet: &IncomingPacket) -> bool {
         if let Some(file) = &self.spill
-            && self.ways(packet, false).spill
+            && self.grant(packet, false).spill
         {
             self.aside = SpillFile::allocate(file, packet.remaining);
             self.spilling = self.aside.is_some();
@@ -17,11 +22,11 @@ impl LoadInlet {
         self.aside.is_some()
     }
 
-    /// Spills a packet for which [`LoadInlet::lease`] found no memory, and publishes it. `receive`
+    /// Spills a packet for which [`LoadSink::lease`] found no memory, and publishes it. `receive`
     /// fills what it is given with the packet's next bytes, and is told whether they are the last.
     pub(crate) fn spill(
         &mut self,
-        packet: &mut Incoming,
+        packet: &mut IncomingPacket,
         receive: &mut dyn FnMut(&mut [u8], bool) -> Result<()>,
     ) -> Result<()> {
         let spilled = self.aside.take().expect("a lease has found it space");
@@ -51,7 +56,7 @@ impl LoadInlet {
             return Ok(());
         }
         let filled = Packet {
-            payload: Payload::Aside(spilled.into_number()),
+            payload: Payload::External(spilled.into_number()),
             config: packet.config,
             more: false,
         };
@@ -61,27 +66,27 @@ impl LoadInlet {
     /// Forgets that the packet was to be spilled: its bytes are not there yet.
     pub(crate) fn put_off(&mut self) {
         if self.aside.take().is_some() {
-            self.load.room.notify_all();
+            self.load.backpressure.notify_all();
         }
     }
 
     /// Drops the packet where an error is its device's unplugging, and that error with it.
     pub(super) fn unless_unplugged<T>(
         &self,
-        packet: &mut Incoming,
+        packet: &mut IncomingPacket,
         result: Result<T>,
     ) -> Result<Option<T>> {
         if result.is_err() && packet.device.is_unplugged() && self.load.failure().is_none() {
             packet.dropped = true;
             // What was had for it is free again.
-            self.load.room.notify_all();
+            self.load.backpressure.notify_all();
             return Ok(None);
         }
         result.map(Some)
     }
 
     /// Counts the next `len` bytes of a dropped packet, which have been read past.
-    pub(crate) fn count_dropped(&self, packet: &mut Incoming, len: usize) {
+    pub(crate) fn count_dropped(&self, packet: &mut IncomingPacket, len: usize) {
         packet.remaining -= len;
         self.counters.bytes.add(len as u64);
         self.load.dropped.bytes.add(len as u64);

@@ -108,7 +108,7 @@ impl MainChannel<'_> {
                     let piece = self.incoming.device(id)?.load_state(reader.body()?)?;
                     order.body(&section, &piece)?;
                     reader.footer()?;
-                    if self.options.terms.config_after_iterables
+                    if self.options.capabilities.config_after_iterables
                         && section.kind == SectionKind::Full
                         && piece.end != Tag::ConfigLoadReady
                     {

@@ -17,9 +17,9 @@ use anyhow::{Context, anyhow, bail, ensure};
 use vfio_migration_uring::thread::spawn;
 
 use crate::{
+    host_memory::NO_THREAD,
     main_channel::{REASON, show_reason},
     network::Connection,
-    room::NO_THREAD,
 };
 
 /// What the return path has said, read as it passes. Each message is a be16 kind, a be16 length, and

@@ -1,0 +1,69 @@
+//! Why a session ended early, if it did: the first reason counts, and hangs up every channel.
+//!
+//! Any thread may fail a session, at any time; the second to do so is told that it was. A channel
+//! that is added afterwards is hung up at once.
+
+use std::{
+    fmt,
+    sync::{Mutex, OnceLock, PoisonError},
+    time::Instant,
+};
+
+use crate::error::Error;
+
+/// Ends the waits of a channel's thread, from any other.
+pub(crate) type Hangup = Box<dyn Fn() + Send + Sync>;
+
+/// A session's first failure.
+#[derive(Default)]
+pub(crate) struct FirstFailure {
+    first: OnceLock<(Error, Instant)>,
+    hangups: Mutex<Vec<Hangup>>,
+}
+
+impl FirstFailure {
+    /// Fails the session. Returns whether this was the first reason.
+    pub(crate) fn fail(&self, error: Error) -> bool {
+        if self.first.set((error, Instant::now())).is_err() {
+            return false;
+        }
+        self.hang_up();
+        true
+    }
+
+    /// The first reason, if there was one.
+    pub(crate) fn failure(&self) -> Option<Error> {
+        self.first.get().map(|(error, _)| error.clone())
+    }
+
+    /// Since when.
+    pub(crate) fn failed_at(&self) -> Option<Instant> {
+        self.first.get().map(|&(_, at)| at)
+    }
+
+    /// Adds a channel to hang up.
+    pub(crate) fn add(&self, hangup: Hangup) {
+        let mut hangups = self.hangups.lock().unwrap_or_else(PoisonError::into_inner);
+        // Under the lock, which `fail` takes after it has set the reason: one of the two calls it.
+        if self.first.get().is_some() {
+            hangup();
+        }
+        hangups.push(hangup);
+    }
+
+    /// Hangs up every channel.
+    pub(crate) fn hang_up(&self) {
+        let hangups = self.hangups.lock().unwrap_or_else(PoisonError::into_inner);
+        for hangup in &*hangups {
+            hangup();
+        }
+    }
+}
+
+impl fmt::Debug for FirstFailure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FirstFailure")
+            .field("failure", &self.failure())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,276 @@
+//! The push API: packets that came otherwise than over the session's channels.
+
+use std::fmt;
+
+use super::{IncomingPacket, LoadSink};
+use crate::{
+    channel::Space,
+    error::{Error, Result, Violation},
+    host::zeroed,
+    id::DeviceId,
+    lane::Buffer,
+    wire,
+};
+
+/// Brings packets that came over connections of the embedder's. One thread's.
+///
+/// ```
+/// # #[cfg(feature = "sim")] {
+/// use vfio_migration::{Device, DeviceId, LoadSession, sim::{SimConfig, SimDevice}, wire};
+///
+/// let id = DeviceId::new("0000:00:03.0/vfio", 0)?;
+/// let device = SimDevice::new(SimConfig::default())?;
+/// let mut load = LoadSession::builder()
+///     .device(Device::new(id.clone(), Box::new(device))?)
+///     .start()?;
+/// let mut publisher = load.publisher();
+/// load.no_more_channels();
+///
+/// // What a peer's handler gets: the packet's 12-byte header, then its data.
+/// let mut payload = wire::PacketHeader { index: 0, config: false }.encode().to_vec();
+/// payload.extend(b"state");
+/// publisher.push(&id, &payload)?;
+/// load.cancel();
+/// # }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub struct Publisher {
+    sink: LoadSink,
+}
+
+impl Publisher {
+    /// `sink` counts as an open input until this is dropped.
+    pub(super) const fn new(sink: LoadSink) -> Self {
+        Self { sink }
+    }
+
+    /// Publishes a packet, by a copy: its payload as it is on the wire, 12-byte header first. Waits
+    /// while the budget is spent, unless the device needs just this packet. That of a device that was
+    /// unplugged is dropped, and counted ([`Stats::dropped_packets`](crate::Stats::dropped_packets)).
+    ///
+    /// # Errors
+    ///
+    /// The rule that the packet breaks, which fails the session; a cancellation.
+    pub fn push(&mut self, id: &DeviceId, payload: &[u8]) -> Result<()> {
+        let (header, data) = self.split(id, payload)?;
+        let incoming = self.announce(id, header, data.len())?;
+        let pushed = self.push_data(incoming, data);
+        self.fail_with(pushed)
+    }
+
+    /// As [`Publisher::push`], but never waits: false where the packet could not be had, and
+    /// nothing of it was kept.
+    ///
+    /// A packet that is larger than a device's reserve (64 KiB, or the device's share of a small
+    /// budget), and that the device needs next while the budget is spent on those behind it, can
+    /// only pass in pieces: [`Publisher::push`] always gets on.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Publisher::push`].
+    pub fn try_push(&mut self, id: &DeviceId, payload: &[u8]) -> Result<bool> {
+        let (header, data) = self.split(id, payload)?;
+        let Some(mut lease) = self.try_lease(id, header, data.len())? else {
+            return Ok(false);
+        };
+        lease.bytes_mut().copy_from_slice(data);
+        lease.publish()?;
+        Ok(true)
+    }
+
+    /// Memory to fill with a packet's `len` bytes of data, where it can be had now.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Publisher::push`].
+    pub fn try_lease(
+        &mut self,
+        id: &DeviceId,
+        header: wire::PacketHeader,
+        len: usize,
+    ) -> Result<Option<PacketLease<'_>>> {
+        let mut incoming = self.announce(id, header, len)?;
+        if len == 0 {
+            let near = self.sink.is_near(&mut incoming);
+            let near = self.fail_with(near)?;
+            return Ok(near.then(|| PacketLease::new(self, incoming, Memory::None)));
+        }
+        let found = self.sink.try_lease(&mut incoming);
+        let memory = match self.fail_with(found)? {
+            Some(Space::Memory(lease)) if lease.size() == len => Memory::Pool(lease),
+            Some(Space::Nowhere) => Memory::Own(zeroed(len, "memory for a packet")?),
+            _ => return Ok(None),
+        };
+        Ok(Some(PacketLease::new(self, incoming, memory)))
+    }
+
+    /// As [`Publisher::try_lease`], waiting for it. A packet that can only pass in pieces is filled
+    /// in memory of its own, once it is next; so is one whose device was unplugged: one packet for each
+    /// publisher at most.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Publisher::push`].
+    pub fn lease(
+        &mut self,
+        id: &DeviceId,
+        header: wire::PacketHeader,
+        len: usize,
+    ) -> Result<PacketLease<'_>> {
+        let mut incoming = self.announce(id, header, len)?;
+        if len == 0 {
+            return Ok(PacketLease::new(self, incoming, Memory::None));
+        }
+        let found = self.sink.lease(&mut incoming);
+        let memory = match self.fail_with(found)? {
+            Space::Memory(lease) if lease.size() == len => Memory::Pool(lease),
+            found => {
+                drop(found);
+                self.sink.put_off();
+                Memory::Own(self.fail_with(zeroed(len, "memory for a packet"))?)
+            }
+        };
+        Ok(PacketLease::new(self, incoming, memory))
+    }
+
+    fn split<'a>(
+        &self,
+        id: &DeviceId,
+        payload: &'a [u8],
+    ) -> Result<(wire::PacketHeader, &'a [u8])> {
+        let split = payload.split_first_chunk().map_or_else(
+            || {
+                let len = u32::try_from(payload.len()).unwrap_or(u32::MAX);
+                Err(Error::protocol(Violation::PacketTooShort(len)))
+            },
+            |(header, data)| Ok((wire::PacketHeader::decode(header)?, data)),
+        );
+        self.fail_with(split.map_err(|error| error.on_device(id)))
+    }
+
+    fn announce(
+        &mut self,
+        id: &DeviceId,
+        header: wire::PacketHeader,
+        len: usize,
+    ) -> Result<IncomingPacket> {
+        let name = (id.idstr().as_bytes(), id.instance());
+        let incoming = self.sink.announce(name, header, len);
+        self.fail_with(incoming)
+    }
+
+    fn push_data(&mut self, mut incoming: IncomingPacket, mut data: &[u8]) -> Result<()> {
+        self.sink.admit(&mut incoming)?;
+        if data.is_empty() {
+            return self.sink.publish_empty(&mut incoming);
+        }
+        // Each round publishes a byte at least.
+        while !data.is_empty() {
+            let mut lease = match self.sink.lease(&mut incoming)? {
+                Space::Memory(lease) => lease,
+                Space::Aside => {
+                    let mut fill = |bytes: &mut [u8], _last| {
+                        let (first, rest) = data.split_at(bytes.len());
+                        bytes.copy_from_slice(first);
+                        data = rest;
+                        Ok(())
+                    };
+                    return self.sink.spill(&mut incoming, &mut fill);
+                }
+                Space::Nowhere => {
+                    self.sink.count_dropped(&mut incoming, data.len());
+                    return Ok(());
+                }
+            };
+            let (piece, rest) = data.split_at(lease.size());
+            lease.bytes_mut().copy_from_slice(piece);
+            self.sink.publish(&mut incoming, lease)?;
+            data = rest;
+        }
+        Ok(())
+    }
+
+    /// A packet that breaks a rule fails the migration.
+    fn fail_with<T>(&self, result: Result<T>) -> Result<T> {
+        if let Err(error) = &result
+            && !error.is_cancelled()
+        {
+            self.sink.load().fail(error.clone());
+        }
+        result
+    }
+}
+
+/// Where a leased packet's data is.
+enum Memory {
+    None,
+    Pool(Buffer),
+    Own(Vec<u8>),
+}
+
+/// A packet's memory, to be filled and then published. Dropping it gives it back.
+#[must_use = "a packet that is not published is missing"]
+pub struct PacketLease<'a> {
+    publisher: &'a mut Publisher,
+    incoming: IncomingPacket,
+    memory: Memory,
+}
+
+impl<'a> PacketLease<'a> {
+    fn new(publisher: &'a mut Publisher, incoming: IncomingPacket, memory: Memory) -> Self {
+        Self {
+            publisher,
+            incoming,
+            memory,
+        }
+    }
+
+    /// The packet's data, to be filled: all of it.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        match &mut self.memory {
+            Memory::None => &mut [],
+            Memory::Pool(lease) => lease.bytes_mut(),
+            Memory::Own(bytes) => bytes,
+        }
+    }
+
+    /// Publishes the packet.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Publisher::push`].
+    pub fn publish(self) -> Result<()> {
+        let Self {
+            publisher,
+            mut incoming,
+            memory,
+        } = self;
+        let published = match memory {
+            Memory::Pool(lease) => publisher
+                .sink
+                .admit(&mut incoming)
+                .and_then(|()| publisher.sink.publish(&mut incoming, lease)),
+            Memory::Own(bytes) => publisher.push_data(incoming, &bytes),
+            Memory::None => publisher.push_data(incoming, &[]),
+        };
+        publisher.fail_with(published)
+    }
+}
+
+impl fmt::Debug for PacketLease<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PacketLease").finish_non_exhaustive()
+    }
+}
+
+impl Drop for Publisher {
+    fn drop(&mut self) {
+        self.sink.load().close_input();
+    }
+}
+
+impl fmt::Debug for Publisher {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Publisher").finish_non_exhaustive()
+    }
+}

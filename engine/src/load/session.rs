@@ -1,0 +1,730 @@
+//! The destination's session: see the [module above](super).
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    os::fd::{AsFd, BorrowedFd},
+    sync::mpsc,
+    time::Instant,
+};
+
+use vfio_migration_uring::{Waker, deadline};
+
+use super::{
+    Load, LoadDevice, LoadSettings, LoadSink, LoadTransfer, Publisher, Route, Spilling,
+    serve_device, start, start_early, wait_written, write_iterable,
+};
+use crate::{
+    channel::{Channel, ChannelLimits, Receiver},
+    device::Device,
+    error::{Error, ErrorKind, Failed, Phase, Result, Violation},
+    host::no_budget,
+    id::DeviceId,
+    io_loop::{IoHandle, IoLoop},
+    reorder::flags::SLACK,
+    session::{
+        Canceller, Common, DeviceHandoff, DeviceReport, FinishedDevice, Parts, Report,
+        builder_methods, host, unless_stuck,
+    },
+    settings::{Settings, Spill},
+    stats::{ChannelCounters, Stats},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU32, Ordering::Relaxed},
+        lock,
+    },
+    tasks::{Task, TaskKind, Tasks},
+    trace, wire,
+};
+
+/// Builds a [`LoadSession`].
+#[derive(Debug, Default)]
+#[must_use = "nothing happens before it is started"]
+pub struct LoadBuilder {
+    parts: Parts,
+    /// Devices whose data comes over the main channel.
+    not_multifd: Vec<DeviceId>,
+}
+
+impl LoadBuilder {
+    builder_methods!();
+
+    /// Names a device of this VM whose data does not come over multifd channels: a packet for it is
+    /// refused by that name.
+    pub fn not_multifd(mut self, id: DeviceId) -> Self {
+        self.not_multifd.push(id);
+        self
+    }
+
+    /// Allocates all memory, starts all threads, and sets every device to RESUMING, all at once.
+    /// Packets may come from then on; nothing is written before
+    /// [`switchover_start`](LoadSession::switchover_start).
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Misuse`] for settings that cannot be; [`ErrorKind::Host`] for what the host
+    /// does not have; a device's refusal. Devices are put back to the state that they came in, and
+    /// dropped.
+    pub fn start(self) -> Result<LoadSession, Failed<Vec<Device>>> {
+        let Self {
+            mut parts,
+            not_multifd,
+        } = self;
+        let devices = std::mem::take(&mut parts.devices);
+        match LoadSession::prepare(&mut parts, not_multifd, devices.len()) {
+            Ok((mut session, io_loop)) => match session.launch(parts, devices, io_loop) {
+                Ok(()) => Ok(session),
+                Err(error) => {
+                    session.cancel();
+                    let devices = session.end().devices.into_iter();
+                    Err(Failed::new(
+                        error,
+                        devices.filter_map(|report| report.device).collect(),
+                    ))
+                }
+            },
+            Err(error) => Err(Failed::new(error, devices)),
+        }
+    }
+}
+
+/// Which ordinals are devices'. An ordinal is never given to a second device: operations of the
+/// first may still come back.
+#[derive(Debug)]
+struct IdsInUse {
+    limit: u32,
+    devices: Vec<(u32, DeviceId)>,
+    next: u32,
+}
+
+impl IdsInUse {
+    const fn new(limit: u32) -> Self {
+        Self {
+            limit,
+            devices: Vec::new(),
+            next: 0,
+        }
+    }
+
+    fn take(&mut self, id: &DeviceId) -> Result<u32> {
+        if self.next >= self.limit {
+            let kind = ErrorKind::Misuse("more devices than max_devices");
+            return Err(Error::new(kind, Phase::Setup).on_device(id));
+        }
+        let ordinal = self.next;
+        self.next += 1;
+        self.devices.push((ordinal, id.clone()));
+        Ok(ordinal)
+    }
+}
+
+/// A load under way: the destination's side of a migration.
+///
+/// ```
+/// # #[cfg(feature = "sim")] {
+/// use std::os::unix::net::UnixStream;
+/// use vfio_migration::{
+///     Device, DeviceId, LoadSession, SaveSession,
+///     sim::{SimConfig, SimDevice},
+/// };
+///
+/// let id = DeviceId::new("0000:00:03.0/vfio", 0)?;
+/// let config = SimConfig { len: 3 << 20, seed: 7, ..SimConfig::default() };
+/// let source = SimDevice::new(config.clone())?;
+/// let destination = SimDevice::new(SimConfig { seed: 8, ..config })?;
+/// let (saved, loaded) = (source.handle(), destination.handle());
+///
+/// let (near, far) = UnixStream::pair()?;
+/// let load = LoadSession::builder()
+///     .device(Device::new(id.clone(), Box::new(destination))?)
+///     .channel(far)
+///     .start()?;
+/// let save = SaveSession::builder()
+///     .device(Device::new(id, Box::new(source))?)
+///     .channel(near)
+///     .start()?;
+///
+/// load.switchover_start();
+/// save.join().result?;
+/// load.join().result?;
+/// assert_eq!(saved.digest(), loaded.digest());
+/// # }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// Dropping it cancels, and waits as [`LoadSession::join`] does.
+#[must_use = "dropping a session cancels it"]
+pub struct LoadSession {
+    common: Arc<Common>,
+    load: Arc<Load>,
+    limits: ChannelLimits,
+    /// How many channels there will be. Under the lock of `Common::channels`.
+    expected: AtomicU32,
+    ids: Mutex<IdsInUse>,
+    greeted: Arc<Mutex<Vec<u8>>>,
+    /// The numbers of the channels that have not ended.
+    open: Arc<Mutex<BTreeSet<u32>>>,
+    joined: bool,
+}
+
+impl LoadSession {
+    /// Begins to build one.
+    pub fn builder() -> LoadBuilder {
+        LoadBuilder::default()
+    }
+
+    /// Everything that needs no thread.
+    fn prepare(
+        parts: &mut Parts,
+        not_multifd: Vec<DeviceId>,
+        devices: usize,
+    ) -> Result<(Self, IoLoop<LoadTransfer>)> {
+        parts.settings.check_numbers()?;
+        let limit = parts.settings.device_limit(devices)?;
+        let memory = parts.settings.load_memory(limit)?;
+        let given = u32::try_from(parts.channels.len()).unwrap_or(u32::MAX);
+        parts.settings.check_channels(given)?;
+        let expected = parts.settings.channels.max(given);
+        let waker = Waker::new().map_err(host)?;
+        let (ring, backend) = parts.ring(limit, waker.clone())?;
+        let settings = &parts.settings;
+        let handle = Arc::new(IoHandle::new(waker));
+        let load = Load::new(
+            memory.pool,
+            memory.staging,
+            handle.clone(),
+            LoadSettings {
+                max_packet: settings.max_packet,
+                window: settings.window,
+                spill: match settings.spill.clone() {
+                    Spill::Auto => Spilling::WhereShared,
+                    Spill::Off => Spilling::Never,
+                    Spill::Memfd => Spilling::Always(None),
+                    Spill::Directory(directory) => Spilling::Always(Some(directory)),
+                },
+                spill_limit: settings.spill_limit,
+                config_after_iterables: settings.config_after_iterables,
+                stop_after_load: settings.stop_after_load.unwrap_or(true),
+                grace: settings.grace,
+                config_ready_timeout: settings.config_ready_timeout,
+            },
+        );
+        let load = Arc::new(load.map_err(no_budget)?);
+        #[cfg(feature = "faults")]
+        if let Some(plan) = parts.refusals.take() {
+            load.pool.refuse_by(plan.clone());
+            load.staging.refuse_by(plan);
+        }
+        // Where it was asked for, what is wrong with it is told now.
+        let _file = load.spill_for(false)?;
+        for id in not_multifd {
+            load.add_route(&id, Route::NotMultifd(id.clone()))?;
+        }
+        let session = Self {
+            common: Arc::new(Common {
+                tasks: Arc::new(Tasks::new(parts.spawner.take())?),
+                canceller: Canceller::new(Phase::Load, {
+                    let load = load.clone();
+                    move |error| {
+                        load.fail(error);
+                    }
+                }),
+                returned: Mutex::new(BTreeMap::new()),
+                channels: Mutex::new(Vec::new()),
+                backend,
+                budget: memory.budget,
+                grace: settings.grace,
+                no_progress: settings.no_progress,
+            }),
+            load,
+            limits: parts.limits(expected),
+            expected: AtomicU32::new(expected),
+            ids: Mutex::new(IdsInUse::new(limit)),
+            greeted: Arc::new(Mutex::new(Vec::new())),
+            open: Arc::new(Mutex::new(BTreeSet::new())),
+            joined: false,
+        };
+        session.common.notify_of(&session.load.first_failure);
+        // The one input that stands for the channels still to come.
+        session.load.open_input();
+        session.load.await_channels(expected);
+        Ok((session, IoLoop::new(handle, ring, parts.io_limits())))
+    }
+
+    /// Everything that does.
+    fn launch(
+        &self,
+        parts: Parts,
+        devices: Vec<Device>,
+        io_loop: IoLoop<LoadTransfer>,
+    ) -> Result<()> {
+        let (backpressure, failing) = (self.load.clone(), self.load.clone());
+        let driving = Common::spawn_io_thread(
+            &self.common.tasks,
+            io_loop,
+            self.load.io.clone(),
+            self.load.collector.clone(),
+            move || backpressure.backpressure.after_round(),
+            move |error| {
+                failing.fail(error);
+            },
+        );
+        if let Err(error) = driving {
+            for device in devices {
+                let ordinal = lock(&self.ids).take(device.id())?;
+                let result = Err(error.clone());
+                self.common.give_back(ordinal, device, result);
+            }
+            return Err(error);
+        }
+        // All of them before anything else, so that whatever fails below they come back.
+        let (sender, results) = mpsc::channel();
+        let names = devices.iter().map(|device| device.id().clone()).collect();
+        let mut started = Ok(());
+        for device in devices {
+            started = started.and(self.spawn_device(device, sender.clone()));
+        }
+        drop(sender);
+        started?;
+        self.set_up(&results, names)?;
+        for channel in parts.channels {
+            self.add_channel(channel)?;
+        }
+        Ok(())
+    }
+
+    fn spawn_device(
+        &self,
+        device: Device,
+        set_up: mpsc::Sender<(DeviceId, Result<()>)>,
+    ) -> Result<()> {
+        let id = device.id().clone();
+        let ordinal = lock(&self.ids).take(&id)?;
+        let shared = match self.load.add(&id, ordinal, device.config_after_iterables()) {
+            Ok(shared) => shared,
+            Err(error) => {
+                self.common.give_back(ordinal, device, Err(error.clone()));
+                return Err(error);
+            }
+        };
+        let (load, common) = (self.load.clone(), self.common.clone());
+        let ending = (self.load.clone(), self.common.clone(), shared.clone());
+        let mut device = device;
+        device.adopt_spawner(self.common.tasks.spawner());
+        let handoff = DeviceHandoff::new(device);
+        let left = handoff.clone();
+        Tasks::spawn(
+            &self.common.tasks,
+            TaskKind::Device(id),
+            format!("vfio-mig-dev{ordinal}"),
+            move || {
+                let Some(mut device) = handoff.take() else {
+                    return;
+                };
+                let result = serve_device(&load, &shared, &mut device, |result| {
+                    // Nobody listens any more where another device's set-up has failed.
+                    let _gone = set_up.send((shared.id.clone(), result));
+                });
+                if let Err(error) = &result
+                    && !shared.is_unplugged()
+                {
+                    load.fail(error.clone());
+                }
+                common.give_back(ordinal, device, result);
+            },
+            move |error| {
+                let (load, common, shared) = ending;
+                if let Some(error) = error {
+                    load.fail(error);
+                }
+                if let Some(device) = left.take() {
+                    let result = Err(Error::cancelled(Phase::Setup).on_device(&shared.id));
+                    common.give_back(ordinal, device, result);
+                }
+                shared.flags.end();
+            },
+        )
+    }
+
+    /// Waits for the results of set-ups. One that was cancelled has its reason elsewhere.
+    fn set_up(
+        &self,
+        results: &mpsc::Receiver<(DeviceId, Result<()>)>,
+        names: Vec<DeviceId>,
+    ) -> Result<()> {
+        let set_up = self.common.set_up(results, names);
+        set_up.map_err(|error| match self.failure() {
+            Some(reason) if error.is_cancelled() => reason,
+            _ => error,
+        })
+    }
+
+    /// Adds a device while the session runs (`max_devices` has to leave room for it), and returns
+    /// when it is RESUMING.
+    ///
+    /// # Errors
+    ///
+    /// As for [`LoadBuilder::start`].
+    pub fn add_device(&self, device: Device) -> Result<()> {
+        let mut device = device;
+        device.set_off();
+        let (sender, results) = mpsc::channel();
+        let name = device.id().clone();
+        self.spawn_device(device, sender)?;
+        self.set_up(&results, vec![name])
+    }
+
+    /// Takes a device out while the session runs: an unplug. Its load is cancelled, and the device comes
+    /// back, reset, in the state that it came in. Packets that are under way for it, or come later, are read past: they cost no memory of
+    /// the budget, disturb no other device, and are counted as dropped ([`Stats::dropped_packets`]).
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Misuse`] for a device that is not there; [`ErrorKind::Stuck`] where its driver
+    /// does not give a transfer back.
+    pub fn remove_device(&self, id: &DeviceId) -> Result<Device> {
+        let shared = self.device(id)?;
+        self.load.remove(&shared);
+        let deadline = self.common.end_of_grace(Instant::now());
+        let ended = shared.flags.wait_end(Some(deadline));
+        let returned = lock(&self.common.returned).remove(&shared.ordinal);
+        lock(&self.ids)
+            .devices
+            .retain(|(ordinal, _)| *ordinal != shared.ordinal);
+        let stuck = || Error::new(ErrorKind::Stuck, Phase::Cleanup).on_device(id);
+        match returned {
+            Some(FinishedDevice { device, result }) if ended => match result {
+                Err(error) if *error.kind() == ErrorKind::Stuck => {
+                    let _leaked = unless_stuck(device, true);
+                    Err(error)
+                }
+                _ => {
+                    let mut device = device;
+                    // Also where it was loaded already. What this comes to is the device's duty.
+                    let _duty = device.discard_state();
+                    Ok(device)
+                }
+            },
+            _ => Err(stuck()),
+        }
+    }
+
+    fn device(&self, id: &DeviceId) -> Result<Arc<LoadDevice>> {
+        let devices = self.load.devices();
+        let found = devices.into_iter().find(|device| device.id == *id);
+        found.ok_or_else(|| {
+            Error::new(ErrorKind::Misuse("no such device"), Phase::Setup).on_device(id)
+        })
+    }
+
+    /// Adds a channel: one connection of the source's. Its hello, and all after it, is read on a
+    /// thread of the channel's own.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Misuse`] for one channel too many; [`ErrorKind::Host`] without a thread.
+    pub fn add_channel(&self, channel: impl Into<Channel>) -> Result<()> {
+        let channel = channel.into();
+        let counters = Arc::new(ChannelCounters::default());
+        let spill = self.load.spill_for(channel.is_shared())?;
+        let (number, last) = {
+            let mut channels = lock(&self.common.channels);
+            let number = u32::try_from(channels.len()).unwrap_or(u32::MAX);
+            // Relaxed: under the lock.
+            let expected = self.expected.load(Relaxed);
+            if number >= expected {
+                let kind = ErrorKind::Misuse("more channels than the settings say");
+                return Err(Error::new(kind, Phase::Setup));
+            }
+            self.load.first_failure.add(channel.adopt().map_err(host)?);
+            channels.push(counters.clone());
+            // Under the lock: whoever says that no more will come sees this one's input.
+            self.load.open_input();
+            self.load.await_channels(expected - number - 1);
+            (number, number + 1 == expected)
+        };
+        if last {
+            // All have come: the input that stood for them is done.
+            self.load.close_input();
+        }
+        let (load, greeted) = (self.load.clone(), self.greeted.clone());
+        let (ending, open) = (self.load.clone(), self.open.clone());
+        lock(&open).insert(number);
+        let limits = self.limits;
+        Tasks::spawn(
+            &self.common.tasks,
+            TaskKind::Channel(number),
+            format!("vfio-mig-ch{number}"),
+            move || {
+                let mut sink = LoadSink::new(load.clone(), counters, spill);
+                let receiver = Receiver::new(channel, number, limits);
+                let result = receiver.and_then(|receiver| {
+                    receiver.run(&mut sink, |hello, _| {
+                        hello.check(&limits.uuid, limits.channels)?;
+                        greet(&greeted, hello.id)
+                    })
+                });
+                drop(sink);
+                if let Err(error) = result {
+                    if error.is_cancelled() {
+                        load.wait_for_reason();
+                    }
+                    load.fail(error);
+                }
+            },
+            move |error| {
+                if let Some(error) = error {
+                    ending.fail(error);
+                }
+                lock(&open).remove(&number);
+                ending.close_input();
+            },
+        )
+    }
+
+    /// A way in for packets that come otherwise than over the session's channels. Made on the
+    /// thread that uses it; while there is one the input has not ended.
+    pub fn publisher(&self) -> Publisher {
+        let counters = Arc::new(ChannelCounters::default());
+        self.load.open_input();
+        // What can go wrong with it went wrong at the start.
+        let spill = self.load.spill_for(false).ok().flatten();
+        Publisher::new(LoadSink::new(self.load.clone(), counters, spill))
+    }
+
+    /// Says that no further channel will be added.
+    pub fn no_more_channels(&self) {
+        let fewer = {
+            let channels = lock(&self.common.channels);
+            let count = u32::try_from(channels.len()).unwrap_or(u32::MAX);
+            // Relaxed: written and read under the lock.
+            count < self.expected.swap(count, Relaxed)
+        };
+        if fewer {
+            self.load.await_channels(0);
+            self.load.close_input();
+        }
+    }
+
+    /// Writes iterable data of a device's section on the main channel into it, in the calling
+    /// thread. May block where the I/O thread does.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Device`]; [`ErrorKind::Misuse`] once the switchover has started.
+    pub fn write_iterable(&self, id: &DeviceId, bytes: &[u8]) -> Result<()> {
+        let result = write_iterable(&*self.device(id)?, bytes);
+        let ret = result.as_ref().map_or_else(
+            |error| {
+                -error
+                    .raw_os_error()
+                    .unwrap_or(nix::errno::Errno::EINVAL as i32)
+            },
+            |()| 0,
+        );
+        trace::load_state_device_data(id, bytes.len() as u64, ret);
+        result
+    }
+
+    /// The switchover has started: all iterable data is in the devices, and the I/O thread may write
+    /// what has come and will.
+    pub fn switchover_start(&self) {
+        for device in self.load.devices() {
+            start(&self.load, &device);
+        }
+    }
+
+    /// Both ends carry this device's PRE_COPY data over the channels: what comes before the
+    /// switchover is written at once.
+    pub(crate) fn start_early(&self, id: &DeviceId) -> Result<()> {
+        start_early(&self.load, &*self.device(id)?);
+        Ok(())
+    }
+
+    /// Waits until the device's first `count` packets are in it.
+    pub(crate) fn wait_written(&self, id: &DeviceId, count: u32) -> Result<()> {
+        let no_progress = self.common.no_progress;
+        wait_written(&self.load, &*self.device(id)?, count, no_progress)
+    }
+
+    /// The main channel says that the device's config may be loaded.
+    ///
+    /// # Errors
+    ///
+    /// [`Violation::SectionTag`] where that is not in use, or comes a second time.
+    pub fn config_load_ready(&self, id: &DeviceId) -> Result<()> {
+        let device = self.device(id)?;
+        if device.config_waits && device.flags.config_ready() {
+            return Ok(());
+        }
+        let tag = wire::Tag::ConfigLoadReady.value();
+        let error = Error::protocol(Violation::SectionTag(tag))
+            .in_phase(Phase::Section)
+            .on_device(id);
+        self.load.fail(error.clone());
+        Err(error)
+    }
+
+    /// A handle that cancels, also while another thread waits in [`LoadSession::join`].
+    #[must_use]
+    pub fn canceller(&self) -> Canceller {
+        self.common.canceller.clone()
+    }
+
+    /// Cancels: should-quit. Returns at once.
+    pub fn cancel(&self) {
+        self.load.fail(Error::cancelled(Phase::Load));
+    }
+
+    /// Fails the session for a reason of the embedder's: its main channel's, say.
+    pub fn fail(&self, error: Error) {
+        self.load.fail(error);
+    }
+
+    /// Why it failed, once it has.
+    #[must_use]
+    pub fn failure(&self) -> Option<Error> {
+        self.load.failure()
+    }
+
+    /// Whether every device is loaded, or the session has failed and its threads have ended.
+    #[must_use]
+    pub fn is_finished(&self) -> bool {
+        self.devices_ended()
+    }
+
+    fn devices_ended(&self) -> bool {
+        self.load
+            .devices()
+            .iter()
+            .all(|device| device.flags.is_ended())
+    }
+
+    /// The counters as they are.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        let devices = self.load.devices();
+        let devices = devices
+            .iter()
+            .map(|device| device.counters.snapshot(&device.id));
+        let late = self.load.backpressure.late();
+        let devices_late: u64 = self.load.devices().iter().map(|d| d.late()).sum();
+        let mut stats = self
+            .common
+            .stats(devices.collect(), &self.load.pool, &self.load.io);
+        stats.spill = self.load.spilled();
+        (stats.dropped_packets, stats.dropped_bytes) = self.load.dropped();
+        stats.held_high += self.load.staging_len() as u64;
+        stats.late_wakeups += late + devices_late;
+        stats
+    }
+
+    /// Waits until every device is loaded, or the session has failed, and gives the devices back:
+    /// what downtime waits for. The channels may still be open; [`LoadSession::join`] waits for
+    /// their end, and its report has no devices then.
+    ///
+    /// A device that is loaded is in STOP, and its driver has accepted its state. Where
+    /// [`Settings::stop_after_load`] is off it is in RESUMING, and its driver looks at the state in the
+    /// VM's start ([`vm::start`](crate::migration::vm::start)): the source may be told that all is
+    /// loaded only after it. Where the session has failed every device is reset and in the state that
+    /// it came in.
+    pub fn wait_devices(&self) -> Vec<DeviceReport> {
+        let failed_at = || self.load.first_failure.failed_at();
+        self.common.wait_for_end(failed_at, || self.devices_ended());
+        let ids = std::mem::take(&mut lock(&self.ids).devices);
+        let failed = self.failure().is_some();
+        self.common
+            .devices(ids, failed.then_some(Device::discard_state))
+    }
+
+    /// Waits for the end, and gives the devices back, as [`LoadSession::wait_devices`] does.
+    ///
+    /// The end is that every device is loaded and every channel has ended: a source closes its
+    /// channels, but it may do so only when the destination has told it of its success.
+    /// [`LoadSession::wait_devices`] comes before that.
+    pub fn join(mut self) -> Report {
+        self.end()
+    }
+
+    /// Cleans up: want-exit. Ends what is still under way, and gives the devices back, within the
+    /// grace time.
+    pub fn cleanup(mut self) -> Report {
+        for device in self.load.devices() {
+            trace::load_cleanup(&device.id);
+            device.flags.exit();
+        }
+        self.load.io.wake();
+        self.load.backpressure.notify_all();
+        if !self.devices_ended() {
+            // From here on the grace time counts.
+            self.load.fail(Error::cancelled(Phase::Cleanup));
+        }
+        self.end()
+    }
+
+    fn end(&mut self) -> Report {
+        self.joined = true;
+        let failed_at = || self.load.first_failure.failed_at();
+        self.common.wait_for_end(failed_at, || self.devices_ended());
+        // The channels end by themselves where the source has closed them.
+        let patience = deadline(self.common.no_progress);
+        let tasks = &self.common.tasks;
+        let ended = || (tasks.at_work() <= 1 || failed_at().is_some()).then_some(());
+        if tasks.wait(Some(patience), ended).is_none() {
+            let error = Error::stalled(Phase::Receive, "the channel has not ended");
+            self.load.fail(match lock(&self.open).first() {
+                Some(number) => error.on_channel(*number),
+                None => error,
+            });
+        }
+        self.load.first_failure.hang_up();
+        let short = Some(deadline(SLACK));
+        tasks.wait(short, || (tasks.at_work() <= 1).then_some(()));
+        self.load.io.close();
+        tasks.wait(short, || tasks.is_idle().then_some(()));
+        let leaked = self.load.io.leaked.get() > 0;
+        let left_behind = tasks.join(leaked);
+        self.common.canceller.retire();
+        let stats = self.stats();
+        let ids = lock(&self.ids).devices.clone();
+        let result = self.load.failure().map_or(Ok(()), Err);
+        let off = Device::discard_state;
+        self.common.report(ids, result, stats, left_behind, off)
+    }
+}
+
+/// Remembers a hello's channel id, which no other may have.
+fn greet(greeted: &Mutex<Vec<u8>>, id: u8) -> Result<()> {
+    let mut greeted = lock(greeted);
+    if greeted.contains(&id) {
+        return Err(Error::protocol(Violation::ChannelIdTwice(id)));
+    }
+    greeted.push(id);
+    Ok(())
+}
+
+impl Drop for LoadSession {
+    fn drop(&mut self) {
+        if !self.joined {
+            self.cancel();
+            let _report = self.end();
+        }
+    }
+}
+
+impl AsFd for LoadSession {
+    /// An eventfd that becomes readable when a device or a thread has ended, for an event loop.
+    /// Read its 8 bytes, then look at [`LoadSession::is_finished`] and [`LoadSession::failure`].
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.common.tasks.event().as_fd()
+    }
+}
+
+impl fmt::Debug for LoadSession {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LoadSession")
+            .field("load", &self.load)
+            .field("failure", &self.failure())
+            .finish_non_exhaustive()
+    }
+}

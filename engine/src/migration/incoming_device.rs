@@ -1,0 +1,267 @@
+//! One device's sections of the main channel, on the destination.
+//!
+//! ```text
+//!   SETUP, PART…   PRE_COPY data ─▶ the device, or its session's data fd
+//!   END            STOP_COPY data ─▶ the device; nothing, where the channels carry it
+//!   FULL           config ─▶ the device; the notice or nothing, where the channels carry it
+//! ```
+//!
+//! The thread that reads the main channel calls it, one device at a time. What ends its waits: the
+//! main channel's bytes or end; the device's driver; where PRE_COPY data goes over the channels, the
+//! packets that were counted, or the migration's failure.
+
+use std::{fmt, io::Read, time::Instant};
+
+use nix::errno::Errno;
+
+use super::{
+    SwitchoverAck,
+    incoming::Incoming,
+    incoming_member::{Direct, Member, Way},
+};
+use crate::{
+    device::Recover,
+    error::{Error, ErrorKind, Phase, Result, Violation},
+    id::DeviceId,
+    section::{Piece, SectionSink, Tag, load_state},
+    state::DeviceState,
+    sync::lock,
+    trace,
+};
+
+impl Incoming {
+    /// One of its devices, to whom a section of the main channel belongs. Whether the section may
+    /// stand there is for [`MainChannelOrder`](crate::stream::MainChannelOrder) to say.
+    ///
+    /// # Errors
+    ///
+    /// [`Violation::UnknownDevice`].
+    pub fn device(&self, id: &DeviceId) -> Result<IncomingDevice<'_>> {
+        let found = self.members.iter().find(|member| member.id == *id);
+        let member = found.ok_or_else(|| {
+            let violation = Violation::UnknownDevice {
+                idstr: id.idstr().to_owned(),
+                instance: id.instance(),
+            };
+            Error::protocol(violation).in_phase(Phase::Section)
+        })?;
+        Ok(IncomingDevice {
+            incoming: self,
+            member,
+        })
+    }
+}
+
+/// One device's migration on the destination.
+#[derive(Clone, Copy)]
+pub struct IncomingDevice<'a> {
+    incoming: &'a Incoming,
+    member: &'a Member,
+}
+
+impl IncomingDevice<'_> {
+    /// The device's name.
+    #[must_use]
+    pub const fn id(&self) -> &DeviceId {
+        &self.member.id
+    }
+
+    /// Whether its data comes over the multifd channels.
+    #[must_use]
+    pub const fn uses_multifd(&self) -> bool {
+        matches!(self.member.way, Way::Channels)
+    }
+
+    /// Loads the body of one of the device's sections, up to the tag that ends it and not a byte
+    /// more. Blocks as `body` and the device's driver do.
+    ///
+    /// # Errors
+    ///
+    /// As for [`load_state`]; the device's. The migration has failed then. Where it had failed
+    /// before, that reason, whichever device's it is.
+    pub fn load_state<R: Read + ?Sized>(&self, body: &mut R) -> Result<Piece> {
+        let loaded = self.load(body);
+        loaded.map_err(|error| {
+            // The migration's first reason may be another device's, or no device's at all.
+            self.incoming.failure().unwrap_or_else(|| {
+                let error = error.on_device(&self.member.id);
+                self.incoming.fail(error.clone());
+                error
+            })
+        })
+    }
+
+    fn load<R: Read + ?Sized>(&self, body: &mut R) -> Result<Piece> {
+        if let Some(error) = self.incoming.failure() {
+            return Err(error);
+        }
+        let Way::Main(direct) = &self.member.way else {
+            let mut sink = Sink {
+                incoming: self.incoming,
+                member: self.member,
+                direct: None,
+                sent: None,
+            };
+            return load_state(body, &mut sink);
+        };
+        let mut direct = lock(direct);
+        let mut sink = Sink {
+            incoming: self.incoming,
+            member: self.member,
+            direct: Some(&mut direct),
+            sent: None,
+        };
+        let piece = load_state(body, &mut sink)?;
+        if piece.end == Tag::Config {
+            if self.incoming.stop_after_load {
+                let since = Instant::now();
+                let device = direct.device.as_mut().ok_or_else(given_back)?;
+                device.set_state(DeviceState::Stop, Recover::Reset)?;
+                self.member.counters.phases.resume.add_time(since.elapsed());
+            }
+            direct.loaded = true;
+        }
+        Ok(piece)
+    }
+}
+
+fn given_back() -> Error {
+    let kind = ErrorKind::Misuse("the device has been given back");
+    Error::new(kind, Phase::Section)
+}
+
+impl fmt::Debug for IncomingDevice<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("IncomingDevice")
+            .field("id", self.id())
+            .field("uses_multifd", &self.uses_multifd())
+            .finish_non_exhaustive()
+    }
+}
+
+/// A device's sections, on their way to it.
+struct Sink<'a> {
+    incoming: &'a Incoming,
+    member: &'a Member,
+    direct: Option<&'a mut Direct>,
+    /// How many packets of PRE_COPY data were said to have been sent.
+    sent: Option<u32>,
+}
+
+impl Sink<'_> {
+    fn refuse(&self, tag: Tag) -> Error {
+        let violation = Violation::SectionTag(tag.value());
+        Error::protocol(violation)
+            .in_phase(Phase::Section)
+            .on_device(&self.member.id)
+    }
+}
+
+impl SectionSink for Sink<'_> {
+    fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        let refused = self.refuse(Tag::Data);
+        if self.member.over_channels {
+            return Err(refused);
+        }
+        let switched = self.incoming.is_switched();
+        let Some(direct) = &mut self.direct else {
+            let session = self.incoming.session.as_ref();
+            return match session.filter(|_| !switched) {
+                Some(session) => session.write_iterable(&self.member.id, bytes),
+                // From here on its data comes over the channels.
+                None => Err(refused),
+            };
+        };
+        if direct.loaded {
+            return Err(refused);
+        }
+        let device = direct.device.as_mut().ok_or_else(given_back)?;
+        let since = Instant::now();
+        let written = device.write_resuming(bytes);
+        let counters = &self.member.counters;
+        if switched {
+            counters.phases.write.add_time(since.elapsed());
+        }
+        let ret = written.as_ref().map_or_else(
+            |error| -error.raw_os_error().unwrap_or(Errno::EINVAL as i32),
+            |()| 0,
+        );
+        trace::load_state_device_data(&self.member.id, bytes.len() as u64, ret);
+        written?;
+        counters.main_bytes.add(bytes.len() as u64);
+        Ok(())
+    }
+
+    fn config(&mut self, input: &mut dyn Read) -> Result<()> {
+        let refused = self.refuse(Tag::Config);
+        // Over the channels it is the last packet.
+        let Some(direct) = self.direct.as_mut().filter(|direct| !direct.loaded) else {
+            return Err(refused);
+        };
+        let device = direct.device.as_mut().ok_or_else(given_back)?;
+        let since = Instant::now();
+        device.load_config(input)?;
+        self.member.counters.phases.config.add_time(since.elapsed());
+        Ok(())
+    }
+
+    fn setup(&mut self, over_channels: bool) -> Result<bool> {
+        let session = self.incoming.session.as_ref();
+        match (over_channels, self.member.over_channels, session) {
+            (false, false, _) => Ok(true),
+            (true, true, Some(session)) => {
+                let id = &self.member.id;
+                session.start_early(id)?;
+                lock(&self.incoming.pending_acks)
+                    .agreements
+                    .retain(|other| other != id);
+                Ok(true)
+            }
+            _ => {
+                let violation = Violation::PrecopyOverChannels {
+                    here: !over_channels,
+                };
+                Err(Error::protocol(violation).in_phase(Phase::Section))
+            }
+        }
+    }
+
+    fn precopy_sent(&mut self, count: u32) -> Result<bool> {
+        self.sent = Some(count);
+        Ok(self.member.over_channels)
+    }
+
+    fn init_data_sent(&mut self) -> Result<bool> {
+        if self.member.over_channels {
+            if !self.member.precopy
+                || self.incoming.ack == SwitchoverAck::Off
+                || self.incoming.is_switched()
+            {
+                return Ok(false);
+            }
+            let session = self.incoming.session.as_ref();
+            let (Some(count), Some(session)) = (self.sent, session) else {
+                return Ok(false);
+            };
+            session.wait_written(&self.member.id, count)?;
+        }
+        self.incoming.init_data_sent(self.member)
+    }
+
+    fn config_load_ready(&mut self) -> Result<bool> {
+        match &self.incoming.session {
+            Some(session) if self.direct.is_none() => {
+                if !self.member.config_waits {
+                    let violation = Violation::ConfigAfterIterables { here: false };
+                    return Err(Error::protocol(violation).in_phase(Phase::Section));
+                }
+                session.config_load_ready(&self.member.id).map(|()| true)
+            }
+            _ => Ok(false),
+        }
+    }
+
+    fn on_tag(&mut self, tag: Tag, _data_len: u64) {
+        trace::load_state(&self.member.id, tag.value());
+    }
+}

@@ -1,0 +1,73 @@
+//! One device of the destination, by the way that its data comes, and the counters of all.
+//!
+//! | way | who has the device until it is loaded |
+//! |---|---|
+//! | over the channels | the session |
+//! | over the main channel | the member: the thread that reads the sections writes to it |
+
+use std::time::Duration;
+
+use super::{DeviceSettings, MigratableDevice};
+use crate::{
+    device::Device,
+    id::DeviceId,
+    load::LoadSession,
+    stats::{DeviceCounters, Stats},
+    sync::Mutex,
+};
+
+/// How a device's data comes.
+pub(super) enum Way {
+    /// Over the channels: the session has it.
+    Channels,
+    /// Over the main channel.
+    Main(Mutex<Direct>),
+}
+
+/// A device whose data comes over the main channel.
+pub(super) struct Direct {
+    /// Until it is given back.
+    pub(super) device: Option<Device>,
+    /// Whether its config has come: the last of it.
+    pub(super) loaded: bool,
+}
+
+pub(super) struct Member {
+    pub(super) id: DeviceId,
+    pub(super) settings: DeviceSettings,
+    pub(super) precopy: bool,
+    /// Whether its PRE_COPY data comes over the channels too.
+    pub(super) over_channels: bool,
+    /// Whether its config waits for its notice, where it comes over the channels.
+    pub(super) config_waits: bool,
+    pub(super) way: Way,
+    pub(super) counters: DeviceCounters,
+}
+
+/// The counters of all devices: the session's, and what it does not know. `started` are those that
+/// may have been started since.
+pub(super) fn merge(
+    members: &[Member],
+    session: Option<&LoadSession>,
+    started: &[MigratableDevice],
+) -> Stats {
+    let stats = session.map(LoadSession::stats);
+    let mut stats = stats.unwrap_or_else(Stats::main_channel_alone);
+    let of_session = std::mem::take(&mut stats.devices);
+    stats.devices = members
+        .iter()
+        .map(|member| {
+            let known = of_session.iter().find(|stats| stats.device == member.id);
+            let mut stats = known
+                .cloned()
+                .unwrap_or_else(|| member.counters.snapshot(&member.id));
+            let found = started
+                .iter()
+                .find(|migratable| *migratable.id() == member.id);
+            stats.phases.resume +=
+                found.map_or(Duration::ZERO, |migratable| migratable.transition_time);
+            stats
+        })
+        .collect();
+    stats
+}

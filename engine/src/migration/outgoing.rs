@@ -1,0 +1,450 @@
+//! The source's switchover: all devices of a VM, from the decision to the last byte sent.
+//!
+//! ```text
+//!   vm::stop ─▶ begin() ─▶ STOP_COPY ─┬─ multifd: a SaveSession reads and sends, on its threads
+//!                                     └─ without: complete() and config() do, on the caller's
+//!               for each device, in the main channel's order:
+//!               complete()  END section    config()  FULL section
+//!            ─▶ finish() ─▶ Saved, and the main channel's end may be written
+//! ```
+//!
+//! The caller's thread writes the sections while the session's threads move the bytes of the
+//! devices that go over the channels; for those a section says only that they do. `finish` waits
+//! for the session's end, which its own times bound.
+
+use std::{fmt, io::Write, sync::OnceLock, time::Instant};
+
+use nix::errno::Errno;
+
+use super::{DeviceSettings, MigratableDevice, OutgoingDevice, Saved, at_once, put_all_back};
+use crate::{
+    channel::Finished,
+    device::Device,
+    error::{Error, ErrorKind, Failed, Phase, Refusal, Result},
+    host::Growing,
+    id::DeviceId,
+    save::{SaveBuilder, SaveSession},
+    section,
+    state::{DeviceState, MigrationFlags},
+    stats::{DeviceCounters, Stats},
+    trace,
+};
+
+/// How far a device's sections are.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, PartialOrd)]
+enum Step {
+    Begun,
+    Completed,
+    Configured,
+}
+
+/// Where a device's data goes.
+enum Way {
+    /// Over the channels: the session has it.
+    Channels {
+        settings: DeviceSettings,
+        counters: Box<DeviceCounters>,
+    },
+    /// Over the main channel.
+    Main(Box<OutgoingDevice>),
+}
+
+struct Member {
+    id: DeviceId,
+    way: Way,
+    step: Step,
+    config_waits: bool,
+}
+
+impl Member {
+    const fn counters(&self) -> &DeviceCounters {
+        match &self.way {
+            Way::Channels { counters, .. } => counters,
+            Way::Main(source) => &source.counters,
+        }
+    }
+}
+
+/// All devices of a VM on the source, once it has stopped.
+///
+/// Dropping it cancels; the devices are put back to the state at set-up then, and dropped.
+#[must_use = "a switchover under way: finish or abort it"]
+pub struct Outgoing {
+    members: Vec<Member>,
+    session: Option<SaveSession>,
+    failure: OnceLock<Error>,
+}
+
+impl Outgoing {
+    /// Begins. All devices go to STOP_COPY where they are not there, all at once, and those that
+    /// use the multifd channels are read from and sent from now on. `session` has the channels, which
+    /// were greeted at the set-up ([`SaveBuilder::greeted_channels`]), and the settings, and no devices;
+    /// it is not used where no device uses the channels.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Misuse`]: no device, channels that have not been greeted, several without P2P,
+    /// a switchover ack that has not come, a device whose session has ended since it was iterated;
+    /// what [`SaveBuilder::start`] says. The devices are given back in the
+    /// state at set-up.
+    pub fn begin(
+        sources: Vec<OutgoingDevice>,
+        session: SaveBuilder,
+    ) -> Result<Self, Failed<Vec<MigratableDevice>>> {
+        let failed = |error, sources: Vec<OutgoingDevice>| {
+            let mut back: Vec<_> = sources
+                .into_iter()
+                .map(OutgoingDevice::into_migratable)
+                .collect();
+            put_all_back(&mut back);
+            Err(Failed::new(error, back))
+        };
+        if let Err(error) = check(&sources, &session) {
+            return failed(error, sources);
+        }
+        let mut sources = sources;
+        session.lend_spawner(sources.iter_mut().map(|source| &mut *source.device));
+        let stopped = at_once(&mut sources, |source| {
+            if source.multifd {
+                return Ok(());
+            }
+            trace::save_complete_precopy_start(source.device.id());
+            let since = Instant::now();
+            let stopped = source
+                .device
+                .set_state(DeviceState::StopCopy, DeviceState::Stop);
+            source.counters.phases.set_state.add_time(since.elapsed());
+            stopped
+        });
+        if let Err(error) = stopped.into_iter().collect::<Result<()>>() {
+            return failed(error, sources);
+        }
+        let mut session = session;
+        let mut members = Vec::with_capacity(sources.len());
+        for source in sources {
+            let id = source.id().clone();
+            let config_waits = source.config_waits;
+            let way = if source.multifd {
+                trace::save_complete_precopy_start(&id);
+                let device = source.device.take();
+                session = session.device_after_precopy(
+                    device,
+                    source.buffer.len(),
+                    source.precopy_packets,
+                );
+                Way::Channels {
+                    settings: source.settings,
+                    counters: source.counters,
+                }
+            } else {
+                Way::Main(Box::new(source))
+            };
+            members.push(Member {
+                id,
+                way,
+                step: Step::Begun,
+                config_waits,
+            });
+        }
+        let mut switchover = Self {
+            members,
+            session: None,
+            failure: OnceLock::new(),
+        };
+        if session.device_count() > 0 {
+            match session.start() {
+                Ok(session) => switchover.session = Some(session),
+                Err(failed) => {
+                    let (error, devices) = failed.into_parts();
+                    let mut back = switchover.take_back(devices);
+                    put_all_back(&mut back);
+                    return Err(Failed::new(error, back));
+                }
+            }
+        }
+        Ok(switchover)
+    }
+
+    /// The devices, in the order given; those that did not come back are left out.
+    fn take_back(&mut self, devices: Vec<Device>) -> Vec<MigratableDevice> {
+        let mut devices: Vec<_> = devices.into_iter().map(Some).collect();
+        let mut take = |id: &DeviceId| {
+            let is_it = |device: &&mut Option<Device>| {
+                device.as_ref().is_some_and(|device| device.id() == id)
+            };
+            devices.iter_mut().find(is_it).and_then(Option::take)
+        };
+        self.members
+            .drain(..)
+            .filter_map(|member| match member.way {
+                Way::Main(source) => Some(source.into_migratable()),
+                Way::Channels { settings, .. } => {
+                    Some(MigratableDevice::new(take(&member.id)?, settings))
+                }
+            })
+            .collect()
+    }
+
+    /// Writes the body of a device's END section: the end alone where its data goes over the
+    /// channels; otherwise all that STOP_COPY gives, read and written by the caller's thread.
+    ///
+    /// # Errors
+    ///
+    /// The device's; [`ErrorKind::Channel`]; [`ErrorKind::Misuse`] for a device that is not here,
+    /// or the second time. The switchover has failed then.
+    pub fn write_state<W: Write>(&mut self, id: &DeviceId, body: W) -> Result<()> {
+        self.section(id, Step::Begun, |member, _| {
+            let mut writer = section::Writer::new(body);
+            let Way::Main(source) = &mut member.way else {
+                return writer.dummy();
+            };
+            let phases = &source.counters.phases;
+            // Ends with the state, which the I/O thread ends.
+            loop {
+                let since = Instant::now();
+                let count = source.device.read_stop_copy(&mut source.buffer)?;
+                phases.read.add_time(since.elapsed());
+                if count == 0 {
+                    return writer.end();
+                }
+                trace::save_block(&member.id, count as u64);
+                let since = Instant::now();
+                writer.data_block(&source.buffer[..count])?;
+                phases.wire.add_time(since.elapsed());
+                source.counters.main_bytes.add(count as u64);
+            }
+        })
+    }
+
+    /// Writes the body of a device's FULL section, its config: all of it where the channels do not
+    /// carry it; otherwise the end alone or, where configs wait for it, the notice.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Outgoing::write_state`], which comes first; and the config callback's.
+    pub fn write_config<W: Write>(&mut self, id: &DeviceId, body: W) -> Result<()> {
+        self.section(id, Step::Completed, |member, failure| {
+            let mut writer = section::Writer::new(body);
+            match &mut member.way {
+                Way::Channels { .. } if member.config_waits => writer.config_load_ready(),
+                Way::Channels { .. } => writer.dummy(),
+                Way::Main(source) => {
+                    if let Some(error) = failure {
+                        return Err(error);
+                    }
+                    let since = Instant::now();
+                    let mut config = Vec::new();
+                    let mut growing = Growing::new(&mut config, u32::MAX as usize);
+                    source.device.save_config(&mut growing)?;
+                    source.counters.phases.config.add_time(since.elapsed());
+                    writer.config(&config)
+                }
+            }
+        })
+    }
+
+    /// Writes one section's body, when it is its turn.
+    fn section(
+        &mut self,
+        id: &DeviceId,
+        turn: Step,
+        write: impl FnOnce(&mut Member, Option<Error>) -> Result<()>,
+    ) -> Result<()> {
+        let failure = self.failure();
+        let found = self.members.iter_mut().find(|member| member.id == *id);
+        let result = match found {
+            None => Err(misuse("no such device")),
+            Some(member) if member.step != turn => Err(misuse(
+                "a device's END section comes once, then its FULL one",
+            )),
+            Some(member) => {
+                let result = write(member, failure);
+                if turn == Step::Begun {
+                    let errno =
+                        |error: &Error| -error.raw_os_error().unwrap_or(Errno::EINVAL as i32);
+                    let ret = result.as_ref().map_or_else(errno, |()| 0);
+                    trace::save_complete_precopy(&member.id, ret);
+                }
+                member.step = match turn {
+                    Step::Begun => Step::Completed,
+                    Step::Completed | Step::Configured => Step::Configured,
+                };
+                result
+            }
+        };
+        result.map_err(|error| {
+            // The migration's first reason may be another device's, or no device's at all.
+            self.failure().unwrap_or_else(|| {
+                let error = error.on_device(id);
+                self.fail(error.clone());
+                error
+            })
+        })
+    }
+
+    /// The session that sends, where any device uses the channels: an event loop waits on it, and it
+    /// has the progress.
+    #[must_use]
+    pub const fn session(&self) -> Option<&SaveSession> {
+        self.session.as_ref()
+    }
+
+    /// Whether all that the channels carry has been sent, or has failed.
+    #[must_use]
+    pub fn is_finished(&self) -> bool {
+        self.session.as_ref().is_none_or(SaveSession::is_finished)
+    }
+
+    /// Cancels. Returns at once; [`Outgoing::finish`] puts the devices back.
+    pub fn cancel(&self) {
+        self.fail(Error::cancelled(Phase::Save));
+    }
+
+    /// Fails it for a reason of the embedder's. The first reason counts.
+    pub fn fail(&self, error: Error) {
+        // One place for the first reason: the session's, where there is one.
+        match &self.session {
+            Some(session) => session.fail(error),
+            None => {
+                let _first = self.failure.get_or_init(|| error);
+            }
+        }
+    }
+
+    /// Why it has failed, once it has.
+    #[must_use]
+    pub fn failure(&self) -> Option<Error> {
+        match &self.session {
+            Some(session) => session.failure(),
+            None => self.failure.get().cloned(),
+        }
+    }
+
+    /// The counters as they are, of all devices.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        let session = self.session.as_ref().map(SaveSession::stats);
+        self.merge(session.unwrap_or_else(Stats::main_channel_alone))
+    }
+
+    /// Adds what the session does not know.
+    fn merge(&self, mut stats: Stats) -> Stats {
+        let of_session = std::mem::take(&mut stats.devices);
+        stats.devices = self
+            .members
+            .iter()
+            .map(|member| {
+                let own = member.counters().snapshot(&member.id);
+                let known = of_session.iter().find(|stats| stats.device == member.id);
+                match known {
+                    None => own,
+                    Some(known) => {
+                        let mut both = known.clone();
+                        both.main_bytes += own.main_bytes;
+                        both.bytes += own.bytes;
+                        both.packets += own.packets;
+                        both.phases.stop += own.phases.stop;
+                        both
+                    }
+                }
+            })
+            .collect();
+        stats
+    }
+
+    /// Waits until everything is sent. The devices are in STOP_COPY then, until the VMM knows what
+    /// has become of the migration ([`Saved`]).
+    ///
+    /// The main channel's end is written after this, never before: the destination may start its VM
+    /// then, and where this fails the VM goes on here.
+    ///
+    /// # Errors
+    ///
+    /// What has failed. [`ErrorKind::Misuse`] where a device's sections have not been written. The
+    /// devices are given back in the state at set-up.
+    pub fn finish(mut self) -> Result<Saved, Failed<Vec<MigratableDevice>>> {
+        let left = self.members.iter();
+        let left = left.filter(|member| matches!(member.way, Way::Main(_)));
+        if let Some(member) = { left }.find(|member| member.step != Step::Configured) {
+            let error = misuse("its sections have not all been written");
+            let error = error.on_device(&member.id);
+            self.fail(error);
+        }
+        let mut failure = self.failure();
+        let mut devices = Vec::new();
+        let mut stats = Stats::main_channel_alone();
+        let mut channels = Finished::default();
+        if let Some(session) = self.session.take() {
+            let report = session.join();
+            channels = report.channels;
+            failure = failure.or(report.result.err());
+            stats = report.stats;
+            devices.extend(
+                report
+                    .devices
+                    .into_iter()
+                    .filter_map(|report| report.device),
+            );
+        }
+        let stats = self.merge(stats);
+        let mut back = self.take_back(devices);
+        match failure {
+            None => Ok(Saved::new(back, stats, channels)),
+            Some(error) => {
+                channels.abandon();
+                put_all_back(&mut back);
+                Err(Failed::new(error, back))
+            }
+        }
+    }
+
+    /// The migration is off: ends what is under way, within the grace time, and gives the devices
+    /// back in the state at set-up.
+    #[must_use = "these are the VM's devices"]
+    pub fn abort(self) -> Vec<MigratableDevice> {
+        self.cancel();
+        match self.finish() {
+            Ok(saved) => saved.abort(),
+            Err(failed) => failed.into_back(),
+        }
+    }
+}
+
+fn misuse(what: &'static str) -> Error {
+    Error::new(ErrorKind::Misuse(what), Phase::Save)
+}
+
+fn check(sources: &[OutgoingDevice], session: &SaveBuilder) -> Result<()> {
+    if session.device_count() > 0 {
+        return Err(misuse("the session's devices are the switchover's"));
+    }
+    if session.greets() && sources.iter().any(|source| source.multifd) {
+        // The destination's time for their hellos has been running since its set-up.
+        return Err(misuse(
+            "the channels are greeted at the set-up: SourceChannels",
+        ));
+    }
+    let Some(first) = sources.first() else {
+        return Err(misuse("a switchover has a device"));
+    };
+    let mut all = sources.iter();
+    if sources.len() > 1
+        && let Some(source) = all.find(|source| !source.flags().contains(MigrationFlags::P2P))
+    {
+        let kind = ErrorKind::Unmigratable(Refusal::SeveralWithoutP2p);
+        return Err(Error::new(kind, Phase::Save).on_device(source.id()));
+    }
+    for source in sources {
+        source.check()?;
+    }
+    first.decide()
+}
+
+impl fmt::Debug for Outgoing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Outgoing")
+            .field("session", &self.session)
+            .field("failure", &self.failure())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,437 @@
+//! The source's session: see the [module above](super).
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    os::fd::{AsFd, BorrowedFd},
+    sync::mpsc,
+};
+
+use vfio_migration_uring::{Waker, deadline};
+
+use super::{Save, SaveDevice, SaveTransfer, SourceChannels, serve_channel, serve_device};
+use crate::{
+    channel::{Channel, ChannelLimits, Sender},
+    device::{Device, buffer_len},
+    error::{Error, ErrorKind, Failed, Phase, Result},
+    host::no_budget,
+    id::DeviceId,
+    io_loop::{IoHandle, IoLoop},
+    reorder::flags::SLACK,
+    session::{Canceller, Common, DeviceHandoff, Parts, Report, builder_methods, host},
+    settings::{Settings, check_data_len},
+    stats::{ChannelCounters, Stats},
+    sync::{Arc, Mutex, lock},
+    tasks::{Task, TaskKind, Tasks},
+};
+
+/// Builds a [`SaveSession`].
+#[derive(Debug, Default)]
+#[must_use = "nothing happens before it is started"]
+pub struct SaveBuilder {
+    parts: Parts,
+    /// The most data in a packet, of the devices that the caller has sized.
+    data_lens: Vec<(DeviceId, usize)>,
+    /// The first packet's idx, of the devices whose PRE_COPY data has gone over the channels.
+    first: Vec<(DeviceId, u32)>,
+    /// Channels that have been greeted.
+    greeted: Option<SourceChannels>,
+}
+
+impl SaveBuilder {
+    builder_methods!();
+
+    /// As [`device`](Self::device), with the most bytes of data in its packets: the device is not
+    /// asked for its estimate, which costs downtime.
+    pub fn sized_device(mut self, device: Device, data_len: usize) -> Self {
+        self.data_lens.push((device.id().clone(), data_len));
+        self.device(device)
+    }
+
+    /// As [`sized_device`](Self::sized_device), for a device of which so many packets have gone over
+    /// the channels before.
+    ///
+    /// Its migration has been set up before: the state that it goes back to is that of then.
+    pub(crate) fn device_after_precopy(
+        mut self,
+        device: Device,
+        data_len: usize,
+        first: u32,
+    ) -> Self {
+        self.first.push((device.id().clone(), first));
+        self.data_lens.push((device.id().clone(), data_len));
+        self.parts.devices.push(device);
+        self
+    }
+
+    /// Whether it has channels that are not greeted before its start.
+    pub(crate) const fn greets(&self) -> bool {
+        !self.parts.channels.is_empty()
+    }
+
+    /// Goes on with channels that were greeted when the migration was set up. They come before all
+    /// others, and replace those of an earlier call.
+    pub fn greeted_channels(mut self, channels: SourceChannels) -> Self {
+        self.greeted = Some(channels);
+        self
+    }
+
+    /// Allocates all memory, starts all threads, and sets every device to STOP_COPY, all at once;
+    /// each is read from when it is there.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Misuse`] for settings that cannot be, or no device or channel;
+    /// [`ErrorKind::Host`] for what the host does not have; a device's refusal. Devices are put back
+    /// to the state that they came in, and dropped.
+    pub fn start(self) -> Result<SaveSession, Failed<Vec<Device>>> {
+        let mut builder = self;
+        let mut devices = std::mem::take(&mut builder.parts.devices);
+        for device in &mut devices {
+            device.adopt_spawner(builder.parts.spawner.as_ref());
+        }
+        match SaveSession::prepare(&mut builder, &mut devices) {
+            Ok((mut session, io_loop, limits)) => {
+                match session.launch(builder, devices, io_loop, limits) {
+                    Ok(()) => Ok(session),
+                    Err(error) => {
+                        session.cancel();
+                        let devices = session.end().devices.into_iter();
+                        Err(Failed::new(
+                            error,
+                            devices.filter_map(|report| report.device).collect(),
+                        ))
+                    }
+                }
+            }
+            Err(error) => Err(Failed::new(error, devices)),
+        }
+    }
+}
+
+/// A save under way: the source's side of a migration.
+///
+/// See [`LoadSession`](crate::LoadSession) for an example of both. Dropping it cancels, and waits as
+/// [`SaveSession::join`] does.
+#[must_use = "dropping a session cancels it"]
+pub struct SaveSession {
+    common: Arc<Common>,
+    save: Arc<Save>,
+    joined: bool,
+}
+
+impl SaveSession {
+    /// Begins to build one.
+    pub fn builder() -> SaveBuilder {
+        SaveBuilder::default()
+    }
+
+    /// Everything that needs no thread.
+    fn prepare(
+        builder: &mut SaveBuilder,
+        devices: &mut [Device],
+    ) -> Result<(Self, IoLoop<SaveTransfer>, ChannelLimits)> {
+        let (greeted, failure) = builder
+            .greeted
+            .as_ref()
+            .map_or((0, None), |channels| (channels.count(), channels.failure()));
+        if let Some(error) = failure {
+            return Err(error);
+        }
+        let parts = &mut builder.parts;
+        let count = u32::try_from(greeted + parts.channels.len()).unwrap_or(u32::MAX);
+        if count == 0 || count > 255 {
+            let kind = ErrorKind::Misuse("a save has 1 to 255 channels");
+            return Err(Error::new(kind, Phase::Setup));
+        }
+        parts.settings.check_numbers()?;
+        let limit = parts.settings.device_limit(devices.len())?;
+        let mut sized: Vec<(DeviceId, usize, u32)> = Vec::with_capacity(devices.len());
+        for device in devices {
+            if sized.iter().any(|(id, ..)| id == device.id()) {
+                let kind = ErrorKind::Misuse("two devices of one name");
+                return Err(Error::new(kind, Phase::Setup).on_device(device.id()));
+            }
+            let known = builder.data_lens.iter().find(|(id, _)| id == device.id());
+            let len = known.map(|(_, len)| *len).or(parts.settings.data_len);
+            if let Some(len) = len {
+                let what = "a device's data_len: 1 byte to just below 16 MiB";
+                check_data_len(what, len).map_err(|error| error.on_device(device.id()))?;
+            }
+            let len = len.unwrap_or_else(|| buffer_len(device.data_size().ok()));
+            let first = builder.first.iter().find(|(id, _)| id == device.id());
+            let first = first.map_or(0, |(_, first)| *first);
+            sized.push((device.id().clone(), len, first));
+        }
+        let largest = sized.iter().map(|(_, len, _)| *len).max().unwrap_or(0);
+        let memory = parts.settings.save_memory(limit, largest)?;
+        let waker = Waker::new().map_err(host)?;
+        let (ring, backend) = parts.ring(limit, waker.clone())?;
+        let handle = Arc::new(IoHandle::new(waker));
+        let grace = parts.settings.grace;
+        let save =
+            Arc::new(Save::new(sized, memory.pool, handle.clone(), grace).map_err(no_budget)?);
+        #[cfg(feature = "faults")]
+        if let Some(plan) = parts.refusals.take() {
+            save.pool.refuse_by(plan);
+        }
+        let session = Self {
+            common: Arc::new(Common {
+                tasks: Arc::new(Tasks::new(parts.spawner.take())?),
+                canceller: Canceller::new(Phase::Save, {
+                    let save = save.clone();
+                    move |error| {
+                        save.fail(error);
+                    }
+                }),
+                returned: Mutex::new(BTreeMap::new()),
+                channels: Mutex::new(Vec::new()),
+                backend,
+                budget: memory.budget,
+                grace,
+                no_progress: parts.settings.no_progress,
+            }),
+            save,
+            joined: false,
+        };
+        session.common.notify_of(&session.save.first_failure);
+        let io_loop = IoLoop::new(handle, ring, parts.io_limits());
+        Ok((session, io_loop, parts.limits(count)))
+    }
+
+    /// Everything that does.
+    fn launch(
+        &self,
+        builder: SaveBuilder,
+        devices: Vec<Device>,
+        io_loop: IoLoop<SaveTransfer>,
+        limits: ChannelLimits,
+    ) -> Result<()> {
+        let failing = self.save.clone();
+        let driving = Common::spawn_io_thread(
+            &self.common.tasks,
+            io_loop,
+            self.save.io.clone(),
+            self.save.collector.clone(),
+            || {},
+            move |error| {
+                failing.fail(error);
+            },
+        );
+        if let Err(error) = driving {
+            for (shared, device) in self.save.devices.iter().zip(devices) {
+                let result = Err(error.clone());
+                self.common.give_back(shared.ordinal(), device, result);
+            }
+            return Err(error);
+        }
+        // All of them before anything else, so that whatever fails below they come back.
+        let (sender, results) = mpsc::channel();
+        let mut started = Ok(());
+        for (shared, device) in self.save.devices.iter().zip(devices) {
+            let spawned = self.spawn_device(shared.clone(), device, sender.clone());
+            started = started.and(spawned);
+        }
+        drop(sender);
+        started?;
+        let mut senders = builder
+            .greeted
+            .map_or_else(Vec::new, SourceChannels::hand_over);
+        for channel in builder.parts.channels {
+            let number = u32::try_from(senders.len()).expect("the builder bounds their number");
+            senders.push(Sender::new(channel, number));
+        }
+        for sender in &senders {
+            let hangup = sender.adopt().map_err(host)?;
+            self.save.first_failure.add(hangup);
+        }
+        for (number, sender) in (0..).zip(senders) {
+            self.spawn_channel(number, sender, limits)?;
+        }
+        // A channel may have failed meanwhile: then that is why a device's set-up was cancelled.
+        let names = self.save.devices.iter();
+        let names = names.map(|device| device.id.clone()).collect();
+        let set_up = self.common.set_up(&results, names);
+        set_up.map_err(|error| self.failure().unwrap_or(error))
+    }
+
+    fn spawn_device(
+        &self,
+        shared: Arc<SaveDevice>,
+        device: Device,
+        set_up: mpsc::Sender<(DeviceId, Result<()>)>,
+    ) -> Result<()> {
+        let (save, common) = (self.save.clone(), self.common.clone());
+        let ending = (self.save.clone(), self.common.clone(), shared.clone());
+        let ordinal = shared.ordinal();
+        let handoff = DeviceHandoff::new(device);
+        let left = handoff.clone();
+        Tasks::spawn(
+            &self.common.tasks,
+            TaskKind::Device(shared.id.clone()),
+            format!("vfio-mig-dev{ordinal}"),
+            move || {
+                let Some(mut device) = handoff.take() else {
+                    return;
+                };
+                let result = serve_device(&save, &shared, &mut device, |result| {
+                    // Nobody listens any more where another device's set-up has failed.
+                    let _gone = set_up.send((shared.id.clone(), result));
+                });
+                if let Err(error) = &result {
+                    save.fail(error.clone());
+                }
+                common.give_back(ordinal, device, result);
+            },
+            move |error| {
+                let (save, common, shared) = ending;
+                if let Some(error) = error {
+                    save.fail(error);
+                }
+                if let Some(device) = left.take() {
+                    let result = Err(Error::cancelled(Phase::Setup).on_device(&shared.id));
+                    common.give_back(ordinal, device, result);
+                }
+                shared.flags.end();
+            },
+        )
+    }
+
+    fn spawn_channel(&self, number: u32, sender: Sender, limits: ChannelLimits) -> Result<()> {
+        let counters = Arc::new(ChannelCounters::default());
+        lock(&self.common.channels).push(counters.clone());
+        let save = self.save.clone();
+        let ending = self.save.clone();
+        let id = u8::try_from(number).expect("the builder bounds their number");
+        Tasks::spawn(
+            &self.common.tasks,
+            TaskKind::Channel(number),
+            format!("vfio-mig-ch{number}"),
+            move || {
+                if let Err(error) = serve_channel(&save, sender, &limits, id, &counters) {
+                    save.fail(error);
+                }
+            },
+            move |error| {
+                if let Some(error) = error {
+                    ending.fail(error);
+                }
+            },
+        )
+    }
+
+    /// A handle that cancels, also while another thread waits in [`SaveSession::join`].
+    #[must_use]
+    pub fn canceller(&self) -> Canceller {
+        self.common.canceller.clone()
+    }
+
+    /// Cancels: should-quit. Returns at once; devices go back to the state that they came in.
+    pub fn cancel(&self) {
+        self.save.fail(Error::cancelled(Phase::Save));
+    }
+
+    /// Fails the session for a reason of the embedder's: its main channel's, say.
+    pub fn fail(&self, error: Error) {
+        self.save.fail(error);
+    }
+
+    /// Why it failed, once it has.
+    #[must_use]
+    pub fn failure(&self) -> Option<Error> {
+        self.save.first_failure.failure()
+    }
+
+    /// Whether everything has been sent, or the session has failed and its threads have ended.
+    #[must_use]
+    pub fn is_finished(&self) -> bool {
+        self.common.tasks.at_work() <= 1
+    }
+
+    /// The counters as they are.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        let devices = &self.save.devices;
+        let late: u64 = devices.iter().map(|device| device.flags.late()).sum();
+        let devices = devices
+            .iter()
+            .map(|device| device.counters.snapshot(&device.id));
+        let mut stats = self
+            .common
+            .stats(devices.collect(), &self.save.pool, &self.save.io);
+        stats.late_wakeups += self.save.queue.late() + late;
+        stats
+    }
+
+    /// Waits until everything is sent, and gives the devices back: in STOP_COPY, or in the state that
+    /// they came in where the save failed.
+    ///
+    /// In STOP_COPY a device stands, and keeps what it holds. It stays there until it is known where
+    /// the VM runs: [`Report::stop_devices`] where the destination has said that all is loaded,
+    /// [`Report::put_back`] where it has said that it failed. Where it has said neither, the VM must
+    /// not run here.
+    pub fn join(mut self) -> Report {
+        self.end()
+    }
+
+    /// Ends what is still under way, and gives the devices back, within the grace time.
+    pub fn cleanup(self) -> Report {
+        if !self.is_finished() {
+            self.cancel();
+        }
+        self.join()
+    }
+
+    fn end(&mut self) -> Report {
+        self.joined = true;
+        let tasks = &self.common.tasks;
+        let failed_at = || self.save.first_failure.failed_at();
+        self.common.wait_for_end(failed_at, || tasks.at_work() <= 1);
+        self.save.io.close();
+        let short = Some(deadline(SLACK));
+        tasks.wait(short, || tasks.is_idle().then_some(()));
+        let leaked = self.save.io.leaked.get() > 0;
+        let left_behind = tasks.join(leaked);
+        self.common.canceller.retire();
+        let stats = self.stats();
+        let ids = self.save.devices.iter();
+        let ids = ids.map(|device| (device.ordinal(), device.id.clone()));
+        let result = self.failure().map_or(Ok(()), Err);
+        let mut finished = std::mem::take(&mut *lock(&self.save.finished));
+        if result.is_err() {
+            finished.abandon();
+        }
+        let off = Device::put_back;
+        let mut report = self
+            .common
+            .report(ids.collect(), result, stats, left_behind, off);
+        report.channels = finished;
+        report
+    }
+}
+
+impl Drop for SaveSession {
+    fn drop(&mut self) {
+        if !self.joined {
+            self.cancel();
+            let _report = self.end();
+        }
+    }
+}
+
+impl AsFd for SaveSession {
+    /// An eventfd that becomes readable when a device or a thread has ended, for an event loop.
+    /// Read its 8 bytes, then look at [`SaveSession::is_finished`] and [`SaveSession::failure`].
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.common.tasks.event().as_fd()
+    }
+}
+
+impl fmt::Debug for SaveSession {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SaveSession")
+            .field("save", &self.save)
+            .field("failure", &self.failure())
+            .finish_non_exhaustive()
+    }
+}

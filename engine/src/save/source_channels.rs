@@ -1,0 +1,166 @@
+//! The source's channels before its session: greeted when the migration is set up, silent or carrying
+//! PRE_COPY data while the VM runs.
+//!
+//! ```text
+//!   greet() ─▶ SourceChannels ─ OutgoingDevice::iterate_over() … failure() ─▶ SaveBuilder::greeted_channels()
+//! ```
+//!
+//! A destination gives a channel a time for its hello, and then none for what comes behind it: so the
+//! hello is sent at once, however long the VM runs on, and an end of the other side is seen before the
+//! VM stops.
+//!
+//! The caller's thread owns the channels. Where PRE_COPY data goes over them it sends each packet on the
+//! next one in turn. Every packet that comes before it, of any device, has been sent by then, so the
+//! destination can always get on with what it has. Any thread may cancel.
+//!
+//! What ends a send's wait: the peer, which takes something; the time without progress; a
+//! cancellation, which hangs up all channels.
+
+use std::{fmt, io::IoSlice, sync::Arc};
+
+use crate::{
+    channel::{Channel, ChannelLimits, Sender},
+    error::{Error, ErrorKind, Phase, Result},
+    first_failure::FirstFailure,
+    id::DeviceId,
+    session::{Canceller, host},
+    settings::Settings,
+    wire,
+};
+
+/// A source's multifd channels, greeted, before its session has them.
+///
+/// Made when the migration is set up: the destination waits for a channel's hello for no longer than its
+/// [`Settings::hello_timeout`]. Dropping it closes the channels.
+///
+/// ```
+/// use std::os::unix::net::UnixStream;
+/// use vfio_migration::{SourceChannels, SaveSession, Settings};
+///
+/// let (near, far) = UnixStream::pair()?;
+/// let channels = SourceChannels::greet(vec![near.into()], &Settings::default())?;
+/// // … `OutgoingDevice::iterate_over(&mut channels, body)` for each device, for as long as it takes; then:
+/// let session = SaveSession::builder().greeted_channels(channels);
+/// # drop((session, far));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[must_use = "dropping it closes the channels"]
+pub struct SourceChannels {
+    senders: Vec<Sender>,
+    /// Which channel has the next packet.
+    turn: usize,
+    first_failure: Arc<FirstFailure>,
+    canceller: Canceller,
+}
+
+impl SourceChannels {
+    /// Opens the channels: on each its hello and one SYNC. `settings` are the session's.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Misuse`] for no channel, or more than 255; [`ErrorKind::Channel`], also where the
+    /// destination has ended one; [`ErrorKind::Host`].
+    pub fn greet(channels: Vec<Channel>, settings: &Settings) -> Result<Self> {
+        let count = u8::try_from(channels.len()).unwrap_or(0);
+        if count == 0 {
+            let kind = ErrorKind::Misuse("a save has 1 to 255 channels");
+            return Err(Error::new(kind, Phase::Setup));
+        }
+        settings.check_numbers()?;
+        let limits = ChannelLimits {
+            uuid: settings.uuid,
+            channels: count.into(),
+            max_packet: settings.max_packet,
+            hello_timeout: settings.hello_timeout,
+            no_progress: settings.no_progress,
+            packet_timeout: settings.packet_timeout,
+        };
+        let first_failure = Arc::new(FirstFailure::default());
+        let mut senders = Vec::with_capacity(channels.len());
+        for (id, channel) in (0..count).zip(channels) {
+            let mut sender = Sender::new(channel, id.into());
+            first_failure.add(sender.adopt().map_err(host)?);
+            sender.greet(&limits, id)?;
+            senders.push(sender);
+        }
+        let failing = first_failure.clone();
+        let canceller = Canceller::new(Phase::Save, move |error| {
+            failing.fail(error);
+        });
+        let channels = Self {
+            senders,
+            turn: 0,
+            first_failure,
+            canceller,
+        };
+        channels.failure().map_or(Ok(channels), Err)
+    }
+
+    /// A handle that cancels, also while another thread sends. It does nothing any more once a
+    /// session has the channels.
+    #[must_use]
+    pub fn canceller(&self) -> Canceller {
+        self.canceller.clone()
+    }
+
+    /// Why they have been ended, once they have: cancelled, broken, or ended by the destination, which
+    /// does so where it has failed or refused a hello. Looked at here, without a wait: before the VM
+    /// stops is the time for it. The end of an embedder's own stream is only seen by a write.
+    #[must_use]
+    pub fn failure(&self) -> Option<Error> {
+        if let Some(ended) = self.senders.iter().find(|sender| sender.is_ended()) {
+            self.first_failure.fail(ended.ended());
+        }
+        self.first_failure.failure()
+    }
+
+    /// How many there are.
+    pub(super) const fn count(&self) -> usize {
+        self.senders.len()
+    }
+
+    /// Sends a packet of a device's data. Returns the bytes of its payload.
+    pub(crate) fn send(&mut self, id: &DeviceId, index: u32, data: &[u8]) -> Result<usize> {
+        let place = |error: Error| error.on_device(id).at_index(index);
+        if let Some(error) = self.failure() {
+            return Err(place(error));
+        }
+        let len = u32::try_from(data.len());
+        let fits = u32::try_from(data.len() + wire::DEVICE_PACKET_LEN).is_ok();
+        let (Ok(len), true) = (len, fits && index != wire::INVALID_INDEX) else {
+            let kind = ErrorKind::Misuse("more packets than idx can count, or too large a one");
+            return Err(place(Error::new(kind, Phase::Save)));
+        };
+        let headers = wire::encode_packet(&wire::DeviceKey::new(id), index, false, len);
+        let turn = self.turn % self.senders.len();
+        self.turn = turn + 1;
+        let sent = self.senders[turn].send(&mut [IoSlice::new(&headers), IoSlice::new(data)]);
+        sent.map_err(|error| {
+            // Part of the packet may have gone: nothing can go behind it.
+            self.first_failure.fail(place(error));
+            self.first_failure.failure().expect("it has just failed")
+        })?;
+        Ok(wire::PACKET_HEADER_LEN + data.len())
+    }
+
+    /// Gives the channels to a session, which hangs them up from now on.
+    pub(super) fn hand_over(mut self) -> Vec<Sender> {
+        self.canceller.retire();
+        std::mem::take(&mut self.senders)
+    }
+}
+
+impl Drop for SourceChannels {
+    fn drop(&mut self) {
+        self.canceller.retire();
+    }
+}
+
+impl fmt::Debug for SourceChannels {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SourceChannels")
+            .field("channels", &self.senders.len())
+            .field("failure", &self.failure())
+            .finish_non_exhaustive()
+    }
+}
