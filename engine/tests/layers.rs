@@ -310,6 +310,66 @@ fn imports_go_down_only() {
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
+/// The library's modules on floors: each stands above all that it imports. Drawn from the imports, for
+/// `docs/design.md`.
+fn picture() -> String {
+    let house = House::new(&sources(), "engine/src/", "lib");
+    let modules: BTreeSet<String> = house
+        .files
+        .keys()
+        .filter_map(|path| path.first().cloned())
+        .collect();
+    let mut below: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for (from, to) in house.arrows() {
+        if let (Some(from), Some(to)) = (from.first(), to.first())
+            && from != to
+        {
+            below.entry(from.clone()).or_default().insert(to.clone());
+        }
+    }
+    let mut floors: BTreeMap<String, usize> = BTreeMap::new();
+    // Ends: there is no circle, so each round sets one floor at least.
+    while floors.len() < modules.len() {
+        for module in &modules {
+            let under = below.get(module).into_iter().flatten();
+            let under: Option<Vec<usize>> = under.map(|name| floors.get(name).copied()).collect();
+            if let Some(under) = under {
+                let floor = under.into_iter().max().map_or(0, |highest| highest + 1);
+                floors.insert(module.clone(), floor);
+            }
+        }
+    }
+    let top = floors.values().copied().max().unwrap_or(0);
+    let mut lines = String::new();
+    for floor in (0..=top).rev() {
+        let on_it: Vec<_> = floors.iter().filter(|(_, at)| **at == floor).collect();
+        let names: Vec<_> = on_it.iter().map(|(name, _)| name.as_str()).collect();
+        lines.push_str(&format!("{floor:>4} │ {}\n", names.join("   ")));
+    }
+    lines
+}
+
+#[test]
+fn the_picture_of_the_floors_is_drawn_from_the_imports() {
+    let path = root().join("docs/design.md");
+    let page = fs::read_to_string(&path).expect("the page");
+    let (before, rest) = page
+        .split_once("<!-- floors -->\n```text\n")
+        .expect("its place");
+    let (drawn, after) = rest.split_once("```\n").expect("its end");
+    let picture = picture();
+    if std::env::var_os("DRAW").is_some() {
+        let page = format!("{before}<!-- floors -->\n```text\n{picture}```\n{after}");
+        fs::write(&path, page).expect("writable");
+        return;
+    }
+    assert!(
+        drawn == picture,
+        "docs/design.md shows other floors: `DRAW=1 cargo test -p vfio-migration --all-features \
+         the_picture` draws them anew"
+    );
+}
+
 #[test]
 fn no_files_name_each_other_in_a_circle() {
     let mut circles = Vec::new();
