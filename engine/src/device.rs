@@ -34,6 +34,8 @@
 
 mod callbacks;
 mod estimate;
+mod fd_device;
+mod machine;
 mod rest;
 pub(crate) mod set;
 #[cfg(feature = "sim")]
@@ -57,6 +59,7 @@ use self::rest::Rest;
 pub use self::{
     callbacks::{MigrationDevice, StateEvent},
     estimate::{MAX_DATA_SIZE, buffer_len, stop_copy_estimate},
+    fd_device::FdDevice,
     rest::Duty,
 };
 use crate::{
@@ -120,44 +123,17 @@ enum Failure {
 /// Dropping it closes the data fd and leaves the device in the state that it is in.
 ///
 /// ```
-/// use std::{io, os::fd::{BorrowedFd, OwnedFd}};
-/// use vfio_migration::{
-///     Device, DeviceId, DeviceState, MigrationDevice, MigrationFlags, PrecopyInfo, Recover,
-/// };
+/// use std::io::{self, Write};
+/// use vfio_migration::{Device, DeviceId, DeviceState, FdDevice, Recover};
 ///
-/// /// A device whose whole state fits in a pipe.
-/// struct Small(DeviceState);
+/// // A device whose whole state fits in a pipe.
+/// let small = FdDevice::new(|_state| {
+///     let (reader, mut writer) = io::pipe()?;
+///     writer.write_all(b"state")?;
+///     Ok(reader.into())
+/// });
 ///
-/// impl MigrationDevice for Small {
-///     fn flags(&self) -> io::Result<MigrationFlags> {
-///         Ok(MigrationFlags::STOP_COPY)
-///     }
-///     fn state(&self) -> io::Result<DeviceState> {
-///         Ok(self.0)
-///     }
-///     fn set_state(&mut self, new: DeviceState) -> io::Result<Option<OwnedFd>> {
-///         self.0 = new;
-///         if new != DeviceState::StopCopy {
-///             return Ok(None);
-///         }
-///         let (reader, mut writer) = io::pipe()?;
-///         io::Write::write_all(&mut writer, b"state")?;
-///         Ok(Some(reader.into()))
-///     }
-///     fn reset(&mut self) -> io::Result<()> {
-///         self.0 = DeviceState::Running;
-///         Ok(())
-///     }
-///     fn data_size(&self) -> io::Result<u64> {
-///         Ok(5)
-///     }
-///     fn precopy_info(&self, _fd: BorrowedFd<'_>) -> io::Result<PrecopyInfo> {
-///         Err(io::ErrorKind::InvalidInput.into())
-///     }
-/// }
-///
-/// let id = DeviceId::new("0000:00:03.0/vfio", 0)?;
-/// let mut device = Device::new(id, Box::new(Small(DeviceState::Running)))?;
+/// let mut device = Device::new(DeviceId::new("0000:00:03.0/vfio", 0)?, Box::new(small))?;
 /// device.set_state(DeviceState::StopCopy, Recover::State(DeviceState::Stop))?;
 ///
 /// let fd = device.lend()?;                        // for a lane, which reads it to its end

@@ -65,7 +65,7 @@ pub use crate::reorder::refusals::LeasePlan;
 pub use crate::{
     channel::{Channel, RamSink},
     device::{
-        Device, Duty, MAX_DATA_SIZE, MigrationDevice, Recover, StateEvent, buffer_len,
+        Device, Duty, FdDevice, MAX_DATA_SIZE, MigrationDevice, Recover, StateEvent, buffer_len,
         stop_copy_estimate,
     },
     error::{Error, ErrorKind, Failed, Phase, Refusal, Result, Violation},

@@ -40,7 +40,6 @@ mod control;
 mod faults;
 mod handle;
 mod image;
-mod machine;
 mod mapping;
 mod session;
 mod worker;
@@ -70,7 +69,7 @@ use self::{
     image::{mix, part},
     session::{Room, Session},
 };
-use super::{MAX_DATA_SIZE, MigrationDevice, StateEvent};
+use super::{MAX_DATA_SIZE, MigrationDevice, StateEvent, machine};
 use crate::state::{DeviceState, MigrationFlags, PrecopyInfo};
 
 /// The longest config that a simulated device loads, in bytes.
