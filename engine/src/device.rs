@@ -303,8 +303,8 @@ impl Device {
             return Ok(());
         }
         if new == DeviceState::Error {
-            let kind = ErrorKind::Misuse("ERROR is no state to ask for");
-            let error = Error::new(kind, Phase::State).on_device(&self.id);
+            let error =
+                Error::misuse(Phase::State, "ERROR is no state to ask for").on_device(&self.id);
             return Err(error.between(from, new));
         }
         match self.request(new) {
@@ -414,8 +414,7 @@ impl Device {
     pub fn read_precopy(&mut self, buffer: &mut [u8]) -> Result<usize> {
         let fd = self.lend()?;
         if !self.state.is_precopy() {
-            let kind = ErrorKind::Misuse("not in a PRE_COPY state");
-            return Err(Error::new(kind, Phase::Save).on_device(&self.id));
+            return Err(Error::misuse(Phase::Save, "not in a PRE_COPY state").on_device(&self.id));
         }
         self.query(Phase::Save, |inner| {
             loop {
@@ -441,8 +440,7 @@ impl Device {
     pub fn read_stop_copy(&mut self, buffer: &mut [u8]) -> Result<usize> {
         let fd = self.lend()?;
         if self.state != DeviceState::StopCopy {
-            let kind = ErrorKind::Misuse("not in STOP_COPY");
-            return Err(Error::new(kind, Phase::Save).on_device(&self.id));
+            return Err(Error::misuse(Phase::Save, "not in STOP_COPY").on_device(&self.id));
         }
         loop {
             match nix::unistd::read(&fd, buffer) {
@@ -464,8 +462,7 @@ impl Device {
     pub fn write_resuming(&mut self, bytes: &[u8]) -> Result<()> {
         let fd = self.lend()?;
         if self.state != DeviceState::Resuming {
-            let kind = ErrorKind::Misuse("not in RESUMING");
-            return Err(Error::new(kind, Phase::Section).on_device(&self.id));
+            return Err(Error::misuse(Phase::Section, "not in RESUMING").on_device(&self.id));
         }
         write_all(&fd, bytes).map_err(|error| self.error(Phase::Section).caused_by(error))
     }

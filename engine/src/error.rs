@@ -8,6 +8,8 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use nix::errno::Errno;
+
 use crate::{
     id::{DeviceId, InvalidDeviceId},
     state::DeviceState,
@@ -260,6 +262,17 @@ impl Error {
         }))
     }
 
+    /// A wrong call or setting of the embedder's: `what` is wrong.
+    #[must_use]
+    pub fn misuse(phase: Phase, what: &'static str) -> Self {
+        Self::new(ErrorKind::Misuse(what), phase)
+    }
+
+    /// Two devices of one migration have this name.
+    pub(crate) fn two_devices_named(id: &DeviceId) -> Self {
+        Self::misuse(Phase::Setup, "two devices of one name").on_device(id)
+    }
+
     /// A broken rule of the wire, met while receiving.
     #[must_use]
     pub fn protocol(violation: Violation) -> Self {
@@ -382,6 +395,12 @@ impl Error {
         })
     }
 
+    /// What a trace says of a call: 0, or the negative errno; `EINVAL` where none is behind the error.
+    pub(crate) fn trace_errno<T>(result: &Result<T>) -> i32 {
+        let errno = |error: &Self| -error.raw_os_error().unwrap_or(Errno::EINVAL as i32);
+        result.as_ref().map_or_else(errno, |_| 0)
+    }
+
     /// Whether somebody cancelled, rather than something failed.
     #[must_use]
     pub fn is_cancelled(&self) -> bool {
@@ -496,7 +515,7 @@ impl<T> From<Failed<T>> for Error {
 
 impl From<InvalidDeviceId> for Error {
     fn from(_: InvalidDeviceId) -> Self {
-        Self::new(ErrorKind::Misuse(InvalidDeviceId::TEXT), Phase::Setup)
+        Self::misuse(Phase::Setup, InvalidDeviceId::TEXT)
     }
 }
 

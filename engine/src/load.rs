@@ -259,8 +259,7 @@ impl Load {
         {
             Ok(())
         } else {
-            let kind = ErrorKind::Misuse("two devices of one name");
-            Err(Error::new(kind, Phase::Setup).on_device(id))
+            Err(Error::two_devices_named(id))
         }
     }
 

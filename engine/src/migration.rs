@@ -41,7 +41,7 @@
 //! Each arrow is a method that takes what is on its left and gives what is on its right, so most
 //! of what would be a wrong order does not compile: there is no [`Outgoing`] without a
 //! [`OutgoingDevice`], no [`OutgoingDevice`] without its set-up, no second start of either. What a peer decides
-//! (tags, commands) is checked when it comes. Whatever fails gives the devices back ([`Failed`]) in
+//! (tags, commands) is checked when it comes. Whatever fails gives the devices back ([`Failed`](crate::Failed)) in
 //! the state that they had at set-up, RUNNING or STOP, by a reset where there is no other way; a
 //! device that a call is stuck in is left out.
 //!

@@ -198,8 +198,9 @@ impl Shared {
         }
         let ordinal = u32::try_from(devices.len()).unwrap_or(u32::MAX);
         if ordinal >= self.max_devices {
-            let kind = ErrorKind::Misuse("more devices than max_devices");
-            return Err(Error::new(kind, Phase::Receive).on_device(&id));
+            return Err(
+                Error::misuse(Phase::Receive, "more devices than max_devices").on_device(&id),
+            );
         }
         let device = Arc::new(RelayDevice {
             key: wire::DeviceKey::new(&id),
@@ -476,8 +477,10 @@ impl Relay {
             let mut channels = lock(&self.shared.channels);
             // Relaxed: written under the lock.
             if self.complete.load(Ordering::Relaxed) {
-                let kind = ErrorKind::Misuse("a channel after no_more_channels");
-                return Err(Error::new(kind, Phase::Setup));
+                return Err(Error::misuse(
+                    Phase::Setup,
+                    "a channel after no_more_channels",
+                ));
             }
             channels.push(counters.clone());
             // Relaxed: made from an input that is open, the one for those still to come.

@@ -4,8 +4,10 @@ use std::{path::PathBuf, time::Duration};
 
 use vfio_migration_uring::Backend;
 
+#[cfg(doc)]
+use crate::error::ErrorKind;
 use crate::{
-    error::{Error, ErrorKind, Phase, Result},
+    error::{Error, Phase, Result},
     framed::HEADROOM,
     host::check_budget,
     reorder::pool::PoolLayout,
@@ -30,7 +32,7 @@ pub enum Spill {
 /// A session's settings. Sizes are in bytes. A time of [`Duration::MAX`] is no limit.
 ///
 /// The start of a session checks every setting before a device changes its state. The error
-/// ([`ErrorKind::Misuse`](crate::ErrorKind::Misuse)) begins with the name of the setting.
+/// ([`ErrorKind::Misuse`]) begins with the name of the setting.
 ///
 /// ```
 /// use vfio_migration::Settings;
@@ -46,7 +48,7 @@ pub struct Settings {
     pub backend: Backend,
     /// All memory that packets are held in, reserves and staging included, but for what is spilled: see
     /// [`Settings::memory_bound`] for all that a load takes. One that the host cannot have is refused
-    /// ([`ErrorKind::Host`](crate::ErrorKind::Host)). Unless set:
+    /// ([`ErrorKind::Host`]). Unless set:
     ///
     /// | for | budget |
     /// |---|---|
@@ -165,7 +167,7 @@ const MAX_CHANNELS: u32 = 1 << 8;
 pub(crate) const MAX_DATA_LEN: usize = PoolLayout::MAX_BUFFER_LEN - HEADROOM;
 
 pub(crate) fn wrong(what: &'static str) -> Error {
-    Error::new(ErrorKind::Misuse(what), Phase::Setup)
+    Error::misuse(Phase::Setup, what)
 }
 
 /// Refuses the most data in a packet where no buffer can hold it.

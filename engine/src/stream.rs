@@ -28,8 +28,10 @@ use std::{
     io::{Read, Write},
 };
 
+#[cfg(doc)]
+use crate::error::ErrorKind;
 use crate::{
-    error::{Error, ErrorKind, Phase, Result, Violation},
+    error::{Error, Phase, Result, Violation},
     id::DeviceId,
     section::{Counted, broken, failed},
 };
@@ -396,7 +398,7 @@ fn refuse(what: &'static str) -> Error {
 }
 
 fn misuse(what: &'static str) -> Error {
-    Error::new(ErrorKind::Misuse(what), Phase::Section)
+    Error::misuse(Phase::Section, what)
 }
 
 /// Writes a main channel event by event.

@@ -290,8 +290,7 @@ struct End {
 
 impl End {
     fn not_run() -> Error {
-        let kind = ErrorKind::Misuse("a task was dropped without being run");
-        Error::new(kind, Phase::Setup)
+        Error::misuse(Phase::Setup, "a task was dropped without being run")
     }
 
     fn announce(&mut self, error: Option<Error>) {

@@ -107,13 +107,16 @@ fn wait_for_transfer(load: &Load, shared: &LoadDevice) -> TransferResult {
 /// Writes iterable data, which comes over the main channel, into the device: in the caller's
 /// thread, and only before the switchover starts.
 pub(crate) fn write_iterable(shared: &LoadDevice, bytes: &[u8]) -> Result<()> {
-    let fail = |kind| Error::new(kind, Phase::Section).on_device(&shared.id);
     let fd = lock(&shared.iterable);
     let Some(fd) = &*fd else {
-        let kind = ErrorKind::Misuse("iterable data outside setup and switchover");
-        return Err(fail(kind));
+        let error = Error::misuse(Phase::Section, "iterable data outside setup and switchover");
+        return Err(error.on_device(&shared.id));
     };
-    write_all(fd, bytes).map_err(|error| fail(ErrorKind::Device).caused_by(error))?;
+    write_all(fd, bytes).map_err(|error| {
+        Error::new(ErrorKind::Device, Phase::Section)
+            .on_device(&shared.id)
+            .caused_by(error)
+    })?;
     shared.counters.main_bytes.add(bytes.len() as u64);
     Ok(())
 }

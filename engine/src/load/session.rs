@@ -108,8 +108,7 @@ impl IdsInUse {
 
     fn take(&mut self, id: &DeviceId) -> Result<u32> {
         if self.next >= self.limit {
-            let kind = ErrorKind::Misuse("more devices than max_devices");
-            return Err(Error::new(kind, Phase::Setup).on_device(id));
+            return Err(Error::misuse(Phase::Setup, "more devices than max_devices").on_device(id));
         }
         let ordinal = self.next;
         self.next += 1;
@@ -412,9 +411,7 @@ impl LoadSession {
     fn device(&self, id: &DeviceId) -> Result<Arc<LoadDevice>> {
         let devices = self.load.devices();
         let found = devices.into_iter().find(|device| device.id == *id);
-        found.ok_or_else(|| {
-            Error::new(ErrorKind::Misuse("no such device"), Phase::Setup).on_device(id)
-        })
+        found.ok_or_else(|| Error::misuse(Phase::Setup, "no such device").on_device(id))
     }
 
     /// Adds a channel: one connection of the source's. Its hello, and all after it, is read on a
@@ -433,8 +430,10 @@ impl LoadSession {
             // Relaxed: under the lock.
             let expected = self.expected.load(Relaxed);
             if number >= expected {
-                let kind = ErrorKind::Misuse("more channels than the settings say");
-                return Err(Error::new(kind, Phase::Setup));
+                return Err(Error::misuse(
+                    Phase::Setup,
+                    "more channels than the settings say",
+                ));
             }
             self.load.first_failure.add(channel.adopt().map_err(host)?);
             channels.push(counters.clone());
@@ -514,14 +513,7 @@ impl LoadSession {
     /// [`ErrorKind::Device`]; [`ErrorKind::Misuse`] once the switchover has started.
     pub fn write_iterable(&self, id: &DeviceId, bytes: &[u8]) -> Result<()> {
         let result = write_iterable(&*self.device(id)?, bytes);
-        let ret = result.as_ref().map_or_else(
-            |error| {
-                -error
-                    .raw_os_error()
-                    .unwrap_or(nix::errno::Errno::EINVAL as i32)
-            },
-            |()| 0,
-        );
+        let ret = Error::trace_errno(&result);
         trace::load_state_device_data(id, bytes.len() as u64, ret);
         result
     }

@@ -104,8 +104,7 @@ impl MigrationBlockers {
         block: Block<'_>,
     ) -> Result<Admitted, Failed<Box<dyn MigrationDevice>>> {
         if self.devices.iter().any(|known| known.id == id) {
-            let kind = ErrorKind::Misuse("two devices of one name");
-            let error = Error::new(kind, Phase::Setup).on_device(&id);
+            let error = Error::two_devices_named(&id);
             return Err(Failed::new(error, device));
         }
         let (device, refusal) = match examine(&id, device, settings, around) {

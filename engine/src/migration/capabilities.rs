@@ -4,7 +4,7 @@
 //! [`Settings`](crate::Settings).
 
 use crate::{
-    error::{Error, ErrorKind, Phase, Result},
+    error::{Error, Phase, Result},
     settings::check_data_len,
 };
 
@@ -166,9 +166,7 @@ impl Capabilities {
         } else {
             None
         };
-        refused.map_or(Ok(()), |what| {
-            Err(Error::new(ErrorKind::Misuse(what), Phase::Setup))
-        })
+        refused.map_or(Ok(()), |what| Err(Error::misuse(Phase::Setup, what)))
     }
 
     /// Whether a device with this setting uses the multifd channels: decided here, once for each
@@ -180,7 +178,7 @@ impl Capabilities {
             OnOffAuto::On if self.can_carry() => Ok(true),
             OnOffAuto::On => {
                 let what = "multifd transfer is on, and the channels cannot carry it";
-                Err(Error::new(ErrorKind::Misuse(what), Phase::Setup))
+                Err(Error::misuse(Phase::Setup, what))
             }
         }
     }
@@ -198,6 +196,7 @@ const fn waits(setting: OnOffAuto) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::ErrorKind;
 
     #[test]
     fn transfer_is_decided_by_its_setting_and_what_the_channels_can() {

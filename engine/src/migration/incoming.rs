@@ -353,8 +353,7 @@ impl Incoming {
             self.fail(error.on_device(&member.id));
         }
         if self.session.is_some() && !self.is_switched() && self.failure().is_none() {
-            let kind = ErrorKind::Misuse("the switchover has not started");
-            self.fail(Error::new(kind, Phase::Load));
+            self.fail(Error::misuse(Phase::Load, "the switchover has not started"));
         }
         let mut devices = Vec::new();
         let mut failure = None;
@@ -424,7 +423,7 @@ fn decide(
     capabilities: &Capabilities,
     session: &LoadBuilder,
 ) -> Result<Vec<bool>> {
-    let misuse = |what| Error::new(ErrorKind::Misuse(what), Phase::Setup);
+    let misuse = |what| Error::misuse(Phase::Setup, what);
     if session.device_count() > 0 {
         return Err(misuse("the session's devices are the migration's"));
     }
@@ -436,7 +435,7 @@ fn decide(
     for (at, migratable) in devices.iter().enumerate() {
         let id = migratable.id();
         if devices[..at].iter().any(|other| other.id() == id) {
-            return Err(misuse("two devices of one name").on_device(id));
+            return Err(Error::two_devices_named(id));
         }
         let checked = migratable.settings.check();
         let decided = checked.and_then(|()| capabilities.decide(migratable.settings.transfer));

@@ -12,8 +12,6 @@
 
 use std::{fmt, io::Read, time::Instant};
 
-use nix::errno::Errno;
-
 use super::{
     SwitchoverAck,
     incoming::Incoming,
@@ -21,7 +19,7 @@ use super::{
 };
 use crate::{
     device::Recover,
-    error::{Error, ErrorKind, Phase, Result, Violation},
+    error::{Error, Phase, Result, Violation},
     id::DeviceId,
     section::{Piece, SectionSink, Tag, load_state},
     state::DeviceState,
@@ -126,8 +124,7 @@ impl IncomingDevice<'_> {
 }
 
 fn given_back() -> Error {
-    let kind = ErrorKind::Misuse("the device has been given back");
-    Error::new(kind, Phase::Section)
+    Error::misuse(Phase::Section, "the device has been given back")
 }
 
 impl fmt::Debug for IncomingDevice<'_> {
@@ -182,10 +179,7 @@ impl SectionSink for Sink<'_> {
         if switched {
             counters.phases.write.add_time(since.elapsed());
         }
-        let ret = written.as_ref().map_or_else(
-            |error| -error.raw_os_error().unwrap_or(Errno::EINVAL as i32),
-            |()| 0,
-        );
+        let ret = Error::trace_errno(&written);
         trace::load_state_device_data(&self.member.id, bytes.len() as u64, ret);
         written?;
         counters.main_bytes.add(bytes.len() as u64);

@@ -14,8 +14,6 @@
 
 use std::{fmt, io::Write, sync::OnceLock, time::Instant};
 
-use nix::errno::Errno;
-
 use super::{DeviceSettings, MigratableDevice, OutgoingDevice, Saved, at_once, put_all_back};
 use crate::{
     channel::Finished,
@@ -260,10 +258,7 @@ impl Outgoing {
             Some(member) => {
                 let result = write(member, failure);
                 if turn == Step::Begun {
-                    let errno =
-                        |error: &Error| -error.raw_os_error().unwrap_or(Errno::EINVAL as i32);
-                    let ret = result.as_ref().map_or_else(errno, |()| 0);
-                    trace::save_complete_precopy(&member.id, ret);
+                    trace::save_complete_precopy(&member.id, Error::trace_errno(&result));
                 }
                 member.step = match turn {
                     Step::Begun => Step::Completed,
@@ -411,7 +406,7 @@ impl Outgoing {
 }
 
 fn misuse(what: &'static str) -> Error {
-    Error::new(ErrorKind::Misuse(what), Phase::Save)
+    Error::misuse(Phase::Save, what)
 }
 
 fn check(sources: &[OutgoingDevice], session: &SaveBuilder) -> Result<()> {

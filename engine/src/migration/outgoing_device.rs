@@ -258,8 +258,10 @@ impl OutgoingDevice {
     /// go over the channels.
     pub fn iterate<W: Write>(&mut self, body: W) -> Result<Iteration> {
         if self.over_channels {
-            let kind = ErrorKind::Misuse("its PRE_COPY data goes over the channels");
-            return Err(Error::new(kind, Phase::Save).on_device(self.id()));
+            return Err(
+                Error::misuse(Phase::Save, "its PRE_COPY data goes over the channels")
+                    .on_device(self.id()),
+            );
         }
         let (count, all) = self.read()?;
         let data = &self.buffer[..count];
@@ -383,7 +385,7 @@ impl OutgoingDevice {
     /// that does not know is no error.
     pub fn pending_exact(&mut self) -> Result<Pending> {
         let size = self.device.data_size();
-        let ret = errno(&size);
+        let ret = Error::trace_errno(&size);
         self.left = stop_copy_estimate(known(size)?);
         trace::query_stop_copy_size(self.device.id(), self.left, ret);
         if self.is_active() {
@@ -423,7 +425,7 @@ impl OutgoingDevice {
     /// initial bytes have appeared, the destination must have those too before the switchover.
     fn query_precopy(&mut self) -> Result<()> {
         let info = self.device.precopy_info();
-        let ret = errno(&info);
+        let ret = Error::trace_errno(&info);
         let info = known(info)?.unwrap_or_default();
         (self.initial, self.dirty) = (info.initial_bytes, info.dirty_bytes);
         trace::query_precopy_size(self.device.id(), self.initial, self.dirty, ret);
@@ -471,8 +473,11 @@ impl OutgoingDevice {
         }
         let sent = self.counters.main_bytes.get() > 0 || self.precopy_packets > 0;
         if sent && !self.device.state().is_saving() {
-            let kind = ErrorKind::Misuse("the device's session has ended since it was iterated");
-            return Err(Error::new(kind, Phase::Save).on_device(self.id()));
+            return Err(Error::misuse(
+                Phase::Save,
+                "the device's session has ended since it was iterated",
+            )
+            .on_device(self.id()));
         }
         Ok(())
     }
@@ -533,10 +538,4 @@ fn known<T>(answer: Result<T>) -> Result<Option<T>> {
         Err(error) if *error.kind() == ErrorKind::Device => Ok(None),
         Err(error) => Err(error),
     }
-}
-
-/// 0, or the negative errno.
-fn errno<T>(answer: &Result<T>) -> i32 {
-    let errno = |error: &Error| -error.raw_os_error().unwrap_or(Errno::EINVAL as i32);
-    answer.as_ref().map_or_else(errno, |_| 0)
 }

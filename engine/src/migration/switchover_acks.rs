@@ -85,7 +85,7 @@ impl SwitchoverAcks {
         let mut count = lock(&self.count);
         if count.pending > 0 && vm_runs {
             let what = "the destination has not acknowledged the switchover";
-            return Err(Error::new(ErrorKind::Misuse(what), Phase::Save));
+            return Err(Error::misuse(Phase::Save, what));
         }
         count.decided = true;
         Ok(())

@@ -140,8 +140,7 @@ impl Sequencer<'_> {
                 packet.recycle(&self.shared.pool);
                 let stopped = self.shared.stopped();
                 return Err(stopped.unwrap_or_else(|| {
-                    let kind = ErrorKind::Misuse("more packets than the queue can count");
-                    Error::new(kind, Phase::Send)
+                    Error::misuse(Phase::Send, "more packets than the queue can count")
                         .on_device(&moved.device.id)
                         .at_index(index)
                 }));

@@ -10,10 +10,12 @@ use std::{
 use vfio_migration_uring::{Waker, deadline};
 
 use super::{Save, SaveDevice, SaveTransfer, SourceChannels, serve_channel, serve_device};
+#[cfg(doc)]
+use crate::error::ErrorKind;
 use crate::{
     channel::{Channel, ChannelLimits, Sender},
     device::{Device, buffer_len},
-    error::{Error, ErrorKind, Failed, Phase, Result},
+    error::{Error, Failed, Phase, Result},
     host::no_budget,
     id::DeviceId,
     io_loop::{IoHandle, IoLoop},
@@ -141,16 +143,14 @@ impl SaveSession {
         let parts = &mut builder.parts;
         let count = u32::try_from(greeted + parts.channels.len()).unwrap_or(u32::MAX);
         if count == 0 || count > 255 {
-            let kind = ErrorKind::Misuse("a save has 1 to 255 channels");
-            return Err(Error::new(kind, Phase::Setup));
+            return Err(Error::misuse(Phase::Setup, "a save has 1 to 255 channels"));
         }
         parts.settings.check_numbers()?;
         let limit = parts.settings.device_limit(devices.len())?;
         let mut sized: Vec<(DeviceId, usize, u32)> = Vec::with_capacity(devices.len());
         for device in devices {
             if sized.iter().any(|(id, ..)| id == device.id()) {
-                let kind = ErrorKind::Misuse("two devices of one name");
-                return Err(Error::new(kind, Phase::Setup).on_device(device.id()));
+                return Err(Error::two_devices_named(device.id()));
             }
             let known = builder.data_lens.iter().find(|(id, _)| id == device.id());
             let len = known.map(|(_, len)| *len).or(parts.settings.data_len);

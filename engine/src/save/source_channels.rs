@@ -18,9 +18,11 @@
 
 use std::{fmt, io::IoSlice, sync::Arc};
 
+#[cfg(doc)]
+use crate::error::ErrorKind;
 use crate::{
     channel::{Channel, ChannelLimits, Sender},
-    error::{Error, ErrorKind, Phase, Result},
+    error::{Error, Phase, Result},
     first_failure::FirstFailure,
     id::DeviceId,
     session::{Canceller, host},
@@ -63,8 +65,7 @@ impl SourceChannels {
     pub fn greet(channels: Vec<Channel>, settings: &Settings) -> Result<Self> {
         let count = u8::try_from(channels.len()).unwrap_or(0);
         if count == 0 {
-            let kind = ErrorKind::Misuse("a save has 1 to 255 channels");
-            return Err(Error::new(kind, Phase::Setup));
+            return Err(Error::misuse(Phase::Setup, "a save has 1 to 255 channels"));
         }
         settings.check_numbers()?;
         let limits = ChannelLimits {
@@ -128,8 +129,10 @@ impl SourceChannels {
         let len = u32::try_from(data.len());
         let fits = u32::try_from(data.len() + wire::DEVICE_PACKET_LEN).is_ok();
         let (Ok(len), true) = (len, fits && index != wire::INVALID_INDEX) else {
-            let kind = ErrorKind::Misuse("more packets than idx can count, or too large a one");
-            return Err(place(Error::new(kind, Phase::Save)));
+            return Err(place(Error::misuse(
+                Phase::Save,
+                "more packets than idx can count, or too large a one",
+            )));
         };
         let headers = wire::encode_packet(&wire::DeviceKey::new(id), index, false, len);
         let turn = self.turn % self.senders.len();

@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::error::ErrorKind;
 
 fn owner(idstr: &str) -> DeviceId {
     DeviceId::new(idstr, 0).expect("a good name")

@@ -16,7 +16,9 @@
 //! know where they end; `offset` has all of its P entries whatever the counts say.
 
 use super::{FLAG_COMPRESSION, FLAG_SYNC, Kind, PREFIX_LEN, be32, be64, field, put, until_nul};
-use crate::error::{Error, ErrorKind, Phase, Result, Violation};
+#[cfg(doc)]
+use crate::error::ErrorKind;
+use crate::error::{Error, Phase, Result, Violation};
 
 /// The pages of one packet, uncompressed, have at most this many bytes.
 pub const RAM_BYTES_PER_PACKET: u32 = 512 << 10;
@@ -50,9 +52,9 @@ impl PageSize {
     /// [`ErrorKind::Misuse`] where it is no power of two between 4 KiB and 512 KiB.
     pub fn new(bytes: u32) -> Result<Self> {
         if !bytes.is_power_of_two() || !(4096..=RAM_BYTES_PER_PACKET).contains(&bytes) {
-            return Err(Error::new(
-                ErrorKind::Misuse("a page size is a power of two between 4 KiB and 512 KiB"),
+            return Err(Error::misuse(
                 Phase::Setup,
+                "a page size is a power of two between 4 KiB and 512 KiB",
             ));
         }
         Ok(Self(bytes))
