@@ -181,8 +181,10 @@ pub(crate) fn save_complete_precopy_thread_start(device: &DeviceId) {
     );
 }
 
-/// The completion over the multifd channels has ended. `ret` is 0 or a negative errno.
-pub(crate) fn save_complete_precopy_thread_end(device: &DeviceId, ret: i32) {
+/// The completion over the multifd channels has ended. `ret` is 1 where it succeeded and 0 where it failed,
+/// as QEMU has it.
+pub(crate) fn save_complete_precopy_thread_end(device: &DeviceId, succeeded: bool) {
+    let ret = i32::from(succeeded);
     event!(DEBUG, "save_complete_precopy_thread_end", device, ret);
 }
 
@@ -416,7 +418,7 @@ mod tests {
             save_complete_precopy_start(id);
             save_complete_precopy(id, 0);
             save_complete_precopy_thread_start(id);
-            save_complete_precopy_thread_end(id, 0);
+            save_complete_precopy_thread_end(id, true);
             save_device_config_state(id);
             save_cleanup(id);
             migration_init(id, MigrationFlags::P2P, true, false);
@@ -458,7 +460,7 @@ send_init_data_flag:
 save_complete_precopy_start:
 save_complete_precopy: ret=0
 save_complete_precopy_thread_start: idstr=\"a\" instance_id=1
-save_complete_precopy_thread_end: ret=0
+save_complete_precopy_thread_end: ret=1
 save_device_config_state:
 save_cleanup:
 migration_init: flags=P2P precopy_v2=true dirty_tracking=false

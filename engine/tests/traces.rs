@@ -29,9 +29,12 @@ use vfio_migration::{
 };
 use vm::{Setup, migrate};
 
-/// The names of the events that named a device.
+/// The names of the events that named a device, and what they said had been returned.
 #[derive(Clone, Default)]
-struct Names(Arc<Mutex<BTreeSet<&'static str>>>);
+struct Names(
+    Arc<Mutex<BTreeSet<&'static str>>>,
+    Arc<Mutex<BTreeSet<(&'static str, i64)>>>,
+);
 
 impl Names {
     fn has(&self, name: &str) -> bool {
@@ -40,11 +43,20 @@ impl Names {
 }
 
 #[derive(Default)]
-struct HasDevice(bool);
+struct Fields {
+    device: bool,
+    ret: Option<i64>,
+}
 
-impl Visit for HasDevice {
+impl Visit for Fields {
+    fn record_i64(&mut self, field: &Field, value: i64) {
+        if field.name() == "ret" {
+            self.ret = Some(value);
+        }
+    }
+
     fn record_debug(&mut self, field: &Field, _value: &dyn std::fmt::Debug) {
-        self.0 |= field.name() == "device";
+        self.device |= field.name() == "device";
     }
 }
 
@@ -62,10 +74,14 @@ impl Subscriber for Names {
     fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
 
     fn event(&self, event: &Event<'_>) {
-        let mut device = HasDevice::default();
-        event.record(&mut device);
-        if device.0 {
-            self.0.lock().unwrap().insert(event.metadata().name());
+        let mut fields = Fields::default();
+        event.record(&mut fields);
+        let name = event.metadata().name();
+        if fields.device {
+            self.0.lock().unwrap().insert(name);
+        }
+        if let Some(ret) = fields.ret {
+            self.1.lock().unwrap().insert((name, ret));
         }
     }
 
@@ -141,6 +157,13 @@ fn every_event_comes_with_its_device() {
         ..Setup::default()
     });
     ended.check();
+    // 1 for success, as QEMU's has; the other's is an errno's place.
+    let returned = names.1.lock().unwrap().clone();
+    assert!(returned.contains(&("save_complete_precopy", 0)));
+    let of_threads = returned
+        .iter()
+        .filter(|(name, _)| *name == "save_complete_precopy_thread_end");
+    assert!(of_threads.eq(&[("save_complete_precopy_thread_end", 1)]));
     // A load that waits for what never comes, and is given up.
     let setup = Setup::default();
     let (migratable, _) = setup.admit(1, setup.config(1));

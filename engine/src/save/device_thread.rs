@@ -40,13 +40,7 @@ pub(crate) fn serve_device(
         }
         config.and(wait_for_transfer(save, shared))
     });
-    let errno = |error: &Error| {
-        -error
-            .raw_os_error()
-            .unwrap_or(nix::errno::Errno::ECANCELED as i32)
-    };
-    let ret = result.as_ref().map_or_else(errno, |()| 0);
-    trace::save_complete_precopy_thread_end(&shared.id, ret);
+    trace::save_complete_precopy_thread_end(&shared.id, result.is_ok());
     result
 }
 
