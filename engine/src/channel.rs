@@ -148,10 +148,9 @@ impl Channel {
     /// Hands this channel's RAM and SYNC packets to `sink`. Without one a RAM packet is an error,
     /// and a SYNC packet, with which every channel begins, is counted and passed over.
     ///
-    /// A sink that makes one channel wait for others, as a barrier does, must not also wait for a
-    /// packet that such a channel brings: so device state that comes over a channel with a sink is
-    /// spilled where the budget does not hold it, unless [`Settings::spill`](crate::Settings::spill)
-    /// says otherwise.
+    /// A sink may hold its channel at a SYNC until all channels reach it. A held channel may carry the packet
+    /// that another one waits for, so device state on a channel with a sink is spilled instead of waiting for
+    /// memory, unless [`Settings::spill`](crate::Settings::spill) forbids it.
     pub fn with_ram_sink(mut self, sink: impl RamSink + 'static) -> Self {
         self.sink = Some(Box::new(sink));
         self

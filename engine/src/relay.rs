@@ -51,23 +51,31 @@
 //! - hands out all devices' packets in one sequence, and
 //! - sends RAM behind a SYNC only once that SYNC has been sent on all channels.
 //!
-//! For of the packets that have not come in, the one that was handed out first is the next of its
-//! device, and so may have the buffer kept back; and nothing in front of it waits for long: not a
-//! packet, which would have been handed out before it; and not RAM behind a SYNC that another channel
-//! still waits to bring, for the packet that this other one waits with would have been, too.
-//! A source that does otherwise (one whose channels are cut and put together anew, say) needs a budget for
-//! what is out of order. Where that is not enough it can stand still for good; then it ends with
-//! [`ErrorKind::Stalled`], after [`Settings::no_progress`] or a few times that, and names the device
-//! and the idx.
+//! Why this cannot deadlock: take the packet that the source handed out first among those not yet
+//! received. All earlier packets of its device have arrived, so it is that device's next packet and may
+//! use the reserved buffer. Nothing ahead of it on its channel waits for long. A device packet there would
+//! have been handed out earlier, against the choice. RAM behind a SYNC can only wait for a channel that is
+//! stuck on a packet handed out before that SYNC, hence before ours: the same contradiction.
+//!
+//! A source that breaks one of the two rules (for example, one whose channels were cut and joined anew)
+//! needs a budget for its disorder. If the budget is too small the relay can stand still for good. It then
+//! ends with [`ErrorKind::Stalled`], after [`Settings::no_progress`] or a few times that, and the error
+//! names the device and the idx.
 //!
 //! # What ends each wait
 //!
-//! An ingress thread that waits for bytes: the source's, or its end; within a packet, the connection's
-//! time-out. One that waits for room: a packet sent, or taken by the sequencer; the end of all. The sequencer:
-//! a packet, the inputs' end, and while a device's state is incomplete or unsent, the time without
-//! progress; with [`Settings::precopy_over_channels`], while something that came is not passed on.
-//! An egress thread: a packet that it may send, the queue's end; in a write, the connection's time-out.
-//! Every failure hangs up all connections of both sides, and ends them all.
+//! | who waits | for | ended by |
+//! |---|---|---|
+//! | an ingress thread | bytes | the source's bytes or its end; within a packet, the connection's time-out |
+//! | an ingress thread | memory | a packet that is sent, or taken by the sequencer; the relay's end |
+//! | the sequencer | a packet | a packet; the inputs' end; `no_progress`, see below |
+//! | an egress thread | a packet that it may send | such a packet; the queue's end |
+//! | an egress thread | the destination, in a write | the destination; the connection's time-out |
+//! | any thread | an egress channel's sender | the end of the packet that is being sent |
+//!
+//! The sequencer applies [`Settings::no_progress`] only while a device's state is incomplete or unsent.
+//! With [`Settings::precopy_over_channels`] it does so only while something received is not yet passed on.
+//! Every failure hangs up all connections of both sides, which ends every wait.
 
 use std::{
     fmt, io,

@@ -80,10 +80,11 @@ pub struct Settings {
     /// Load: how much may be spilled at one time, which is memory too unless it goes to a directory, rounded down to 64 KiB, and each packet up. When that
     /// is used up, packets wait after all. 1 GiB.
     pub spill_limit: u64,
-    /// Load: how many channels there will be, 256 at most; a hello's id is below it. Load ends its
-    /// input when this many have come and ended, or nothing is missing any more: a channel that
-    /// never comes ends a load only by what it should have brought ([`Settings::no_progress`]). 1
-    /// unless set; the channels given to the builder where they are more.
+    /// Load: the number of channels, 256 at most; a hello's id is below it. Input ends when this many
+    /// channels have connected and closed, or when nothing is missing any more. A channel that never
+    /// connects is not an error in itself; if a packet is missing, the load fails with
+    /// [`Stalled`](crate::ErrorKind::Stalled) after [`Settings::no_progress`]. Default: 1, or the number of
+    /// channels given to the builder if that is larger.
     pub channels: u32,
     /// The VM's uuid, as every hello says it. All zero where it has none.
     pub uuid: [u8; 16],

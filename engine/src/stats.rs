@@ -221,10 +221,10 @@ pub struct Stats {
     pub backend: &'static str,
     /// Calls that the I/O thread made into its ring: each submits what is queued and waits.
     pub ring_calls: u64,
-    /// What the bounded re-checks of all sleeps found: wake-ups that were lost. Must be 0.
+    /// Lost wake-ups, found by the periodic re-check of all sleeps. Must be 0.
     pub late_wakeups: u64,
-    /// Transfers that the kernel kept beyond the grace time: each has leaked its buffer, and their
-    /// device its file and itself.
+    /// Transfers that the kernel did not return within the grace time. Each leaks its buffer; the device and
+    /// its data fd are leaked too.
     pub leaked_transfers: u64,
 }
 

@@ -255,7 +255,7 @@ impl Tasks {
         self.at_work() + usize::from(leaked)
     }
 
-    /// What the nets under the sleeps found.
+    /// Lost wake-ups, found by the periodic re-check. Must be 0.
     pub(crate) fn late(&self) -> u64 {
         self.done.late()
     }

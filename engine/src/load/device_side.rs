@@ -37,9 +37,9 @@ use crate::{
 /// costs less than an operation for each.
 const GATHER_MAX: usize = 64 << 10;
 
-/// The most bytes that all lanes together are given at once: enough to keep devices busy, little enough
-/// to stay in the cache. Where many are busy each has less, but not less than what is gathered: their
-/// number is what keeps the kernel busy then, and a packet that is alone need not be copied.
+/// The most bytes that all lanes together have in flight: enough to keep devices busy, few enough to stay in
+/// the cache. Busy lanes share it, down to 64 KiB each: with many lanes, their number keeps the kernel busy,
+/// not the length of each batch; and a single packet need not be copied.
 const CHAIN_BYTES: usize = 4 << 20;
 
 /// One device's packets on their way into its data fd. The I/O thread's.

@@ -58,12 +58,10 @@ impl Publisher {
         self.fail_with(pushed)
     }
 
-    /// As [`Publisher::push`], but never waits: false where the packet could not be had, and
-    /// nothing of it was kept.
+    /// As [`Publisher::push`], but never waits. Returns `false`, and keeps nothing, if there is no memory now.
     ///
-    /// A packet that is larger than a device's reserve (64 KiB, or the device's share of a small
-    /// budget), and that the device needs next while the budget is spent on those behind it, can
-    /// only pass in pieces: [`Publisher::push`] always gets on.
+    /// While the budget is full, a next packet larger than the device's reserve (64 KiB, or the device's share
+    /// of a small budget) can only be accepted in pieces: use [`Publisher::push`], which does that.
     ///
     /// # Errors
     ///

@@ -24,8 +24,8 @@ pub enum OnOffAuto {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct DeviceSettings {
-    /// Whether the device may be migrated. Auto: where nothing speaks against it. On: what speaks
-    /// against it fails the device's realization; but no dirty tracking is only warned of.
+    /// Whether the device may be migrated. `Auto`: yes, unless there is a blocker. `On`: a blocker fails the
+    /// device's realization; missing dirty tracking alone only logs a warning.
     pub enable: OnOffAuto,
     /// Whether its state goes over the multifd channels. Auto: where they can carry it
     /// ([`Capabilities::can_carry`]). Looked at once, when a migration is set up.

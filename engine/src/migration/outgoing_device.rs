@@ -465,8 +465,8 @@ impl OutgoingDevice {
         self.failure.get_or_insert_with(|| error.clone());
     }
 
-    /// Whether it can be completed. Not where the data that has been sent was of a session that is
-    /// over: the next begins at the front again, and the destination would get that twice.
+    /// Fails if the device left its saving states after PRE_COPY data was sent: a new session starts from the
+    /// beginning, and the destination would receive that data twice.
     pub(super) fn check(&self) -> Result<()> {
         if let Some(error) = &self.failure {
             return Err(error.clone());

@@ -6,12 +6,12 @@
 //! | any other | 12 MiB at first, then all but a few | no | yes |
 //! | beyond the window | none | no | no |
 //!
-//! The spill file is for channels that share their way with barriers: they must never wait for
-//! another channel. So on those a packet that would pass in pieces, each of which waits for the one
-//! before it to be taken, does so only where its device takes packets and needs it next.
+//! The spill file is for channels that also carry barriers: such a channel must never wait for another.
+//! A large packet that passes in pieces waits for its device between the pieces. On such a channel a packet
+//! may therefore pass in pieces only if its device takes packets and needs this one next.
 //!
-//! What cannot deadlock, and what can, is shown by a search through all orders, channels and
-//! schedules of small cases, which asks this function (`tests/back_pressure.rs`).
+//! `tests/back_pressure.rs` searches all orders, channels and schedules of small cases for deadlocks. The
+//! search asks this function.
 
 use crate::reorder::pool::PoolLayout;
 
@@ -28,11 +28,11 @@ pub struct MemoryRequest {
     pub first: bool,
     /// Whether its device needs it next.
     pub next: bool,
-    /// Whether it is near enough to that one to be held.
+    /// Whether it is close enough to the next packet to be held.
     pub in_window: bool,
     /// Whether its device takes packets: the switchover has started.
     pub started: bool,
-    /// Whether its channel gives nothing for being ahead yet.
+    /// Whether the channel is still in its first, short wait, in which it may only use the read-ahead share.
     pub within_read_ahead: bool,
     /// Whether its channel may spill.
     pub spills: bool,

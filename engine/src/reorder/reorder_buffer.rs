@@ -23,9 +23,9 @@
 //! | extent | [`ReorderBuffer::admit`] | [`ReorderBuffer::admit`] | nothing but the word itself               |
 //! | next   | [`ReorderReader::take`] | [`ReorderBuffer::next`]  | nothing: a guess that only ever lags      |
 //!
-//! `awaited` has none either. Two fences order it against `next`. That whoever lowered it is seen to wait,
-//! once it was taken back, is the doing of the fences in `Waiters`: the one of `wait` is in front of the
-//! lowering, the one of `notify_all` behind the taking back.
+//! `awaited` carries no data. Two fences order it against `next`. A channel whose entry was reset is
+//! already counted in `Waiters`: `wait` fences before the channel lowers `awaited`, and `notify_all` fences
+//! after the I/O thread resets it.
 
 use std::fmt;
 

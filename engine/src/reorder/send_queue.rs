@@ -162,9 +162,9 @@ impl SendQueue {
     /// it comes, and a taker that believes it goes to sleep on a packet that has been there for as
     /// long as nobody announces another.
     fn is_head(&self, ticket: u32) -> bool {
-        // ticket edge. Relaxed: the word is all there is. That another taker's word in the slot
-        // was seen before its word here would take a store that does not wait for the branch that
-        // leads to it.
+        // ticket edge. Relaxed: the word is all there is. The other taker writes the slot only after its
+        // exchange on `head` succeeded. To see the slot's new value with the old head, a store would have
+        // to become visible before the branch it depends on.
         self.head
             .compare_exchange(ticket, ticket, Relaxed, Relaxed)
             .is_ok()

@@ -16,14 +16,13 @@
 //! look and its sleep. Whether there is a waiter at all is asked without the lock, and the two
 //! fences make one of the two see the other.
 //!
-//! Those who wait need not wait for the same. What only one can have ([`Waiters::notify_one`]) is told
-//! to one; whoever is told and cannot use it tells the next, as often as there were waiters: so what one
-//! sleeper has no use for is not lost on another.
+//! Waiters of one place may wait for different things. [`Waiters::notify_one`] wakes one waiter. A waiter
+//! that cannot use the wake-up passes it on, at most once per waiter, so it reaches one that can.
 //!
-//! Sleeps are bounded ([`RECHECK`]), as a net: what the look after the bound finds, and no notice
-//! announces, is counted in [`Waiters::late`], and must stay 0. (Not under loom, where a bound would keep
-//! every model green.) A notifier may have made it so in this very moment, and not have come to the
-//! notice yet: so the waiter, who is still counted, gives the notice as long again before it judges.
+//! Each sleep is bounded by [`RECHECK`], as a safety net. If the re-check finds what no notification
+//! announced, [`Waiters::late`] counts a lost wake-up; the count must stay 0. Before it counts, the waiter
+//! gives the notification as long again, because a notifier may have changed the state a moment ago and
+//! not have notified yet. (Under loom sleeps are unbounded: a bound would keep every model green.)
 //!
 //! # Edges
 //!
