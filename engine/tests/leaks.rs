@@ -6,15 +6,11 @@ mod common;
 use std::{
     fs,
     io::{self, Cursor, Read, Write},
-    os::fd::{BorrowedFd, OwnedFd},
     thread,
 };
 
 use common::{Watchdog, config_packet, hello, id, packet, sync};
-use vfio_migration::{
-    Channel, Device, DeviceState, LoadSession, MigrationDevice, MigrationFlags, PrecopyInfo, Relay,
-    Settings,
-};
+use vfio_migration::{Channel, Device, FdDevice, LoadSession, Relay, Settings};
 
 const DEVICES: u32 = 4;
 /// Runs before the first look, and between the two.
@@ -24,42 +20,17 @@ const RUNS: usize = 200;
 const SLACK_KIB: u64 = 4 << 10;
 
 /// A device whose state nobody keeps.
-struct Sink(DeviceState);
-
-impl MigrationDevice for Sink {
-    fn flags(&self) -> io::Result<MigrationFlags> {
-        Ok(MigrationFlags::STOP_COPY)
-    }
-
-    fn state(&self) -> io::Result<DeviceState> {
-        Ok(self.0)
-    }
-
-    fn set_state(&mut self, new: DeviceState) -> io::Result<Option<OwnedFd>> {
-        self.0 = new;
-        if new != DeviceState::Resuming {
-            return Ok(None);
-        }
+fn device(number: u32) -> Device {
+    let sink = FdDevice::new(|_state| {
         let file = fs::File::options().write(true).open("/dev/null")?;
-        Ok(Some(file.into()))
-    }
-
-    fn reset(&mut self) -> io::Result<()> {
-        self.0 = DeviceState::Running;
-        Ok(())
-    }
-
-    fn data_size(&self) -> io::Result<u64> {
-        Ok(1)
-    }
-
-    fn precopy_info(&self, _fd: BorrowedFd<'_>) -> io::Result<PrecopyInfo> {
-        Err(io::ErrorKind::Unsupported.into())
-    }
-
-    fn load_config(&mut self, reader: &mut dyn Read) -> io::Result<()> {
-        io::copy(reader, &mut io::sink()).map(|_len| ())
-    }
+        Ok(file.into())
+    })
+    .stopped()
+    .with_config(
+        |_writer| Ok(()),
+        |reader| io::copy(reader, &mut io::sink()).map(drop),
+    );
+    Device::new(id(number), Box::new(sink)).unwrap()
 }
 
 /// Takes everything.
@@ -107,8 +78,7 @@ fn relay() {
 fn load() {
     let mut builder = LoadSession::builder().settings(settings());
     for device in 1..=DEVICES {
-        let sink = Box::new(Sink(DeviceState::Stop));
-        builder = builder.device(Device::new(id(device), sink).unwrap());
+        builder = builder.device(self::device(device));
     }
     let session = builder.channel(stream()).start().unwrap();
     session.no_more_channels();

@@ -8,14 +8,12 @@
 use std::{
     env, fs,
     io::{self, Read},
-    os::fd::{BorrowedFd, OwnedFd},
     process::Command,
     thread,
 };
 
 use vfio_migration::{
-    Channel, Device, DeviceId, DeviceState, LoadSession, MigrationDevice, MigrationFlags,
-    PrecopyInfo, Settings, Spill,
+    Channel, Device, DeviceId, FdDevice, LoadSession, Settings, Spill,
     wire::{DeviceKey, Hello, encode_packet, wrap_config},
 };
 
@@ -27,42 +25,15 @@ const BUDGET_KIB: u64 = 32 << 10;
 const CASE: &str = "VFIO_MIGRATION_MEMORY_CASE";
 
 /// A device whose data fd is a pipe that a thread of its own drains.
-struct Drain(DeviceState);
-
-impl MigrationDevice for Drain {
-    fn flags(&self) -> io::Result<MigrationFlags> {
-        Ok(MigrationFlags::STOP_COPY)
-    }
-
-    fn state(&self) -> io::Result<DeviceState> {
-        Ok(self.0)
-    }
-
-    fn set_state(&mut self, new: DeviceState) -> io::Result<Option<OwnedFd>> {
-        self.0 = new;
-        if new != DeviceState::Resuming {
-            return Ok(None);
-        }
+fn drain() -> FdDevice {
+    FdDevice::new(|_state| {
         let (mut reader, writer) = io::pipe()?;
         thread::spawn(move || {
             let mut bytes = vec![0; 1 << 20];
             while reader.read(&mut bytes).expect("a pipe") > 0 {}
         });
-        Ok(Some(writer.into()))
-    }
-
-    fn reset(&mut self) -> io::Result<()> {
-        self.0 = DeviceState::Running;
-        Ok(())
-    }
-
-    fn data_size(&self) -> io::Result<u64> {
-        Ok(TOTAL)
-    }
-
-    fn precopy_info(&self, _fd: BorrowedFd<'_>) -> io::Result<PrecopyInfo> {
-        Err(io::ErrorKind::Unsupported.into())
-    }
+        Ok(writer.into())
+    })
 }
 
 fn id(device: u32) -> DeviceId {
@@ -164,7 +135,7 @@ fn peak() -> u64 {
 fn receive(order: Order, data_len: usize) {
     let mut load = LoadSession::builder().settings(Settings::default());
     for device in 0..DEVICES {
-        let device = Device::new(id(device), Box::new(Drain(DeviceState::Running)));
+        let device = Device::new(id(device), Box::new(drain()));
         load = load.device(device.unwrap());
     }
     for number in 0..CHANNELS {

@@ -6,12 +6,11 @@
 #![cfg(feature = "sim")]
 #![allow(missing_docs, reason = "a test")]
 
+mod common;
+
 use std::{
-    io::{self, PipeWriter, Read},
-    os::{
-        fd::{BorrowedFd, OwnedFd},
-        unix::net::UnixStream,
-    },
+    io::{self, Read},
+    os::unix::net::UnixStream,
     sync::{
         atomic::{AtomicBool, Ordering},
         mpsc,
@@ -19,46 +18,15 @@ use std::{
     thread,
 };
 
+use common::{Mock, id, payload};
 use vfio_migration::{
-    Backend, Device, DeviceId, DeviceState, LoadSession, MigrationDevice, MigrationFlags,
-    PrecopyInfo, SaveSession, Settings,
+    Backend, Device, DeviceId, LoadSession, SaveSession, Settings,
     sim::{SimConfig, SimDevice, Stream},
-    wire::{PacketHeader, wrap_config},
+    wire::wrap_config,
 };
 use vfio_migration_uring::sim::{FaultPlan, SimConfig as RingConfig};
 
 const RUNS: u32 = 10_000;
-
-/// A device whose data fd is a pipe that the test reads.
-struct Pipe(DeviceState, Option<PipeWriter>);
-
-impl MigrationDevice for Pipe {
-    fn flags(&self) -> io::Result<MigrationFlags> {
-        Ok(MigrationFlags::STOP_COPY)
-    }
-
-    fn state(&self) -> io::Result<DeviceState> {
-        Ok(self.0)
-    }
-
-    fn set_state(&mut self, new: DeviceState) -> io::Result<Option<OwnedFd>> {
-        self.0 = new;
-        Ok(self.1.take().map(OwnedFd::from))
-    }
-
-    fn reset(&mut self) -> io::Result<()> {
-        self.0 = DeviceState::Running;
-        Ok(())
-    }
-
-    fn data_size(&self) -> io::Result<u64> {
-        Ok(0)
-    }
-
-    fn precopy_info(&self, _fd: BorrowedFd<'_>) -> io::Result<PrecopyInfo> {
-        Err(io::ErrorKind::Unsupported.into())
-    }
-}
 
 /// Runs `f` while other threads keep every core busy.
 fn under_load(f: impl FnOnce()) {
@@ -78,24 +46,15 @@ fn under_load(f: impl FnOnce()) {
 
 fn sleep_and_wake(backend: Backend, publishers: u32) {
     let (mut reader, writer) = io::pipe().unwrap();
-    let id = DeviceId::new("device", 0).unwrap();
-    let device = Device::new(
-        id.clone(),
-        Box::new(Pipe(DeviceState::Running, Some(writer))),
-    );
+    let id = id(1);
     let mut settings = Settings::default();
     settings.backend = backend;
     let load = LoadSession::builder()
         .settings(settings)
-        .device(device.unwrap())
+        .device(Mock::new(writer).device(1))
         .start()
         .unwrap();
     load.switchover_start();
-    let payload = |index, config, data: &[u8]| {
-        let mut payload = PacketHeader { index, config }.encode().to_vec();
-        payload.extend(data);
-        payload
-    };
     let rounds = RUNS / publishers;
     thread::scope(|scope| {
         let mut starts = Vec::new();

@@ -4,26 +4,25 @@
 #![cfg(feature = "sim")]
 #![allow(missing_docs, reason = "a test")]
 
+mod common;
+
 use std::{
     collections::BTreeMap,
     env,
-    io::{self, PipeReader, PipeWriter, Read},
-    os::{
-        fd::{BorrowedFd, OwnedFd},
-        unix::{net::UnixStream, process::ExitStatusExt},
-    },
+    io::{self, Read},
+    os::unix::{net::UnixStream, process::ExitStatusExt},
     process::Command,
     sync::{Arc, Mutex},
     thread,
 };
 
+use common::{Mock, id};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, apply_filter,
 };
 use vfio_migration::{
-    Backend, Device, DeviceId, DeviceState, LoadSession, MigrationDevice, MigrationFlags,
-    PrecopyInfo, SaveSession, Settings, TaskKind,
+    Backend, Device, DeviceId, LoadSession, SaveSession, Settings, TaskKind,
     sim::{SimConfig, SimDevice, Stream},
     wire::PacketHeader,
 };
@@ -163,51 +162,13 @@ fn the_default_backend_makes_no_read_or_write_call_on_a_data_fd() {
     }
 }
 
-/// A device whose data fd is a pipe that the test reads when it likes.
-struct Pipe {
-    state: DeviceState,
-    writer: Option<PipeWriter>,
-}
-
-impl MigrationDevice for Pipe {
-    fn flags(&self) -> io::Result<MigrationFlags> {
-        Ok(MigrationFlags::STOP_COPY)
-    }
-
-    fn state(&self) -> io::Result<DeviceState> {
-        Ok(self.state)
-    }
-
-    fn set_state(&mut self, new: DeviceState) -> io::Result<Option<OwnedFd>> {
-        self.state = new;
-        Ok(self.writer.take().map(OwnedFd::from))
-    }
-
-    fn reset(&mut self) -> io::Result<()> {
-        self.state = DeviceState::Running;
-        Ok(())
-    }
-
-    fn data_size(&self) -> io::Result<u64> {
-        Ok(0)
-    }
-
-    fn precopy_info(&self, _fd: BorrowedFd<'_>) -> io::Result<PrecopyInfo> {
-        Err(io::ErrorKind::Unsupported.into())
-    }
-}
-
 /// Publishes while the I/O thread is busy with a write that a full pipe blocks; on a thread that may
 /// make no system call but for memory. Where `starved`, the I/O thread has said that it sleeps instead.
 fn publish(starved: bool) {
-    let (mut reader, writer): (PipeReader, PipeWriter) = io::pipe().unwrap();
-    let id = DeviceId::new("device", 0).unwrap();
-    let pipe = Pipe {
-        state: DeviceState::Running,
-        writer: Some(writer),
-    };
+    let (mut reader, writer) = io::pipe().unwrap();
+    let id = id(1);
     let load = LoadSession::builder()
-        .device(Device::new(id.clone(), Box::new(pipe)).unwrap())
+        .device(Mock::new(writer).device(1))
         .start()
         .unwrap();
     load.switchover_start();

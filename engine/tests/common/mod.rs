@@ -2,16 +2,16 @@
 #![allow(dead_code, reason = "no test uses all of it")]
 
 use std::{
-    collections::VecDeque,
     io::{self, PipeReader, Read, Write},
-    os::fd::{BorrowedFd, OwnedFd},
+    os::fd::OwnedFd,
     sync::{Arc, Mutex, mpsc},
     thread::{self, JoinHandle},
     time::Duration,
 };
 
+use nix::errno::Errno;
 use vfio_migration::{
-    Device, DeviceId, DeviceState, MigrationDevice, MigrationFlags, PrecopyInfo,
+    Device, DeviceId, DeviceState, FdDevice,
     wire::{self, DeviceKey, Hello, PageSize, encode_packet, encode_sync, wrap_config},
 };
 
@@ -31,10 +31,9 @@ type Load = Box<dyn FnMut(&mut dyn Read) -> io::Result<()> + Send>;
 type Save = Box<dyn FnMut(&mut dyn Write) -> io::Result<()> + Send>;
 type Set = Box<dyn FnMut(DeviceState) -> io::Result<()> + Send>;
 
-/// A device whose data fds the test has made.
+/// A device whose data fd the test has made, for one session.
 pub struct Mock {
-    pub state: DeviceState,
-    pub fds: VecDeque<OwnedFd>,
+    fd: OwnedFd,
     pub log: Arc<Mutex<Log>>,
     pub load: Option<Load>,
     pub save: Option<Save>,
@@ -44,8 +43,7 @@ pub struct Mock {
 impl Mock {
     pub fn new(fd: impl Into<OwnedFd>) -> Self {
         Self {
-            state: DeviceState::Running,
-            fds: [fd.into()].into(),
+            fd: fd.into(),
             log: Arc::default(),
             load: None,
             save: None,
@@ -54,64 +52,34 @@ impl Mock {
     }
 
     pub fn device(self, number: u32) -> Device {
-        Device::new(id(number), Box::new(self)).unwrap()
-    }
-}
-
-impl MigrationDevice for Mock {
-    fn flags(&self) -> io::Result<MigrationFlags> {
-        Ok(MigrationFlags::STOP_COPY)
-    }
-
-    fn state(&self) -> io::Result<DeviceState> {
-        Ok(self.state)
-    }
-
-    fn set_state(&mut self, new: DeviceState) -> io::Result<Option<OwnedFd>> {
-        if let Some(set) = &mut self.set {
-            set(new)?;
-        }
-        self.log.lock().unwrap().states.push(new);
-        self.state = new;
-        let transfers = matches!(new, DeviceState::Resuming | DeviceState::StopCopy);
-        Ok(if transfers {
-            self.fds.pop_front()
-        } else {
-            None
-        })
-    }
-
-    fn reset(&mut self) -> io::Result<()> {
-        self.log.lock().unwrap().resets += 1;
-        self.state = DeviceState::Running;
-        Ok(())
-    }
-
-    fn data_size(&self) -> io::Result<u64> {
-        Ok(1 << 20)
-    }
-
-    fn precopy_info(&self, _fd: BorrowedFd<'_>) -> io::Result<PrecopyInfo> {
-        Err(io::ErrorKind::Unsupported.into())
-    }
-
-    fn save_config(&mut self, writer: &mut dyn Write) -> io::Result<()> {
-        match &mut self.save {
-            Some(save) => save(writer),
-            None => writer.write_all(b"config"),
-        }
-    }
-
-    fn load_config(&mut self, reader: &mut dyn Read) -> io::Result<()> {
-        match &mut self.load {
-            Some(load) => load(reader),
-            None => {
+        let Self { fd, log, .. } = self;
+        let mut fd = Some(fd);
+        let mut set = self.set.unwrap_or_else(|| Box::new(|_state| Ok(())));
+        let (states, resets) = (log.clone(), log.clone());
+        let save = self
+            .save
+            .unwrap_or_else(|| Box::new(|writer| writer.write_all(b"config")));
+        let load = self.load.unwrap_or_else(|| {
+            Box::new(move |reader| {
                 let mut config = Vec::new();
                 reader.read_to_end(&mut config)?;
-                self.log.lock().unwrap().config = config;
+                log.lock().unwrap().config = config;
                 Ok(())
-            }
-        }
+            })
+        });
+        let device = FdDevice::new(move |_state| fd.take().ok_or(Errno::EBADF.into()))
+            .with_data_size(|| Ok(1 << 20))
+            .with_config(save, load)
+            .on_change(move |_from, to| {
+                set(to)?;
+                states.lock().unwrap().states.push(to);
+                Ok(())
+            })
+            .on_reset(move || {
+                resets.lock().unwrap().resets += 1;
+                Ok(())
+            });
+        Device::new(id(number), Box::new(device)).unwrap()
     }
 }
 
