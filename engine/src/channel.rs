@@ -2,13 +2,19 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | `channel/stream.rs` | the bytes: sockets, an embedder's own streams, and how they end |
+//! | `channel/stream.rs` | the bytes: sockets, the VMM's own streams, and how they end |
 //! | `channel/receiver.rs` | the destination's side: headers, payloads into leased buffers, RAM, SYNCs |
 //! | `channel/sender.rs` | the source's side: the hello, whole packets with one call |
 //!
-//! Each channel is served by one thread, which owns it. What ends its waits: the peer's bytes or its
-//! end; within a packet the socket's time-out, and for a peer that brings a byte now and then the time
-//! that a packet may take; a hang-up from another thread, which shuts the connection down.
+//! One thread owns a channel and serves it.
+//!
+//! # What ends each wait
+//!
+//! | wait | ended by |
+//! |---|---|
+//! | for the peer's bytes | bytes; the channel's end |
+//! | within a packet | the socket's time-out; for a peer that sends a byte now and then, the time that a packet may take |
+//! | any | a hang-up by another thread, which shuts the connection down |
 
 use std::{
     fmt, io,

@@ -1,23 +1,28 @@
-//! The one thread that moves the bytes of all devices of a session, over one ring.
+//! The I/O thread: one thread moves the bytes of all devices of a session, over one ring.
 //!
 //! ```text
-//!          ┌──────────────────────────────────────────────────────────────────────────┐
-//!          ▼                                                                          │
-//!   take in new flows ─▶ each: told to stop? idle? give the ring its next batch ─▶ lie down,
-//!   (attach)                                                                   look again, or
-//!          ▲                                                                   sleep in the ring
-//!          └──────────── each completion to its flow ◀── reap ◀───────────────────────┘
+//!          ┌───────────────────────────────────────────────────────────────────────────────┐
+//!          ▼                                                                               │
+//!   take in new transfers ─▶ each: told to stop? idle? give the ring its next batch ─▶ lie down,
+//!   (attach)                                                                        look again, or
+//!          ▲                                                                        sleep in the ring
+//!          └──────────── each completion to its transfer ◀── reap ◀────────────────────────┘
 //! ```
 //!
-//! A [`Transfer`] is one device's transfer: `load.rs` and `save.rs` have one each. The I/O thread owns the
-//! flows and the ring; other threads only attach flows, ring the bell, and read what a flow leaves
-//! when it finishes. It makes no call on a device but the ring's transfers: states, resets and
-//! callbacks are other threads' work, so no device delays another's bytes.
+//! A [`Transfer`] is one device's bytes on the I/O thread; `load.rs` and `save.rs` have one kind each. The
+//! I/O thread owns the transfers and the ring. Other threads only attach transfers, ring the doorbell, and
+//! read the result that a transfer leaves when it finishes. On a device the I/O thread makes no call but
+//! the ring's operations. Other threads make the state changes, resets and callbacks, so no device delays
+//! another's bytes.
 //!
-//! What ends each wait: the ring's sleep, a completion, a wake, or [`RECHECK`]; a flow, its result,
-//! its stop, or the time without progress; a flow that was stopped while the kernel has its
-//! operations, their completion or the grace time, after which file and buffers are leaked; a ring
-//! whose waits fail for want of memory, one that does not, or the grace time.
+//! # What ends each wait
+//!
+//! | wait | ended by |
+//! |---|---|
+//! | the I/O thread, in the ring | a completion; a wake; [`RECHECK`] |
+//! | a transfer | its result; its stop; the time without progress |
+//! | a stopped transfer whose operations the kernel still has | their completion; or the grace time, after which file and buffers are leaked |
+//! | a ring whose waits fail for want of memory | a wait that does not fail; the grace time |
 
 use std::{
     fmt, mem, thread,
@@ -49,7 +54,7 @@ use crate::{
 /// How soon to try again what the ring could not do for want of memory.
 const RETRY: Duration = Duration::from_millis(1);
 
-/// What a flow works with during one call.
+/// What a transfer works with during one call.
 pub(crate) struct Context<'a> {
     /// Where its lane's operations go.
     pub(crate) ring: &'a mut dyn Ring<Buffer>,
@@ -59,7 +64,7 @@ pub(crate) struct Context<'a> {
     pub(crate) busy: usize,
 }
 
-/// What a flow did when it was asked to go on.
+/// What a transfer did when it was asked to go on.
 #[derive(Debug)]
 pub(crate) enum TransferState {
     /// It gave the ring something.
@@ -98,7 +103,7 @@ pub(crate) trait Transfer: Send {
     ///
     /// # Errors
     ///
-    /// Ends the flow, once the lane is idle.
+    /// Ends the transfer, once the lane is idle.
     fn prepare(&mut self, guard: &Guard) -> Result<(), Error> {
         let _ = guard;
         Ok(())
@@ -108,7 +113,7 @@ pub(crate) trait Transfer: Send {
     ///
     /// # Errors
     ///
-    /// Ends the flow.
+    /// Ends the transfer.
     fn batch_done(&mut self, filled: Vec<Filled>, guard: &Guard) -> Result<(), Error>;
 
     /// What a failed transfer means.
@@ -166,7 +171,7 @@ impl<F> IoHandle<F> {
     }
 
     /// Gives the I/O thread a device's transfer. `ordinal` is that of its lane, and no other's for as
-    /// long as the I/O thread runs. Gives the flow back where the I/O thread has ended.
+    /// long as the I/O thread runs. Gives the transfer back where the I/O thread has ended.
     pub(crate) fn attach(&self, ordinal: u32, flow: F) -> Result<(), F> {
         let mut incoming = lock(&self.incoming);
         // Under the lock, under which the I/O thread empties the list for the last time.
@@ -180,7 +185,7 @@ impl<F> IoHandle<F> {
         Ok(())
     }
 
-    /// Lets the I/O thread end when its last flow has.
+    /// Lets the I/O thread end when its last transfer has.
     pub(crate) fn close(&self) {
         let incoming = lock(&self.incoming);
         self.closing.store(true, Release);
@@ -226,7 +231,7 @@ enum LaneSlot<F> {
         starved: bool,
         /// When it last waited for this host's own threads.
         held: Instant,
-        /// The stop that the flow is ending for, and until when its operations may take.
+        /// The stop that the transfer is ending for, and until when its operations may take.
         ending: Option<(Error, Instant)>,
     },
     /// The kernel kept this many of its operations beyond the grace time.
@@ -267,9 +272,9 @@ impl<F: Transfer> IoLoop<F> {
         }
     }
 
-    /// Runs until it is closed and its last flow has finished. `progressed` is called in each round,
+    /// Runs until it is closed and its last transfer has finished. `progressed` is called in each round,
     /// before the wait, also where nothing has moved. `broken` is told where the ring cannot be waited
-    /// for any more, before any flow is.
+    /// for any more, before any transfer is.
     pub(crate) fn run(
         mut self,
         collector: &Collector,
@@ -353,10 +358,10 @@ impl<F: Transfer> IoLoop<F> {
         }
     }
 
-    /// Lets every flow look at what it was told, and go on where its lane is idle.
+    /// Lets every transfer look at what it was told, and go on where its lane is idle.
     fn visit(&mut self, guard: &Guard) {
         let now = Instant::now();
-        // Each round begins with another flow, so that all come to what there is to be had.
+        // Each round begins with another transfer, so that all come to what there is to be had.
         self.round = self.round.wrapping_add(1);
         let busy = mem::take(&mut self.busy);
         for step in 0..self.slots.len() {
@@ -419,7 +424,7 @@ impl<F: Transfer> IoLoop<F> {
         }
     }
 
-    /// Lets every flow whose lane is busy put its next batch together, while the kernel works.
+    /// Lets every transfer whose lane is busy put its next batch together, while the kernel works.
     fn prepare(&mut self, guard: &Guard) {
         let mut submitted = false;
         for at in 0..self.slots.len() {
@@ -443,7 +448,7 @@ impl<F: Transfer> IoLoop<F> {
         }
     }
 
-    /// Stops a flow: at once where its lane is idle, else when its operations have come back.
+    /// Stops a transfer: at once where its lane is idle, else when its operations have come back.
     fn end(&mut self, at: usize, error: Error, now: Instant) {
         let LaneSlot::Active {
             flow,
@@ -471,7 +476,7 @@ impl<F: Transfer> IoLoop<F> {
         }
     }
 
-    /// Gives up on a flow whose operations the kernel does not give back.
+    /// Gives up on a transfer whose operations the kernel does not give back.
     fn abandon(&mut self, at: usize) {
         if let LaneSlot::Active {
             mut flow, ending, ..
@@ -486,7 +491,7 @@ impl<F: Transfer> IoLoop<F> {
         }
     }
 
-    /// Before a sleep: each starved flow says what it waits for, then all are looked at again.
+    /// Before a sleep: each starved transfer says what it waits for, then all are looked at again.
     fn must_stay_up(&mut self, guard: &Guard) -> bool {
         if self.handle.has_incoming.load(Acquire) {
             return true;
@@ -537,7 +542,7 @@ impl<F: Transfer> IoLoop<F> {
         deadlines.fold(RECHECK, Duration::min)
     }
 
-    /// Hands this completion to its flow, and all that follow. Returns whether there was one.
+    /// Hands this completion to its transfer, and all that follow. Returns whether there was one.
     fn reap(&mut self, first: Option<Completion<Buffer>>, guard: &Guard) -> bool {
         let any = first.is_some();
         let mut next = first;

@@ -11,27 +11,27 @@
 //!        └─ cancelled            Cancelled
 //! ```
 //!
-//! A data fd is a stream, and the kernel runs the operations on it in worker threads: two unlinked
-//! ones corrupt the device without a word. So a lane takes a batch only when it is idle. A short
-//! transfer breaks a linked chain, and what comes behind is never started. A vectored write would
-//! hide an error in its second segment behind the first one's length, so there is none here: large
-//! packets are linked single writes, small ones are gathered into one contiguous buffer.
+//! A data fd is a stream, and the kernel runs its operations in worker threads: two unlinked operations
+//! would silently corrupt the device. So a lane takes a batch only when it is idle. A short transfer breaks
+//! a linked chain, and the kernel never starts the rest. A vectored write would hide an error in its second
+//! segment behind the first one's length, so a lane makes none: large packets are linked single writes, and
+//! small ones are gathered into one contiguous buffer.
 //!
-//! A VFIO data fd is a stream. An embedder's may be a regular file or a block device, which has positions.
-//! The kernel does not move a file's own position when a full disk or a limit cuts a write short (see
-//! [`Op::WriteAt`]). So the lane keeps the place itself, from the file's position at the first batch on.
-//! The lane sets the file's position behind the last byte when it is dropped; before that the position
-//! stands still.
+//! A VFIO data fd is a stream, but a VMM's own data fd may be a regular file or a block device, which has
+//! positions. If a full disk or a limit cuts a write short, the kernel does not move the file's position
+//! (see [`Op::WriteAt`]). So the lane keeps the position itself: it reads the file's position before the
+//! first batch, and sets the file's position behind the last byte when the lane is dropped. In between the
+//! file's position does not move.
 //!
 //! | data fd | operations |
 //! |---|---|
-//! | a stream | without a place |
-//! | a file with positions | each at its place: the lane's, and the lengths of those before it in the chain |
-//! | the same, written and open with `O_APPEND` | without a place: the kernel goes to the end for each |
+//! | a stream | without a position |
+//! | a file with positions | each at its position: the lane's, plus the lengths of those before it in the chain |
+//! | the same, opened with `O_APPEND` and written | without a position: the kernel goes to the end for each |
 //!
-//! The device's thread makes a lane, and looks at the file's type for that; from then on the I/O thread
-//! alone uses the lane. The lane holds a clone of the device's data fd, and gives it up when it is dropped,
-//! unless the kernel still has an operation: see [`Lane::abandon`].
+//! The device's thread makes a lane, and looks at the file's type to do so. From then on only the I/O
+//! thread uses the lane. The lane holds a clone of the device's data fd and drops it with itself, unless
+//! the kernel still has an operation: see [`Lane::abandon`].
 
 use std::{io, mem, time::Instant};
 

@@ -1,4 +1,4 @@
-//! The destination's work: packets in on many channels, bytes out to each device in order.
+//! The destination's work: packets come in on many channels, and bytes go out to each device in order.
 //!
 //! ```text
 //!                 channel side (many threads)          device side (one I/O thread)
@@ -16,9 +16,16 @@
 //! | a device's thread | the [`Device`](crate::Device): its state, its config, its data fd | its [`DeviceFlags`], its result |
 //! | the main thread | the session | flags |
 //!
-//! What ends each wait: a channel that waits for room, the I/O thread's progress or a stop; the I/O thread,
-//! see `driver.rs`; a device's thread, the I/O thread's result, a notice or a stop; whoever cleans up,
-//! the device's end or the grace time.
+//! # What ends each wait
+//!
+//! | who waits | for | ended by |
+//! |---|---|---|
+//! | a channel's thread | bytes | see `channel.rs` |
+//! | a channel's thread | memory | see `load/backpressure.rs` |
+//! | the I/O thread | | see `io_loop.rs` |
+//! | a device's thread | the I/O thread's result | the result; a stop |
+//! | a device's thread | the notice that the config may be loaded | the notice; a stop; `config_ready_timeout` |
+//! | the thread that cleans up | a device's end | the end; the grace time |
 
 use std::{fmt, path::PathBuf, time::Duration};
 

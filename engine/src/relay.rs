@@ -1,5 +1,5 @@
-//! Between a source and a destination: a migration's multifd channels in on one side and out on the
-//! other, with each device's state through the engine and everything else untouched.
+//! A relay between a source and a destination. It receives a migration's multifd channels on one side and
+//! sends them on the other. Each device's state goes through the engine; everything else passes untouched.
 //!
 //! ```text
 //!   source                            relay                                      destination
@@ -9,16 +9,21 @@
 //!                  │      │                                       ▲    │
 //!                  │      │ lease, publish at idx                 │ send, recycle
 //!                  │      ▼                                       │    │
-//!                  │   each device's slots ─▶ sequencer ─▶ queue ─▶ egress 0, 1 … whichever is free
-//!                  │        (by idx)       (next only)  (one sequence)  │
+//!                  │   each device's slots ─▶ sequencer ─▶ queue ─▶ egress 0, 1 …, the first that is free
+//!                  │        (by idx)         (next only)  (one sequence)│
 //!                  └───────────────────────────────────────────────────┘
 //! ```
 //!
-//! It is the load's channel side, joined to the save's channel side: no device, no data fd, no ring. An
-//! ingress thread receives a packet's data into a leased buffer, behind room for headers; the *sequencer*, in
-//! the I/O thread's place, takes each device's next packet and appends it to the queue; and an egress thread
-//! sends headers and data from that same buffer. So nothing is copied, a device's packets leave in the order
-//! of their idx, and a packet is on the way out what it was on the way in: its name, idx, flags and data.
+//! A relay is the load's channel side joined to the save's channel side. It has no device, no data fd and
+//! no ring. Three kinds of thread do the work:
+//!
+//! - An *ingress* thread receives a packet's data into a leased buffer, behind room for headers.
+//! - The *sequencer*, in the I/O thread's place, takes each device's next packet and appends it to the
+//!   queue.
+//! - An *egress* thread sends headers and data from that same buffer.
+//!
+//! So nothing is copied, and a device's packets leave in the order of their idx. A packet leaves with the
+//! name, idx, flags and data with which it came.
 //!
 //! | who | owns | may touch |
 //! |---|---|---|
@@ -29,24 +34,23 @@
 //!
 //! # What a destination relies on
 //!
-//! - Within a channel, hello, RAM and SYNC packets stay in their order: one thread passes them on.
+//! - Within a channel, hello, RAM and SYNC packets keep their order: one thread passes them on.
 //! - No device packet comes on a channel before that channel's hello and first SYNC.
-//! - A packet is sent whole: the ingress and the egress thread of a channel share its sender behind a lock,
-//!   which each holds for one packet. What ends the wait for it is the end of that packet, or the
-//!   connection's time-out.
-//! - A channel is ended only when all device state has been sent, on whichever; and closed only when the
+//! - A packet is sent whole. The ingress and the egress thread of a channel share its sender behind a lock,
+//!   which each holds for one packet.
+//! - A channel ends only when all device state has been sent, on any channel. It is closed only when the
 //!   destination has had time to read it.
 //!
 //! # Memory
 //!
-//! Packets are held in a pool: the budget. One buffer of it, of the largest packet's size, is kept
-//! back for a packet that is the next of its device, and the sequencer hands on such a packet at once.
+//! Packets are held in a pool: the budget. The pool reserves one buffer, of the largest packet's size, for
+//! a packet that is the next of its device. The sequencer passes such a packet on at once.
 //!
-//! RAM shares the channels, and a destination's channel stands still at a SYNC until all have come to
+//! RAM shares the channels, and a destination's channel stops at a SYNC until all channels have reached
 //! theirs. So device state goes only on egress channels that are not ahead of another in their SYNCs (see
-//! `relay/egress_channel.rs`): on those the destination reads, whatever the relay holds; what has been taken is
-//! sent, and its memory comes back. Then there is always a packet that gets on, however full the
-//! pool is, where the source
+//! `relay/egress_channel.rs`). The destination reads those channels, whatever the relay holds. So every
+//! packet that is taken is sent, and its memory comes back. However full the pool is, some packet can
+//! always pass, if the source
 //!
 //! - hands out all devices' packets in one sequence, and
 //! - sends RAM behind a SYNC only once that SYNC has been sent on all channels.
@@ -71,7 +75,7 @@
 //! | the sequencer | a packet | a packet; the inputs' end; `no_progress`, see below |
 //! | an egress thread | a packet that it may send | such a packet; the queue's end |
 //! | an egress thread | the destination, in a write | the destination; the connection's time-out |
-//! | any thread | an egress channel's sender | the end of the packet that is being sent |
+//! | any thread | an egress channel's sender | the end of the packet that is being sent; the connection's time-out |
 //!
 //! The sequencer applies [`Settings::no_progress`] only while a device's state is incomplete or unsent.
 //! With [`Settings::precopy_over_channels`] it does so only while something received is not yet passed on.

@@ -12,19 +12,19 @@
 //! | module | hands over |
 //! |---|---|
 //! | [`memory_policy`] | nothing: it is the rule for who gets memory |
-//! | [`pool`] | memory, from whoever is done with it to whoever needs it |
+//! | [`pool`] | memory, from the thread that is done with it to the thread that needs it |
 //! | [`slot`] | one packet, from its publisher to its taker |
-//! | [`table`] | the slots themselves: put in place on demand, freed behind the takers |
+//! | [`table`] | the slots themselves: made on demand, freed behind the takers |
 //! | [`reorder_buffer`] | a device's packets, from the channels to the I/O thread, in order |
 //! | [`send_queue`] | all devices' packets, from the I/O thread to the channels, each to one |
-//! | [`doorbell`] | the I/O thread's sleep |
-//! | [`waiters`] | every other thread's sleep |
+//! | [`doorbell`] | a wake-up, to the I/O thread |
+//! | [`waiters`] | a wake-up, to any other thread |
 //! | [`flags`] | what a device's migration has been told, and its end |
 //!
-//! (`refusals`, feature `faults`, lets a harness refuse leases.)
+//! (`refusals`, feature `faults`, lets a test harness refuse leases.)
 //!
-//! No module here makes a system call of its own or knows a file, a device or a byte's meaning:
-//! that is what makes them modellable. What the models show is written in each module's *Edges*.
+//! No module here makes a system call of its own, or knows a file, a device or the meaning of a byte. That
+//! makes them fit for models. Each module's *Edges* section says what the models show.
 
 pub mod doorbell;
 pub mod flags;

@@ -1,4 +1,4 @@
-//! The source's work: bytes out of each device in order, packets out on many channels.
+//! The source's work: bytes come out of each device in order, and packets go out on many channels.
 //!
 //! ```text
 //!                 channel side (many threads)          device side (one I/O thread)
@@ -9,9 +9,9 @@
 //!               └─────────────────────────────────┴──────────────────────────────────────────┘
 //! ```
 //!
-//! `load.rs` with the arrows turned: the I/O thread reads ahead into leased buffers, writes each
-//! packet's headers into the room that was left in front of its data, and publishes it; whichever
-//! channel is free sends headers and data from that same buffer with one call.
+//! `load.rs` with the arrows turned. The I/O thread reads ahead into leased buffers, writes each packet's
+//! headers into the room left in front of its data, and publishes the packet. The first free channel sends
+//! headers and data from that same buffer with one call.
 //!
 //! | who | owns | may touch |
 //! |---|---|---|
@@ -20,8 +20,14 @@
 //! | a device's thread | the [`Device`](crate::Device): its state, its config, its data fd | its flags, its result |
 //! | the main thread | the session | flags |
 //!
-//! What ends each wait: a channel that waits for a packet, a packet, the end, or a stop; the I/O thread,
-//! see `driver.rs`; a device's thread, the I/O thread's result or a stop.
+//! # What ends each wait
+//!
+//! | who waits | for | ended by |
+//! |---|---|---|
+//! | a channel's thread | a packet | a packet; the end of the sequence; a stop |
+//! | a channel's thread | the destination, in a write | see `channel.rs` |
+//! | the I/O thread | | see `io_loop.rs` |
+//! | a device's thread | the I/O thread's result | the result; a stop |
 
 use std::{
     fmt,

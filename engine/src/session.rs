@@ -1,4 +1,4 @@
-//! The embedder's whole API: build a load or a save, start it, tell it what the VM does, join it.
+//! The VMM's side of a session: build a load or a save, start it, tell it what the VM does, join it.
 //!
 //! ```text
 //!   destination                                  source
@@ -12,22 +12,30 @@
 //!   join()               devices: STOP           drop(report)          the channels are closed
 //! ```
 //!
-//! A channel that is given to [`SaveBuilder::channel`](crate::SaveBuilder::channel) is greeted at the session's start: that is for a
-//! source whose VM does not run.
+//! [`SaveBuilder::channel`](crate::SaveBuilder::channel) takes a channel that the session greets at its
+//! start. Use it only for a source whose VM does not run.
 //!
-//! A session owns its threads, its memory, its ring and its channels; nothing is global, so two
-//! sessions know nothing of each other. Devices go in and come back in the [`Report`].
+//! A session owns its threads, its memory, its ring and its channels. Nothing is global, so two sessions
+//! know nothing of each other. The VMM gives its devices to a session and gets them back in the [`Report`].
 //!
-//! Every method may be called from any thread; [`Canceller`] cancels also while one is in `join`.
-//! What ends each wait here: `join`, all tasks' ends; after a failure or a cancellation, those or the
-//! grace time.
+//! Any thread may call any method. [`Canceller`] cancels also while another thread is in `join`.
+//!
+//! # What ends each wait
+//!
+//! | wait | ended by |
+//! |---|---|
+//! | `join` | the end of all tasks |
+//! | `join`, after a failure or a cancellation | the end of all tasks; the grace time |
 //!
 //! # What the kernel can still block
 //!
-//! A driver that does not give a transfer back costs its session the grace time and no more. But the
-//! thread that submitted it cannot exit before it has ended: the engine leaves that thread behind
-//! ([`Report::abandoned_threads`]); one of the embedder's own, on which it ran the I/O thread's task,
-//! blocks at its exit, and so does the exit of the whole process, also by a signal.
+//! If a driver does not return a transfer, its session waits for the grace time and no longer. But the
+//! thread that submitted the transfer cannot exit before the transfer has ended.
+//!
+//! | the I/O thread is | what happens |
+//! |---|---|
+//! | the engine's | the engine leaves the thread behind: [`Report::abandoned_threads`] |
+//! | the VMM's | the thread blocks at its exit, and so does the exit of the whole process, also by a signal |
 
 use std::{
     collections::BTreeMap,

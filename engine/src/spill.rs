@@ -1,4 +1,4 @@
-//! The file that packets go to when the budget is spent, on channels that must not wait.
+//! The spill file: packets go there when the budget is spent, on channels that must not wait.
 //!
 //! ```text
 //!   file:    [ chunk 0 │ chunk 1 │ chunk 2 │ chunk 3 │ … ]       64 KiB each, up to the limit
@@ -6,18 +6,18 @@
 //!   chain:     0 ─▶ 2              which chunks are one packet's, in their order
 //! ```
 //!
-//! A packet has as many chunks as it needs, wherever they are: so space is never lost to the gaps
-//! between packets, and the chunk map takes 8 bytes for each chunk that was ever in use. The lowest free
-//! chunks are taken first, and neighbours are written and read with one call. A chunk is free again
-//! when its packet has been read back; the file is anonymous, and goes away with the session.
+//! A packet takes as many chunks as it needs, wherever they are. So gaps between packets waste no space,
+//! and the chunk map takes 8 bytes for each chunk that was ever in use. The lowest free chunks are taken
+//! first, and neighbouring chunks are written and read with one call. A chunk is free again when its packet
+//! has been read back. The file is anonymous and disappears with the session.
 //!
 //! | who | does |
 //! |---|---|
 //! | a channel | [`SpillFile::allocate`], then writes, then publishes the number in a slot |
-//! | the I/O thread | takes the number, has the ring read from [`SpillExtent::locate`], drops it |
+//! | the I/O thread | takes the number, makes the ring read from [`SpillExtent::locate`], drops the extent |
 //!
-//! The lock is held for the chunk map alone, never over a call, and only for packets that are spilled.
-//! The bytes are ordered by the slot's publish edge; the file itself keeps them in between.
+//! The lock protects only the chunk map. It is never held over a call, and only spilled packets take it.
+//! The slot's publish edge orders the bytes; the file keeps them in between.
 
 use std::{
     collections::BTreeSet,

@@ -1,4 +1,4 @@
-//! The receiving side of a channel: headers, and payloads straight into leased buffers.
+//! The receiving side of a channel: reads headers, and reads payloads straight into leased buffers.
 //!
 //! ```text
 //!   socket ─▶ staging (headers, small packets) ─┐
@@ -6,15 +6,15 @@
 //!       └─────────── payload, directly ─────────┘
 //! ```
 //!
-//! One call reads the rest of a payload straight into its leased buffer, and what follows it into a
-//! small staging area of the channel's own: after a large packet just the next header, after a small
-//! one as much as there is. So a large packet is never copied and costs one system call, and many
-//! small ones share one.
+//! One call reads the rest of a payload straight into its leased buffer, and what follows into the
+//! channel's small staging area: only the next header after a large packet, as much as there is after a
+//! small one. So a large packet is never copied and costs one system call, and many small packets share one
+//! call.
 //!
-//! A header is read, and its packet checked, before memory is leased for its payload: a packet
-//! beyond the budget waits in the socket, and holds the source back.
+//! The receiver reads a header and checks the packet before it leases memory for the payload. A packet
+//! beyond the budget waits in the socket and holds the source back.
 //!
-//! One thread owns a receiver. What ends its waits is said in `channel.rs`.
+//! One thread owns a receiver. `channel.rs` says what ends its waits.
 
 use std::{
     io,

@@ -1,11 +1,11 @@
-//! The sending side of a channel: the hello, then whole packets, each with one call.
+//! The sending side of a channel: sends the hello, then whole packets, each with one call.
 //!
 //! ```text
 //!   greet() ─▶ send(headers, data)… ─▶ finish() ─▶ the channel, half-closed
 //! ```
 //!
-//! A packet's headers stand in front of its data in the same buffer, or beside it; either way one
-//! `writev` sends both. One thread owns a sender. What ends its waits is said in `channel.rs`.
+//! A packet's headers stand in front of its data in the same buffer, or beside it. Either way one `writev`
+//! sends both. One thread owns a sender. `channel.rs` says what ends its waits.
 
 use std::{
     io,

@@ -1,17 +1,21 @@
-//! The byte streams under channels: sockets, and what an embedder has instead; and how they end.
+//! The byte streams under channels: sockets, and streams that a VMM brings instead. Also how they end.
 //!
 //! ```text
 //!   adopt ─▶ reads, writes ─▶ finish: nothing more will be sent ─▶ Finished ─▶ drained, closed
 //!                               the peer reads the end               until the embedder's cleanup
 //! ```
 //!
-//! A socket that is closed with bytes unread is reset, and the peer loses what it has not read yet.
-//! So a sending channel is not closed when all has been sent: it is *finished* (half-closed), kept in
-//! [`Finished`] until the session's report, or the migration, is over, and then read to the peer's end
-//! before it is closed. What bounds that: [`DRAIN_TIME`] for all channels together, and
-//! [`DRAIN_BYTES`] for each.
+//! A socket that is closed with unread bytes is reset, and the peer loses what it has not read yet. So a
+//! sending channel is not closed when all has been sent. It is *finished* (half-closed) and kept in
+//! [`Finished`] until the session's report, or the migration, is over. Then it is read to the peer's end,
+//! and closed.
 //!
-//! One thread owns a stream at any time. A [`Hangup`] ends its waits from any other.
+//! | the last read is bounded by | for |
+//! |---|---|
+//! | [`DRAIN_TIME`] | all channels together |
+//! | [`DRAIN_BYTES`] | each channel |
+//!
+//! One thread owns a stream at any time. Another thread ends its waits with a [`Hangup`].
 
 use std::{
     cell::Cell,

@@ -1,21 +1,33 @@
-//! How much of the pool the channels may fill, and when they are told that there is room.
+//! How much of the pool the channels may fill, and when a waiting channel is told that there is room.
 //!
-//! The rule for who may take what is in `reorder/memory_policy.rs`: the packet that its device needs next,
-//! all; any other, 12 MiB; and after [`PATIENCE`] all but a few buffers, so that next packets pass
-//! whole.
+//! A device's next packet may use the whole pool. Any other packet may use 12 MiB and, after waiting
+//! [`PATIENCE`], all but a few buffers, which are kept so that a next packet need not be split. (The rule
+//! itself: `reorder/memory_policy.rs`.)
 //!
-//! The budget is for disorder: for packets that wait for one which is late. While none is late, what
-//! the channels hold beyond the next writes gains nothing and costs time: bytes that wait for longer
-//! than the cache keeps them are fetched from memory again. So a channel is patient at first, and
-//! where that did not help it goes on through the whole budget, until it finds room at once again.
+//! The budget is for disorder: for packets that wait for a late one. While no packet is late, holding more
+//! than the next writes gains nothing and costs time: bytes that wait too long leave the cache and are
+//! fetched from memory again. So at first a channel stays within the 12 MiB. If waiting did not help, the
+//! channel may use the whole budget, until it finds room at once again.
 //!
-//! A channel that finds room for one packet and sleeps again costs more than the packet. So the
-//! I/O thread tells *one* channel when there is room for many packets, and *all* of them when a device
-//! misses its next packet and a channel has said that it waits with that (`ReorderBuffer::wait_for`): that one
-//! is always let in. A channel that was told, and leaves room for many or cannot use it, tells the next.
+//! If a channel finds room for one packet and sleeps again, the wake-up costs more than the packet. So the
+//! I/O thread wakes channels in two cases only:
 //!
-//! The I/O thread alone writes `missed`. What ends a channel's wait: memory that is given back, by the
-//! I/O thread, whose every round ends here, or by a channel; its packet's turn; or an end.
+//! | when | it wakes |
+//! |---|---|
+//! | there is room for many packets | one channel; that channel wakes the next if it leaves room for many, or cannot use the room |
+//! | a device misses its next packet, and a channel waits with it (`ReorderBuffer::wait_for`) | all channels; the one with the packet is always let in |
+//!
+//! Only the I/O thread writes `missed`.
+//!
+//! # What ends each wait
+//!
+//! | who waits | ended by |
+//! |---|---|
+//! | a channel's thread | memory that another channel, or the I/O thread, gives back |
+//! | | its packet becomes the next |
+//! | | the end of the device or the session |
+//!
+//! Every round of the I/O thread ends here, in [`Backpressure::after_round`].
 
 use std::time::{Duration, Instant};
 

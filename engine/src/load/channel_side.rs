@@ -1,12 +1,13 @@
-//! Channel side: what a thread that brings packets does with each, from its header to its slot.
+//! Channel side: what a channel's thread does with each packet, from the header to the slot.
 //!
 //! ```text
 //!   announce ─▶ admit ─▶ lease (waits for backpressure) ─▶ the caller fills it ─▶ publish ─▶ ring the bell
 //!                          └─▶ spill (where it must not wait for long) ─────▲
 //! ```
 //!
-//! A device may be unplugged at each of these steps. From then on the packet is *dropped*: what was had for
-//! it goes back, the caller reads past the rest, and that is counted. Nobody else hears of it.
+//! A device may be unplugged at each of these steps. From then on its packets are *dropped*: the packet's
+//! memory is given back, the caller skips the rest of the payload, and the packet is counted. No other
+//! device notices.
 
 use std::time::{Duration, Instant};
 

@@ -1,15 +1,16 @@
-//! Device side: the I/O thread's part, from a device's slots to its data fd.
+//! Device side: the I/O thread's part of a load, from a device's slots to its data fd.
 //!
 //! ```text
-//!   take what is there ─▶ gather small ones, chain large ones ─▶ submit ─▶ … ─▶ batch done
-//!                          ▲                                       │
+//!   take the ready packets ─▶ gather small ones, chain large ones ─▶ submit ─▶ … ─▶ batch done
+//!                          ▲                                           │
 //!                          └── the next batch of small ones, while the kernel has this one
 //!
-//!   take one that was spilled ─▶ … its turn ─▶ read a part of it through the ring ─▶ submit ─▶ …
+//!   take a spilled packet ─▶ … its turn ─▶ read a part of it through the ring ─▶ submit ─▶ …
 //! ```
 //!
-//! A packet that was spilled comes back through the ring too, a part at a time, into a buffer of the
-//! pool or, where there is none, into one of the flow's own: nobody else's packets can keep it out.
+//! A spilled packet comes back through the ring too, one part at a time. Each part goes into a buffer of
+//! the pool, or, if the pool is empty, into a buffer of the transfer's own. So other devices' packets
+//! cannot block it.
 
 use nix::errno::Errno;
 
@@ -133,7 +134,7 @@ impl Batch {
     }
 }
 
-/// Leaves a flow's result when it goes away, however it does.
+/// Leaves a transfer's result when it goes away, however it does.
 struct ResultOnDrop {
     load: Arc<Load>,
     device: Arc<LoadDevice>,
@@ -415,7 +416,7 @@ fn keep(config: &mut Vec<u8>, bytes: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// A buffer of the flow's own.
+/// A buffer of the transfer's own.
 fn own_buffer() -> Result<Arc<Pool>> {
     let pool = Pool::new(PoolLayout {
         buffers: 0,

@@ -1,7 +1,7 @@
-//! The device's thread: everything of a load but the bytes, and the main thread's calls beside it.
+//! The device's thread: everything of a load but the bytes. Also the main thread's calls on the device.
 //!
 //! ```text
-//!   RESUMING ─▶ attach the flow ─▶ wait for the I/O thread ─▶ (wait for the notice) ─▶ config ─▶ (STOP)
+//!   RESUMING ─▶ attach the transfer ─▶ wait for the I/O thread ─▶ (wait for the notice) ─▶ config ─▶ (STOP)
 //! ```
 
 use std::time::{Duration, Instant};

@@ -1,4 +1,4 @@
-//! The push API: packets that came otherwise than over the session's channels.
+//! The push API, for packets that do not come over the session's channels.
 
 use std::fmt;
 

@@ -1,11 +1,11 @@
-//! Egress: from the queue to the destination's connection, while its egress channel is not ahead.
+//! Egress: from the queue to the destination's connection, while the egress channel is not ahead.
 //!
 //! ```text
-//!   wait: a packet, and a egress_channel that is not ahead ─▶ lock the egress_channel, look again
+//!   wait: a packet, and an egress channel that is not ahead ─▶ lock the egress channel, look again
 //!     ─▶ take ─▶ send headers and data with one call ─▶ recycle
 //! ```
 //!
-//! The packet is taken under the egress channel's lock, so that it is sent before whatever SYNC comes next.
+//! The thread takes the packet under the egress channel's lock, so no SYNC can be sent before the packet.
 
 use std::io::IoSlice;
 

@@ -1,16 +1,16 @@
-//! One channel's way to the destination, shared by the two threads that send on it.
+//! One channel to the destination, shared by the two threads that send on it.
 //!
-//! A destination's channel stands still at a SYNC until all have come to theirs. So an egress channel that has
-//! sent more SYNCs than another is *ahead*: nobody may be reading at its other end, for as long as
-//! it takes the other to come to its own. Device state is sent only on egress channels that are not ahead
-//! (`Shared::may_send`): what is looked at and taken under the sender's lock cannot end up behind
-//! a barrier that waits for it.
+//! A destination's channel stops at a SYNC until all channels have reached theirs. An egress channel that
+//! has sent more SYNCs than another is *ahead*: nobody may be reading at its other end until the other
+//! channel has sent its SYNC too. So device state is sent only on egress channels that are not ahead
+//! (`Shared::may_send`). The sender checks this and takes the packet under the sender's lock, so the packet
+//! cannot end up behind a barrier that waits for it.
 //!
 //! # Edges
 //!
-//! There is none: the sender's lock orders what is sent, and an egress channel's count is its own ingress
-//! thread's. An old count of another channel's is only too low, and makes an egress thread wait for the next
-//! notice.
+//! There is none. The sender's lock orders what is sent, and each egress channel's count is written by its
+//! own ingress thread alone. An old count of another channel can only be too low; then an egress thread
+//! waits for the next notification.
 
 use std::io::IoSlice;
 

@@ -1,7 +1,8 @@
-//! Ingress: from the source's connection, a device's packets into their slots, all else straight on.
+//! Ingress: from the source's connection, a device's packets go into their slots; everything else is passed
+//! on directly.
 //!
 //! ```text
-//!   hello, RAM, SYNC ─▶ the egress_channel
+//!   hello, RAM, SYNC ─▶ the egress channel
 //!   device state     ─▶ announce ─▶ lease (waits for backpressure) ─▶ fill ─▶ headers in front ─▶ publish
 //! ```
 

@@ -1,13 +1,13 @@
-//! The sequencer: each device's next packet, out of its slot and onto the end of the queue.
+//! The sequencer: takes each device's next packet from its slot and appends it to the queue.
 //!
 //! ```text
 //!   slots of device a   [0][1][ ][3]        ┐
-//!   slots of device b   [0][ ][2]           ┼─▶  a0 a1 b0 … ─▶ outlets
+//!   slots of device b   [0][ ][2]           ┼─▶  a0 a1 b0 … ─▶ egress threads
 //! ```
 //!
-//! The one thread that owns every device's reader, and the queue's one publisher: it does nothing
-//! that waits but for packets. It ends with the last input, once every device's config packet is on
-//! its way; with a packet that can not come any more; or with the relay.
+//! This one thread owns every device's reader, and it alone publishes to the queue. It waits for packets
+//! and for nothing else. It ends with the last input, once every device's config packet is on its way; with
+//! a packet that cannot come any more; or with the relay.
 
 use crossbeam_epoch::LocalHandle;
 use vfio_migration_uring::deadline;

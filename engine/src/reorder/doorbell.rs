@@ -1,27 +1,27 @@
-//! How the one I/O thread sleeps, and how whoever has something for it knows that it must be woken.
+//! How the I/O thread sleeps, and how another thread knows that it must wake it.
 //!
 //! ```text
-//!   I/O thread                                publisher, canceller, …
-//!   ──────                                ───────────────────────
-//!   say what it waits for                 make it so (publish, set a flag)
+//!   I/O thread                            publisher, canceller, …
+//!   ──────────                            ───────────────────────
+//!   store what it waits for               change the state (publish, set a flag)
 //!   asleep = true                         fence ─────────────┐
 //!   fence ────────────────────────┐       asleep?  no ──▶ done, without a system call
 //!   look again at all it waits for│       yes: asleep = false, and wake the ring
 //!   nothing: sleep in the ring    │
-//!   asleep = false                └─── of two such fences one comes first: either the I/O thread's
-//!                                      second look sees what was made so, or the other thread
-//!                                      sees it asleep
+//!   asleep = false                └─── one of these two fences comes first: either the I/O thread's
+//!                                      second look sees the change, or the other thread sees
+//!                                      `asleep`
 //! ```
 //!
-//! The ring's wake is sticky, so a wake between the second look and the sleep ends the sleep. What
-//! the I/O thread waits for ([`Doorbell::ring_if`]) is written by the I/O thread alone; a waker only reads
-//! it. (A waker that *takes back* what the I/O thread has written, with a swap, can take back a later
-//! sleep's: that loses a wake-up, and did.)
+//! The ring's wake is sticky, so a wake between the second look and the sleep ends the sleep. Only the I/O
+//! thread writes what it waits for ([`Doorbell::ring_if`]); a waker only reads that. (In an earlier design
+//! a waker took the value back with a swap. It could take back the value of a later sleep, and that lost
+//! wake-ups.)
 //!
 //! # Edges
 //!
-//! There is none: the doorbell carries no data. What the I/O thread finds when it looks again carries
-//! its own edge. The two fences are each other's partners, and both are needed.
+//! There is none: the doorbell carries no data. What the I/O thread finds when it looks again carries an
+//! edge of its own. The two fences are each other's partners, and both are needed.
 
 use std::fmt;
 

@@ -1,20 +1,25 @@
 //! What a device's migration has been told, and whether it has ended: flags that are only ever set.
 //!
 //! ```text
-//!   START         the I/O thread may transfer                                the main thread
-//!   SWITCHED      the switchover began, with START or after it           the main thread
-//!   CONFIG_READY  load: the config may be loaded; save: it is saved      the main thread; the device's
-//!   QUIT          should-quit: the migration is off                      anybody
-//!   EXIT          want-exit: cleanup waits for the end                   whoever cleans up
-//!   DRAINED       the I/O thread has done its part, and left its result      the I/O thread
-//!   ENDED         all is over; nobody touches the device any more        the device's thread
+//!   START         the I/O thread may transfer                               set by the main thread
+//!   SWITCHED      the switchover began, with START or after it              the main thread
+//!   CONFIG_READY  load: the config may be loaded; save: it is saved         the main thread; the device's
+//!   QUIT          should-quit: the migration is off                         any thread
+//!   EXIT          want-exit: cleanup waits for the end                      the thread that cleans up
+//!   DRAINED       the I/O thread has done its part, and left its result     the I/O thread
+//!   ENDED         all is over; nobody touches the device any more           the device's thread
 //! ```
 //!
-//! The driver looks at the flags before each step and after each sleep. The device's thread, and
-//! whoever cleans up, wait for them here. Since no flag is ever taken back, there is no order in
-//! which setting one could lose another, and every wait ends: for `CONFIG_READY` with `QUIT` or
-//! `EXIT`, for `DRAINED` by the I/O thread or the grace time, for `ENDED` by the device's thread or the
-//! caller's deadline.
+//! The I/O thread looks at the flags before each step and after each sleep. The device's thread and the
+//! thread that cleans up wait for flags here. No flag is ever cleared, so no order of setting can lose one.
+//!
+//! # What ends each wait
+//!
+//! | wait for | ended by |
+//! |---|---|
+//! | `CONFIG_READY` | the flag; `QUIT` or `EXIT`; the caller's deadline |
+//! | `DRAINED` | the I/O thread; `QUIT` or `EXIT`; the grace time |
+//! | `ENDED` | the device's thread; the caller's deadline |
 //!
 //! # Edges
 //!

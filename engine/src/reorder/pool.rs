@@ -5,22 +5,22 @@
 //!      │ ▲
 //!      ▼ │ last hold gone
 //!   buffer ── held by ─┬─ a LeaseCutter, which cuts leases from it, front to back
-//!                      ├─ a Lease of bytes 0..4096            (a channel fills it)
+//!                      ├─ a Lease of bytes 0..4096                 (a channel fills it)
 //!                      ├─ a LeaseToken, the same as a plain value  (a slot keeps it)
 //!                      └─ …
 //!
 //!   arena:  [ buffer 0 │ buffer 1 │ … │ buffer n-1 │ reserve 0 │ reserve 1 │ … ]
 //! ```
 //!
-//! A buffer is large (1 MiB); packets may be small. So a thread that leases keeps a [`LeaseCutter`]: it
-//! owns one buffer and cuts packets from it, and the buffer goes back when the lease cutter and all
-//! packets are done with it. A lease cutter that finds itself its buffer's only holder starts at its
-//! front again. What a small packet costs is its bytes, rounded up to [`ALIGN`].
+//! A buffer is large (1 MiB) and packets may be small. So each leasing thread keeps a [`LeaseCutter`],
+//! which owns one buffer and cuts packets from it. The buffer goes back when the lease cutter and all
+//! packets are done with it. If a lease cutter is its buffer's only holder, it starts at the buffer's front
+//! again. A small packet costs its bytes, rounded up to [`ALIGN`].
 //!
-//! Each device has one *reserve* besides, smaller than a buffer, for the packet that it needs
-//! next: with it a device gets on however full the pool is.
+//! Each device also has one *reserve*, smaller than a buffer, for the packet that it needs next. With the
+//! reserve a device can go on however full the pool is.
 //!
-//! All memory is allocated once, when the pool is made. The pool is the budget.
+//! The pool allocates all its memory once, when it is made. The pool is the budget.
 //!
 //! # Edges
 //!

@@ -1,7 +1,7 @@
-//! Leases that a pool refuses although it has the memory: for harnesses.
+//! Refuses leases although the pool has the memory: for test harnesses.
 //!
-//! A lease that is refused is what a spent budget looks like from outside. Threads that lease count
-//! in one sequence; a harness counts once, and then refuses each number in turn.
+//! From outside, a refused lease looks like a spent budget. All leases of all threads are numbered in one
+//! sequence. A harness counts them in one run, and then refuses each number in turn.
 
 use std::ops::Range;
 

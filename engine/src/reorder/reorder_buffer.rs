@@ -1,20 +1,21 @@
-//! One device's packets: published in any order by the channels, taken in order by the I/O thread.
+//! One device's packets: channels publish them in any order, and the I/O thread takes them in order.
 //!
 //! ```text
 //!   extent   highest idx seen │ the config packet's idx     checked before memory is spent
 //!   next     what the device needs next                     written by the I/O thread alone
-//!   starved  what the I/O thread waits for, if it waits         written by the I/O thread alone
-//!   awaited  the lowest idx whose turn a channel waits for  lowered by channels, taken back by the I/O thread
+//!   starved  what the I/O thread waits for, if it waits     written by the I/O thread alone
+//!   awaited  the lowest idx whose turn a channel waits for  lowered by channels, reset by the I/O thread
 //!   table    the slots
 //! ```
 //!
-//! A channel calls [`ReorderBuffer::admit`] when it has a packet's header, leases, receives, and calls
-//! [`ReorderBuffer::publish`]. The I/O thread owns the [`ReorderReader`] and takes `next`, and only `next`.
+//! A channel reads a packet's header, calls [`ReorderBuffer::admit`], leases memory, receives the payload,
+//! and calls [`ReorderBuffer::publish`]. The I/O thread owns the [`ReorderReader`], and takes `next` and
+//! only `next`.
 //!
-//! A channel whose packet has to wait for its turn says so ([`ReorderBuffer::wait_for`]) in each look of its
-//! wait. So the I/O thread, who misses a packet in nearly every round where there are many devices, disturbs
-//! the channels only where one of them has it. Several may wait: the I/O thread takes `awaited` back whole,
-//! notifies all, and those who go on waiting say so again.
+//! With many devices the I/O thread misses some packet in nearly every round. It should wake channels only
+//! if one of them has that packet. So a channel whose packet waits for its turn announces this with
+//! [`ReorderBuffer::wait_for`], each time it looks. Several channels may wait: the I/O thread resets
+//! `awaited`, notifies all, and those that still wait announce it again.
 //!
 //! # Edges
 //!

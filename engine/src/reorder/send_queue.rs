@@ -1,5 +1,5 @@
-//! All devices' packets on their way out: published in one order by the I/O thread, each taken by
-//! whichever channel is free.
+//! All devices' packets on their way out: the I/O thread publishes them in one order, and each is taken by
+//! the first free channel.
 //!
 //! ```text
 //!   I/O thread ──publish──▶ [ 0 ][ 1 ][ 2 ][ 3 ] …      one sequence for all devices
@@ -9,11 +9,11 @@
 //!                     channel channel channel
 //! ```
 //!
-//! The one order matters: the destination's back-pressure cannot deadlock because every channel is
-//! FIFO and the packets of all devices were handed out in one sequence.
+//! The one order matters. The destination's backpressure cannot deadlock because every channel is FIFO and
+//! the packets of all devices were handed out in one sequence.
 //!
-//! A channel claims the head only when its packet is there, so a channel whose connection is slow
-//! never holds up a packet that another could send.
+//! A channel claims the head only when the head's packet is there. So a channel with a slow connection
+//! never holds up a packet that another channel could send.
 //!
 //! # Edges
 //!

@@ -1,25 +1,25 @@
-//! One packet's place in the stream: a phase, two flags and where the bytes are, in one word.
+//! One packet's place in the stream. One word holds a phase, two flags and the place of the bytes.
 //!
 //! ```text
 //!            publish(packet)            take()
 //!   Empty ───────────────────▶ Ready ───────────▶ Taken
 //!     │                         │ ▲                 │
-//!     │                         │ └─ publish_rest ──┘  (where the piece taken had `more`)
+//!     │                         │ └─ publish_rest ──┘  (if the piece taken had `more`)
 //!     └────────── close() ──────┴─────────────────────▶ Closed
 //!
 //!    63                                     5    4     3     2      1   0
 //!   ┌────────────────────────────────────────┬───────┬──────┬────────┬──────┐
-//!   │  LeaseToken: buffer, offset, length         │ aside │ more │ config │ phase│
+//!   │  LeaseToken: buffer, offset, length    │ aside │ more │ config │ phase│
 //!   │  or, with `aside`, a number            │       │      │        │      │
 //!   └────────────────────────────────────────┴───────┴──────┴────────┴──────┘
 //! ```
 //!
-//! Many publish, one at a time takes, anyone may close. Every transition is one read-modify-write
-//! on one word, so a slot has a single modification order and a piece of memory a single owner at
-//! each point of it.
+//! Many threads publish, one at a time takes, and any thread may close. Every transition is one
+//! read-modify-write on one word. So a slot has a single modification order, and its memory has a single
+//! owner at each point of that order.
 //!
-//! A packet too large for one buffer passes through its slot piece by piece: `more` says that
-//! another piece of the same packet follows, and only the publisher of the first may bring it.
+//! A packet too large for one buffer passes through its slot piece by piece. `more` means that another
+//! piece of the same packet follows. Only the publisher of the first piece may bring it.
 //!
 //! # Edges
 //!

@@ -1,4 +1,4 @@
-//! A stream's slots by index: segments put in place on demand and freed behind the takers.
+//! A stream's slots by index: segments are made on demand, and freed behind the takers.
 //!
 //! ```text
 //!   head ──▶ [ 0 … 1023 ] ──▶ [ 1024 … 2047 ] ──▶ [ 2048 … 3071 ] ──▶ null, or CLOSED
@@ -9,14 +9,14 @@
 //!              looking at it
 //! ```
 //!
-//! The index space is 32 bits wide, the memory for it is not. A publisher walks from the head to
-//! its segment and puts the missing ones in place; whoever takes the last packet of the first
-//! segment unlinks it. Threads that still look at it hold an epoch's guard, and
-//! [`crossbeam_epoch`] frees it after the last of them. There is no reuse and so no ABA: a
-//! segment's base never changes, and an index below the head's base was taken, for good.
+//! The index space is 32 bits wide; the memory is not. A publisher walks from the head to its segment and
+//! makes the missing segments. The thread that takes the last packet of the first segment unlinks that
+//! segment. Threads that still look at the segment hold an epoch's guard, and [`crossbeam_epoch`] frees the
+//! segment after the last of them. Nothing is reused, so there is no ABA: a segment's base never changes,
+//! and an index below the head's base was taken, for good.
 //!
-//! Closing walks the same list, closes every slot, and ends the list with a mark that no segment
-//! can be linked behind: after it nothing can be published, however late a publisher is.
+//! Closing walks the same list, closes every slot, and ends the list with a mark. No segment can be linked
+//! behind the mark, so nothing can be published afterwards, however late a publisher is.
 //!
 //! # Edges
 //!
@@ -26,18 +26,18 @@
 //! | finish  | [`Table::finish`], the decrement | `Table::retire`                | the takers are done with the segment |
 //! | unlink  | `Table::retire`, the exchange    | every walk's load of the head  | the next segment's contents |
 //!
-//! Four of these are stronger than they must be, and no model turns red without them:
+//! Four orderings are stronger than they must be. No model turns red without them:
 //!
-//! - The finish edge. What it carries, the epochs carry as well: whoever takes a slot holds a guard
-//!   from before it looks at the segment until after it has finished, and a segment is freed only
-//!   behind every guard that was there when it was unlinked. The count alone decides who unlinks,
-//!   and a read-modify-write needs no ordering to count.
-//! - The acquire of an exchange of a link that succeeds, in `Segment::next_or_link` and in
-//!   [`Table::close`]. It reads the null that the segment was made with, which the link edge to that
-//!   segment has carried already.
+//! - The finish edge. The epochs already carry what it carries: a thread that takes a slot holds a guard
+//!   from before it looks at the segment until after it has finished, and a segment is freed only after
+//!   every guard that existed when it was unlinked. Only the count decides who unlinks, and a
+//!   read-modify-write needs no ordering to count.
+//! - The acquire of a successful link exchange, in `Segment::next_or_link` and in [`Table::close`]. The
+//!   exchange reads the null with which the segment was made, and the link edge to that segment has already
+//!   carried that null.
 //!
-//! They stay: each costs nothing next to what it accompanies, once for each packet at most, and
-//! without them the reasons above would have to hold for ever.
+//! They stay. Each costs nothing next to the operation beside it, at most once per packet. Without them the
+//! reasons above would have to hold for ever.
 #![expect(unsafe_code, reason = "dereferences epoch-protected segments")]
 
 use std::fmt;

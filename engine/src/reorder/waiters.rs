@@ -1,9 +1,9 @@
-//! How threads other than the I/O thread wait: for room, for a packet to send, for a device's end.
+//! How threads other than the I/O thread wait: for memory, for a packet to send, for a device's end.
 //!
 //! ```text
 //!   waiter                                 notifier
 //!   ──────                                 ────────
-//!   look: there? ──▶ done                  make it so
+//!   look: there? ──▶ done                  change the state
 //!   lock                                   fence
 //!   waiting += 1                           waiting == 0?  ──▶ done, without a lock
 //!   fence                                  lock, unlock    (the waiter is now in its sleep)
@@ -11,10 +11,10 @@
 //!   nothing: sleep (unlocks)
 //! ```
 //!
-//! A waiter looks while it holds the lock, and gives it up only by sleeping; a notifier that saw
-//! somebody waiting goes through the lock before it notifies. So no notification falls between a
-//! look and its sleep. Whether there is a waiter at all is asked without the lock, and the two
-//! fences make one of the two see the other.
+//! A waiter looks while it holds the lock, and releases the lock only by sleeping. A notifier that sees a
+//! waiter goes through the lock before it notifies. So no notification falls between a look and its sleep.
+//! The notifier reads the number of waiters without the lock; the two fences ensure that it sees the
+//! waiter, or the waiter sees the change.
 //!
 //! Waiters of one place may wait for different things. [`Waiters::notify_one`] wakes one waiter. A waiter
 //! that cannot use the wake-up passes it on, at most once per waiter, so it reaches one that can.
@@ -26,7 +26,7 @@
 //!
 //! # Edges
 //!
-//! There is none: what a look finds carries its own. The fences are each other's partners.
+//! There is none: what a look finds carries an edge of its own. The fences are each other's partners.
 
 use std::{
     fmt,

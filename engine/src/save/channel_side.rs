@@ -1,7 +1,7 @@
-//! Channel side: take → send, until every packet has a taker.
+//! Channel side: take and send packets, until every packet has been taken.
 //!
 //! ```text
-//!   take (waits) ─▶ take more, where they are small ─▶ send all with one call ─▶ recycle
+//!   take (waits) ─▶ take more, if they are small ─▶ send all with one call ─▶ recycle
 //!   the end ─▶ finish: the peer reads the channel's end ─▶ kept open, for the session's report
 //! ```
 

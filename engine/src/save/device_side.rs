@@ -1,4 +1,4 @@
-//! Device side: the I/O thread's part, from a device's data fd to the queue.
+//! Device side: the I/O thread's part of a save, from a device's data fd to the send queue.
 //!
 //! ```text
 //!   lease ─▶ submit reads, linked ─▶ … ─▶ write each packet's headers in front of its data ─▶ publish
@@ -45,7 +45,7 @@ pub(crate) struct SaveTransfer {
     outcome: ResultOnDrop,
 }
 
-/// Leaves a flow's result when it goes away, however it does.
+/// Leaves a transfer's result when it goes away, however it does.
 struct ResultOnDrop {
     save: Arc<Save>,
     device: Arc<SaveDevice>,

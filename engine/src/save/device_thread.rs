@@ -1,7 +1,7 @@
 //! The device's thread: everything of a save but the bytes.
 //!
 //! ```text
-//!   STOP_COPY ─▶ attach the flow ─▶ save the config meanwhile ─▶ wait for the I/O thread
+//!   STOP_COPY ─▶ attach the transfer ─▶ save the config meanwhile ─▶ wait for the I/O thread
 //! ```
 
 use std::io::Write;

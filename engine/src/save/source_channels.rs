@@ -1,20 +1,23 @@
-//! The source's channels before its session: greeted when the migration is set up, silent or carrying
-//! PRE_COPY data while the VM runs.
+//! The source's channels before its session. They are greeted when the migration is set up. While the VM
+//! runs they are silent, or carry PRE_COPY data.
 //!
 //! ```text
 //!   greet() ─▶ SourceChannels ─ OutgoingDevice::iterate_over() … failure() ─▶ SaveBuilder::greeted_channels()
 //! ```
 //!
-//! A destination gives a channel a time for its hello, and then none for what comes behind it: so the
-//! hello is sent at once, however long the VM runs on, and an end of the other side is seen before the
-//! VM stops.
+//! A destination waits a limited time for a channel's hello, and then any time for what follows. So the
+//! source sends the hello at once, however long the VM runs on. The source can also see, before the VM
+//! stops, whether the destination has ended a channel.
 //!
-//! The caller's thread owns the channels. Where PRE_COPY data goes over them it sends each packet on the
-//! next one in turn. Every packet that comes before it, of any device, has been sent by then, so the
-//! destination can always get on with what it has. Any thread may cancel.
+//! The caller's thread owns the channels. It sends PRE_COPY packets on the channels in turn. All earlier
+//! packets, of all devices, have been sent by then, so the destination can always load what it has. Any
+//! thread may cancel.
 //!
-//! What ends a send's wait: the peer, which takes something; the time without progress; a
-//! cancellation, which hangs up all channels.
+//! # What ends each wait
+//!
+//! | who waits | for | ended by |
+//! |---|---|---|
+//! | the caller, in a send | the peer, to take bytes | the peer; the time without progress; a cancellation, which hangs up all channels |
 
 use std::{fmt, io::IoSlice, sync::Arc};
 

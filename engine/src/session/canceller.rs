@@ -1,7 +1,7 @@
-//! Cancels a session from wherever it is needed, also while another thread waits in its join.
+//! Cancels a session from any thread, also while another thread waits in the session's join.
 //!
-//! The handle does not keep the session's memory: what it calls is taken away at the session's end,
-//! after which it does nothing. Any thread, any number of times.
+//! The handle does not keep the session's memory. When the session ends, the handle is cut off from it and
+//! does nothing any more. Any thread may use it, any number of times.
 
 use std::{
     fmt,

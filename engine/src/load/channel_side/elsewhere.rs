@@ -1,4 +1,5 @@
-//! Packets that do not go to memory: to the spill file, or nowhere where their device has been unplugged.
+//! Packets that do not go to memory: those that are spilled to a file, and those of an unplugged device,
+//! which are discarded.
 
 use std::mem;
 
