@@ -89,9 +89,11 @@ fn source(
         }
     }
     let ids: Vec<_> = sources.iter().map(|source| source.id().clone()).collect();
+    // What would cost downtime is made before it.
+    let mut session = SaveSession::builder().greeted_channels(channels);
+    Outgoing::prepare(&sources, &mut session)?;
     // The processors stand still from here on.
     vm::stop(&mut sources, Reason::FinishMigration)?;
-    let session = SaveSession::builder().greeted_channels(channels);
     let mut outgoing = Outgoing::begin(sources, session)?;
     writer.write(&Event::Command(Command::SwitchoverStart))?;
     for device in (0..).zip(&ids) {

@@ -1,9 +1,10 @@
 //! The bytes of a pool: one piece of memory, backed by huge pages where the kernel has them.
 //!
 //! A load's is touched when it is made: whoever makes a session pays for its memory before the first byte
-//! moves, and no transfer meets a page fault. A save's is made within the downtime, so its pages come as
-//! they are used: the pool gives out what was given back last, and most are never needed. Huge pages make
-//! both cheaper (16 faults for 32 MiB, not 8192).
+//! moves, and no transfer meets a page fault. So is a save's that is made before the VM stops
+//! (`SaveBuilder::prepare`). Where it is made within the downtime its pages come as they are used: the pool
+//! gives out what was given back last, and most are never needed. Huge pages make all of it cheaper (16
+//! faults for 32 MiB, not 8192).
 //!
 //! What cannot be had is an error, [`NoMemory`], and no abort: a setting or a peer chooses the size.
 //!

@@ -109,6 +109,13 @@ pub(crate) trait Transfer: Send {
         Ok(())
     }
 
+    /// A part of the batch is through, and the lane is busy with the rest: reads that were whole.
+    ///
+    /// # Errors
+    ///
+    /// Ends the flow, once the lane is idle.
+    fn part_done(&mut self, filled: Vec<Filled>, guard: &Guard) -> Result<(), Error>;
+
     /// The batch is through; `filled` are a read's buffers, and none of a write's.
     ///
     /// # Errors
@@ -570,6 +577,15 @@ impl<F: Transfer> IoLoop<F> {
         let progress = flow.complete(completion, &mut *self.ring);
         let result = match progress {
             Progress::Busy => return,
+            Progress::Part(filled) => {
+                // Of a flow that ends nothing more is wanted.
+                if ending.is_none()
+                    && let Err(error) = flow.part_done(filled, guard)
+                {
+                    self.end(at, error, Instant::now());
+                }
+                return;
+            }
             Progress::Idle(filled) => flow.batch_done(filled, guard),
             Progress::Failed {
                 index,

@@ -5,6 +5,8 @@
 //!                         │               │               │
 //!   complete(…)  ◀────────┴───────────────┴───────────────┘   in any order; judged when all are in
 //!        │
+//!        ├─ a read, whole, and so
+//!        │  are those before it  Part      its bytes need not wait for the rest of the chain
 //!        ├─ all whole            Idle      the next batch may come
 //!        ├─ first short, or EINTR: the rest came back untouched; resubmitted from there: Busy
 //!        ├─ first errno          Failed    final: the step's idx and the errno
@@ -131,6 +133,8 @@ struct Step {
 pub(crate) enum Progress {
     /// Operations are in flight.
     Busy,
+    /// Operations are in flight; these reads, the chain's first, have been whole.
+    Part(Vec<Filled>),
     /// None is. The buffers of a read come with the bytes they hold; those of a write are gone.
     Idle(Vec<Filled>),
     /// A transfer failed, for good.
@@ -327,12 +331,36 @@ impl Lane {
         step.result = Some(completion.result);
         self.outstanding -= 1;
         if self.outstanding > 0 {
-            return Progress::Busy;
+            return self.whole_reads();
         }
         if self.aside.is_none() {
             counters.transfer(self.submitted);
         }
         self.judge(ring, counters)
+    }
+
+    /// Gives out what the first steps of a chain have read, as far as each has read all that it was to. What
+    /// comes behind them is still the kernel's.
+    fn whole_reads(&mut self) -> Progress {
+        let is_whole = |step: &Step| match (&step.result, &step.buffer) {
+            (Some(Ok(len)), Some(buffer)) => *len == buffer.size(),
+            _ => false,
+        };
+        let count = if self.direction() == Direction::Read && !self.cancelled {
+            self.steps.iter().take_while(|step| is_whole(step)).count()
+        } else {
+            0
+        };
+        if count == 0 {
+            return Progress::Busy;
+        }
+        let buffers = self.steps.drain(..count).filter_map(|step| step.buffer);
+        let filled = buffers.map(|buffer| Filled {
+            len: buffer.size(),
+            buffer,
+            end: false,
+        });
+        Progress::Part(filled.collect())
     }
 
     /// Judges a chain, all of which has come back.

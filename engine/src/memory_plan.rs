@@ -23,7 +23,8 @@ use crate::{
 /// The budget unless set, where it is enough for the devices.
 const DEFAULT_BUDGET: usize = 32 << 20;
 
-/// What many devices raise that to at most: a load's is touched when it is made, a save's as it is used.
+/// What many devices raise that to at most: a load's is touched when it is made, a save's as it is used, or
+/// when it is prepared.
 const MANY_LOAD: usize = 64 << 20;
 const MANY_SAVE: usize = 256 << 20;
 

@@ -8,6 +8,7 @@
 //!   SourceChannels::greet()    │
 //!   OutgoingDevice::setup() ◀──────────┴────────────────────▶ Incoming::setup()
 //!     │ iterate(), pending_*()      main channel ────▶   device(id)?.load_state()
+//!   Outgoing::prepare()  memory, ring               │
 //!   vm::stop()        all P2P, then all STOP_COPY     │
 //!     │                                               │
 //!   Outgoing::begin()                               switchover_start()

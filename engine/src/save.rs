@@ -51,18 +51,13 @@ pub use self::{
     source_channels::SourceChannels,
 };
 use crate::{
-    arena::NoMemory,
     channel::Finished,
     error::{Error, Result},
     first_failure::FirstFailure,
     framed,
     id::DeviceId,
     io_loop::IoHandle,
-    reorder::{
-        flags::DeviceFlags,
-        pool::{Pool, PoolLayout},
-        send_queue::SendQueue,
-    },
+    reorder::{flags::DeviceFlags, pool::Pool, send_queue::SendQueue},
     stats::DeviceCounters,
     sync::{
         Arc, Mutex,
@@ -86,6 +81,8 @@ pub(crate) struct SaveDevice {
     config: OnceLock<Vec<u8>>,
     /// The config packet's headers, once its idx is known.
     config_headers: OnceLock<[u8; wire::DEVICE_PACKET_LEN]>,
+    /// When it was in STOP_COPY.
+    stopped: OnceLock<Instant>,
     /// When the first packet was queued.
     queued: OnceLock<Instant>,
     drained: Mutex<Option<Result<()>>>,
@@ -107,6 +104,9 @@ impl SaveDevice {
     fn count_sent(&self, bytes: usize) {
         self.counters.taken(1);
         self.counters.bytes.add(bytes as u64);
+        if let Some(stopped) = self.stopped.get() {
+            self.counters.phases.first_out.first_time(*stopped);
+        }
         if let Some(queued) = self.queued.get() {
             self.counters.phases.wire.raise_time(queued.elapsed());
         }
@@ -133,14 +133,15 @@ pub(crate) struct Save {
 impl Save {
     pub(crate) fn new(
         devices: Vec<(DeviceId, usize, u32)>,
-        pool: PoolLayout,
+        pool: Arc<Pool>,
         io: Arc<IoHandle<SaveTransfer>>,
         grace: Duration,
-    ) -> Result<Self, NoMemory> {
+    ) -> Self {
         let collector = Collector::new();
         let count = u32::try_from(devices.len()).expect("the builder bounds their number");
         let device = |(ordinal, (id, data_len, first)): (u32, (DeviceId, usize, u32))| {
-            assert!(framed::HEADROOM + data_len <= pool.buffer_len && pool.buffers > 0);
+            let layout = pool.layout();
+            assert!(framed::HEADROOM + data_len <= layout.buffer_len && layout.buffers > 0);
             Arc::new(SaveDevice {
                 key: wire::DeviceKey::new(&id),
                 id,
@@ -151,13 +152,14 @@ impl Save {
                 counters: DeviceCounters::default(),
                 config: OnceLock::new(),
                 config_headers: OnceLock::new(),
+                stopped: OnceLock::new(),
                 queued: OnceLock::new(),
                 drained: Mutex::new(None),
             })
         };
-        Ok(Self {
+        Self {
             devices: (0..count).zip(devices).map(device).collect(),
-            pool: Arc::new(Pool::untouched(pool)?),
+            pool,
             queue: SendQueue::new(collector.clone()),
             collector,
             io,
@@ -166,7 +168,7 @@ impl Save {
             grace,
             finished: Mutex::default(),
             first_failure: FirstFailure::default(),
-        })
+        }
     }
 
     /// Ends everything, for this reason if it is the first. Returns whether it was.

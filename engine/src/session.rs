@@ -61,6 +61,7 @@ use crate::{
     id::DeviceId,
     io_loop::{IoHandle, IoLoop, Limits, Transfer},
     lane::{Buffer, CHAIN},
+    memory_plan::Memory,
     reorder::{flags::SLACK, pool::Pool},
     settings::{MAX_DEVICES, Settings},
     stats::{ChannelCounters, DeviceStats, SpillStats, Stats},
@@ -81,6 +82,18 @@ const fn ring_capacity(devices: u32) -> usize {
 
 const _: () = assert!(ring_capacity(MAX_DEVICES) <= vfio_migration_uring::MAX_CAPACITY);
 
+/// What a session's start would make within the downtime, made before it.
+pub(crate) struct Prepared {
+    /// What it was made for: the most devices, and how their memory is cut.
+    pub(crate) limit: u32,
+    pub(crate) memory: Memory,
+    /// All of it has been touched.
+    pub(crate) pool: Arc<Pool>,
+    pub(crate) ring: Box<dyn Ring<Buffer>>,
+    pub(crate) backend: &'static str,
+    pub(crate) waker: Waker,
+}
+
 /// What is common to both builders.
 #[derive(Default)]
 pub(crate) struct Parts {
@@ -88,6 +101,8 @@ pub(crate) struct Parts {
     pub(crate) devices: Vec<Device>,
     pub(crate) channels: Vec<Channel>,
     pub(crate) spawner: Option<Spawner>,
+    /// Save. Gone where what it was made from has changed since.
+    pub(crate) prepared: Option<Prepared>,
     #[cfg(feature = "sim")]
     pub(crate) simulation: Option<SimConfig>,
     #[cfg(feature = "faults")]
@@ -145,6 +160,7 @@ impl fmt::Debug for Parts {
             .field("settings", &self.settings)
             .field("devices", &self.devices)
             .field("channels", &self.channels.len())
+            .field("prepared", &self.prepared.is_some())
             .finish_non_exhaustive()
     }
 }
@@ -155,11 +171,13 @@ macro_rules! builder_methods {
         /// Replaces all settings.
         pub fn settings(mut self, settings: Settings) -> Self {
             self.parts.settings = settings;
+            self.parts.prepared = None;
             self
         }
 
         /// The settings as they are.
-        pub const fn settings_mut(&mut self) -> &mut Settings {
+        pub fn settings_mut(&mut self) -> &mut Settings {
+            self.parts.prepared = None;
             &mut self.parts.settings
         }
 
@@ -216,6 +234,7 @@ macro_rules! builder_methods {
         #[cfg(feature = "sim")]
         pub fn simulated_ring(mut self, config: vfio_migration_uring::sim::SimConfig) -> Self {
             self.parts.simulation = Some(config);
+            self.parts.prepared = None;
             self
         }
 
@@ -223,6 +242,7 @@ macro_rules! builder_methods {
         #[cfg(feature = "faults")]
         pub fn refuse_leases(mut self, plan: crate::LeasePlan) -> Self {
             self.parts.refusals = Some(plan);
+            self.parts.prepared = None;
             self
         }
     };

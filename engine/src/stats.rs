@@ -64,6 +64,15 @@ impl Counter {
         self.raise(nanos(duration));
     }
 
+    /// Sets it to a time, where it has none yet.
+    pub fn first_time(&self, since: Instant) {
+        if self.get() == 0 {
+            let took = nanos(since.elapsed()).max(1);
+            // Relaxed: a counter. Of two that come first one is.
+            let _others = self.0.compare_exchange(0, took, Relaxed, Relaxed);
+        }
+    }
+
     /// What it says.
     #[must_use]
     pub fn get(&self) -> u64 {
@@ -101,10 +110,14 @@ pub struct Phases {
     pub stop: Duration,
     /// Setting STOP_COPY; on the destination, before the downtime, RESUMING.
     pub set_state: Duration,
+    /// Source: from STOP_COPY to the first packet's last byte out: what a switchover costs beside its bytes.
+    pub first_out: Duration,
     /// Source: from STOP_COPY to the last byte from the data fd.
     pub read: Duration,
     /// Source: from the first packet's queueing to the last packet's last byte.
     pub wire: Duration,
+    /// Destination: from the switchover's start to the first packet, in the part of `wait` that comes first.
+    pub first_in: Duration,
     /// Destination: from the switchover's start on, waiting for the packet that is next.
     pub wait: Duration,
     /// Destination: from the switchover's start to the last byte into the data fd, without `wait`.
@@ -118,12 +131,14 @@ pub struct Phases {
 impl Phases {
     /// All phases with their names, in the order in which a migration passes them.
     #[must_use]
-    pub const fn named(&self) -> [(&'static str, Duration); 8] {
+    pub const fn named(&self) -> [(&'static str, Duration); 10] {
         [
             ("stop", self.stop),
             ("set state", self.set_state),
+            ("first out", self.first_out),
             ("read", self.read),
             ("wire", self.wire),
+            ("first in", self.first_in),
             ("wait", self.wait),
             ("write", self.write),
             ("config", self.config),
@@ -284,10 +299,14 @@ pub struct PhaseCounters {
     pub stop: Counter,
     /// See [`Phases::set_state`].
     pub set_state: Counter,
+    /// See [`Phases::first_out`].
+    pub first_out: Counter,
     /// See [`Phases::read`].
     pub read: Counter,
     /// See [`Phases::wire`].
     pub wire: Counter,
+    /// See [`Phases::first_in`].
+    pub first_in: Counter,
     /// See [`Phases::wait`].
     pub wait: Counter,
     /// See [`Phases::write`].
@@ -305,8 +324,10 @@ impl PhaseCounters {
         Phases {
             stop: self.stop.get_time(),
             set_state: self.set_state.get_time(),
+            first_out: self.first_out.get_time(),
             read: self.read.get_time(),
             wire: self.wire.get_time(),
+            first_in: self.first_in.get_time(),
             wait: self.wait.get_time(),
             write: self.write.get_time(),
             config: self.config.get_time(),

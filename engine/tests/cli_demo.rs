@@ -56,10 +56,10 @@ fn the_json_says_what_the_table_does() {
             assert!(device[time].as_f64().unwrap() >= 0.0);
         }
         let took = |side: &str, phase: &str| device[side][phase].as_f64().unwrap();
-        for phase in ["stop", "read", "wire", "config"] {
+        for phase in ["stop", "first_out", "read", "wire", "config"] {
             assert!(took("source", phase) > 0.0, "{phase}");
         }
-        for phase in ["set_state", "write", "config", "resume"] {
+        for phase in ["set_state", "first_in", "write", "config", "resume"] {
             assert!(took("destination", phase) > 0.0, "{phase}");
         }
         for (side, phase) in [("source", "write"), ("destination", "read")] {

@@ -469,6 +469,9 @@ impl Transfer for LoadTransfer {
             if let Some(since) = self.starved.take() {
                 self.device.counters.starved.add_time(since.elapsed());
             }
+            if let Some(started) = self.started {
+                self.device.counters.phases.first_in.first_time(started);
+            }
             mem::swap(&mut self.ready, &mut self.in_flight);
             for index in &self.in_flight.indices {
                 trace::load_state_device_buffer_load_start(&self.device.id, *index);
@@ -542,6 +545,10 @@ impl Transfer for LoadTransfer {
             && !self.ready.is_full(self.share)
             && self.in_flight.gathered_at.is_some()
             && self.reader.is_ready(&self.device.reorder, guard)
+    }
+
+    fn part_done(&mut self, _filled: Vec<Filled>, _guard: &Guard) -> Result<()> {
+        unreachable!("a load reads one piece at a time")
     }
 
     fn batch_done(&mut self, filled: Vec<Filled>, _guard: &Guard) -> Result<()> {

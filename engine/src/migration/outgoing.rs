@@ -74,6 +74,20 @@ pub struct Outgoing {
 }
 
 impl Outgoing {
+    /// Makes what [`Outgoing::begin`] would make within the downtime, memory most of all: to be called with
+    /// the same devices and the same session before the VM stops. See [`SaveBuilder::prepare`].
+    ///
+    /// # Errors
+    ///
+    /// What [`SaveBuilder::prepare`] says. The migration may go on.
+    pub fn prepare(sources: &[OutgoingDevice], session: &mut SaveBuilder) -> Result<()> {
+        let over_channels = || sources.iter().filter(|source| source.multifd);
+        match over_channels().map(|source| source.buffer.len()).max() {
+            Some(largest) => session.prepare(over_channels().count(), largest),
+            None => Ok(()),
+        }
+    }
+
     /// Begins. All devices go to STOP_COPY where they are not there, all at once, and those that
     /// use the multifd channels are read from and sent from now on. `session` has the channels, which
     /// were greeted at the set-up ([`SaveBuilder::greeted_channels`]), and the settings, and no devices;

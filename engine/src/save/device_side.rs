@@ -1,7 +1,7 @@
 //! Device side: the I/O thread's part of a save, from a device's data fd to the send queue.
 //!
 //! ```text
-//!   lease ─▶ submit reads, linked ─▶ … ─▶ write each packet's headers in front of its data ─▶ publish
+//!   lease ─▶ submit reads, linked ─▶ … each comes back ─▶ write its headers in front of its data ─▶ publish
 //! ```
 
 use std::{io, time::Instant};
@@ -192,6 +192,14 @@ impl Transfer for SaveTransfer {
         self.lane
             .submit(numbered, context.ring, &self.device.counters);
         TransferState::Busy
+    }
+
+    fn part_done(&mut self, filled: Vec<Filled>, guard: &Guard) -> Result<()> {
+        // At once: a channel is free, and the destination waits.
+        for Filled { buffer, len, .. } in filled {
+            self.publish(buffer, len, guard)?;
+        }
+        Ok(())
     }
 
     fn batch_done(&mut self, filled: Vec<Filled>, guard: &Guard) -> Result<()> {

@@ -53,6 +53,7 @@ fn set_up_device(save: &Arc<Save>, shared: &Arc<SaveDevice>, device: &mut Device
     let since = Instant::now();
     device.set_state(DeviceState::StopCopy, DeviceState::Stop)?;
     shared.counters.phases.set_state.add_time(since.elapsed());
+    shared.stopped.get_or_init(Instant::now);
     let flow = SaveTransfer::new(save.clone(), shared.clone(), device.lend()?);
     let attached = save.io.attach(shared.ordinal, flow);
     attached.map_err(|_flow| cancelled())

@@ -13,14 +13,19 @@ use super::{Save, SaveDevice, SaveTransfer, SourceChannels, serve_channel, serve
 #[cfg(doc)]
 use crate::error::ErrorKind;
 use crate::{
+    arena::NoMemory,
     channel::{Channel, ChannelLimits, Sender},
     device::{Device, buffer_len},
     error::{Error, Failed, Phase, Result},
     host::no_budget,
     id::DeviceId,
     io_loop::{IoHandle, IoLoop},
-    reorder::flags::SLACK,
-    session::{Canceller, Common, DeviceHandoff, Parts, Report, builder_methods, host},
+    memory_plan::Memory,
+    reorder::{
+        flags::SLACK,
+        pool::{Pool, PoolLayout},
+    },
+    session::{Canceller, Common, DeviceHandoff, Parts, Prepared, Report, builder_methods, host},
     settings::{Settings, check_data_len},
     stats::{ChannelCounters, Stats},
     sync::{Arc, Mutex, lock},
@@ -78,8 +83,28 @@ impl SaveBuilder {
         self
     }
 
+    /// Makes what a start would make within the downtime and can be made before it: the memory, touched,
+    /// and the ring. For so many devices, the largest of whose packets holds `data_len` bytes of data.
+    ///
+    /// To be called before the VM stops, after the settings: a change of those drops it again. A start that
+    /// needs other memory than this makes its own.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Misuse`] for settings that cannot be; [`ErrorKind::Host`] for what the host does not have.
+    /// Nothing is lost: a start then does without.
+    pub fn prepare(&mut self, devices: usize, data_len: usize) -> Result<()> {
+        let parts = &mut self.parts;
+        parts.prepared = None;
+        check_data_len("data_len: 1 byte to just below 16 MiB", data_len)?;
+        let limit = parts.settings.device_limit(devices)?;
+        let memory = parts.settings.save_memory(limit, data_len)?;
+        parts.prepared = Some(prepared(parts, limit, memory, Pool::new)?);
+        Ok(())
+    }
+
     /// Allocates all memory, starts all threads, and sets every device to STOP_COPY, all at once;
-    /// each is read from when it is there.
+    /// each is read from when it is there. What can be had before: see [`prepare`](Self::prepare).
     ///
     /// # Errors
     ///
@@ -109,6 +134,25 @@ impl SaveBuilder {
             Err(error) => Err(Failed::new(error, devices)),
         }
     }
+}
+
+/// Makes a session's memory and its ring.
+fn prepared(
+    parts: &Parts,
+    limit: u32,
+    memory: Memory,
+    pool: impl FnOnce(PoolLayout) -> Result<Pool, NoMemory>,
+) -> Result<Prepared> {
+    let waker = Waker::new().map_err(host)?;
+    let (ring, backend) = parts.ring(limit, waker.clone())?;
+    Ok(Prepared {
+        limit,
+        memory,
+        pool: Arc::new(pool(memory.pool).map_err(no_budget)?),
+        ring,
+        backend,
+        waker,
+    })
 }
 
 /// A save under way: the source's side of a migration.
@@ -165,16 +209,22 @@ impl SaveSession {
         }
         let largest = sized.iter().map(|(_, len, _)| *len).max().unwrap_or(0);
         let memory = parts.settings.save_memory(limit, largest)?;
-        let waker = Waker::new().map_err(host)?;
-        let (ring, backend) = parts.ring(limit, waker.clone())?;
-        let handle = Arc::new(IoHandle::new(waker));
-        let grace = parts.settings.grace;
-        let save =
-            Arc::new(Save::new(sized, memory.pool, handle.clone(), grace).map_err(no_budget)?);
+        let made = parts.prepared.take();
+        let made = made.filter(|made| (made.limit, made.memory) == (limit, memory));
+        let Prepared {
+            pool,
+            ring,
+            backend,
+            waker,
+            ..
+        } = made.map_or_else(|| prepared(parts, limit, memory, Pool::untouched), Ok)?;
         #[cfg(feature = "faults")]
         if let Some(plan) = parts.refusals.take() {
-            save.pool.refuse_by(plan);
+            pool.refuse_by(plan);
         }
+        let handle = Arc::new(IoHandle::new(waker));
+        let grace = parts.settings.grace;
+        let save = Arc::new(Save::new(sized, pool, handle.clone(), grace));
         let session = Self {
             common: Arc::new(Common {
                 tasks: Arc::new(Tasks::new(parts.spawner.take())?),

@@ -192,11 +192,12 @@ impl Migration<'_> {
                 break;
             }
         }
-        vm::stop(&mut sources, vm::Reason::FinishMigration)?;
-        let save = match channels {
+        let mut save = match channels {
             Some(channels) => save.greeted_channels(channels),
             None => save,
         };
+        Outgoing::prepare(&sources, &mut save)?;
+        vm::stop(&mut sources, vm::Reason::FinishMigration)?;
         let mut outgoing = Outgoing::begin(sources, save)?;
         incoming.switchover_start()?;
         for at in 0..plan.devices.len() {

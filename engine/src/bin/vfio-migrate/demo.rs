@@ -379,10 +379,12 @@ fn migrate(options: &Options) -> anyhow::Result<Migrated> {
     let channels = SourceChannels::greet(channels, &settings).context("source")?;
     let load = Incoming::setup(devices, &capabilities, load, Box::new(|| Ok(())));
     let load = load.map_err(Error::from).context("destination")?;
+    let save = SaveSession::builder().settings(settings);
+    let mut save = save.greeted_channels(channels);
+    Outgoing::prepare(&sources, &mut save).context("source")?;
     let began = Instant::now();
     vm::stop(&mut sources, vm::Reason::FinishMigration).context("source")?;
-    let save = SaveSession::builder().settings(settings);
-    let save = Outgoing::begin(sources, save.greeted_channels(channels));
+    let save = Outgoing::begin(sources, save);
     let save = save.map_err(Error::from).context("source")?;
     load.switchover_start().context("destination")?;
     let lens = pairs_only

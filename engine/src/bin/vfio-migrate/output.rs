@@ -206,8 +206,10 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
 pub(crate) struct Downtime {
     stop: f64,
     set_state: f64,
+    first_out: f64,
     read: f64,
     wire: f64,
+    first_in: f64,
     wait: f64,
     write: f64,
     config: f64,
@@ -221,8 +223,10 @@ impl From<Phases> for Downtime {
         Self {
             stop: phases.stop.as_secs_f64(),
             set_state: phases.set_state.as_secs_f64(),
+            first_out: phases.first_out.as_secs_f64(),
             read: phases.read.as_secs_f64(),
             wire: phases.wire.as_secs_f64(),
+            first_in: phases.first_in.as_secs_f64(),
             wait: phases.wait.as_secs_f64(),
             write: phases.write.as_secs_f64(),
             config: phases.config.as_secs_f64(),

@@ -369,7 +369,8 @@ fn migrate(
         None
     };
     let session = SaveSession::builder().settings(settings);
-    let session = session.greeted_channels(channels);
+    let mut session = session.greeted_channels(channels);
+    Outgoing::prepare(&sources, &mut session)?;
     let began = Instant::now();
     vm::stop(&mut sources, vm::Reason::FinishMigration)?;
     let outgoing = Outgoing::begin(sources, session).map_err(Error::from)?;
