@@ -25,6 +25,8 @@ pub struct Error(Arc<Place>);
 #[derive(Clone)]
 struct Place {
     kind: ErrorKind,
+    /// Another failure ended this: its own kind is `Cancelled`. Not seen outside of the crate.
+    aborted: bool,
     phase: Phase,
     device: Option<DeviceId>,
     channel: Option<u32>,
@@ -70,7 +72,8 @@ pub enum ErrorKind {
     Unmigratable(Refusal),
     /// The device has new initial data, and asks for the switchover to wait, after it was decided.
     LateRequest,
-    /// The embedder cancelled, or another device's failure did.
+    /// The embedder cancelled. Of one device or packet: or the session has failed for a reason that is not its
+    /// own.
     Cancelled,
     /// This system's own mistake, caught before it could do harm.
     Internal(&'static str),
@@ -252,6 +255,7 @@ impl Error {
     pub fn new(kind: ErrorKind, phase: Phase) -> Self {
         Self(Arc::new(Place {
             kind,
+            aborted: false,
             phase,
             device: None,
             channel: None,
@@ -283,6 +287,12 @@ impl Error {
     #[must_use]
     pub fn cancelled(phase: Phase) -> Self {
         Self::new(ErrorKind::Cancelled, phase)
+    }
+
+    /// Ended in `phase` because the session has failed, or does, for another reason: never that reason
+    /// itself ([`FirstFailure::fail`](crate::first_failure::FirstFailure::fail)).
+    pub(crate) fn aborted(phase: Phase) -> Self {
+        Self::cancelled(phase).with(|place| place.aborted = true)
     }
 
     /// Time is up: `missing` says what has not come.
@@ -332,7 +342,7 @@ impl Error {
     /// Says anew what went wrong, and keeps where and why.
     #[must_use]
     pub fn with_kind(self, kind: ErrorKind) -> Self {
-        self.with(|place| place.kind = kind)
+        self.with(|place| (place.kind, place.aborted) = (kind, false))
     }
 
     /// Names the phase anew.
@@ -399,6 +409,19 @@ impl Error {
     pub(crate) fn trace_errno<T>(result: &Result<T>) -> i32 {
         let errno = |error: &Self| -error.raw_os_error().unwrap_or(Errno::EINVAL as i32);
         result.as_ref().map_or_else(errno, |_| 0)
+    }
+
+    /// Whether it is another failure that ended this.
+    pub(crate) fn is_aborted(&self) -> bool {
+        self.0.aborted
+    }
+
+    /// As the embedder has it, to whom what was aborted was cancelled.
+    pub(crate) fn into_public(self) -> Self {
+        if self.0.aborted {
+            return self.with(|place| place.aborted = false);
+        }
+        self
     }
 
     /// Whether somebody cancelled, rather than something failed.

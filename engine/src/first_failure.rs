@@ -1,7 +1,8 @@
 //! Why a session ended early, if it did: the first reason counts, and hangs up every channel.
 //!
-//! Any thread may fail a session, at any time; the second to do so is told that it was. A channel
-//! that is added afterwards is hung up at once.
+//! Any thread may fail a session, at any time; the second to do so is told that it was. A thread that was
+//! ended by another's failure hands its error in all the same: an abort is not taken for a reason, even
+//! where it comes before the reason does. A channel that is added afterwards is hung up at once.
 
 use std::{
     fmt,
@@ -24,7 +25,7 @@ pub(crate) struct FirstFailure {
 impl FirstFailure {
     /// Fails the session. Returns whether this was the first reason.
     pub(crate) fn fail(&self, error: Error) -> bool {
-        if self.first.set((error, Instant::now())).is_err() {
+        if error.is_aborted() || self.first.set((error, Instant::now())).is_err() {
             return false;
         }
         self.hang_up();
@@ -65,5 +66,35 @@ impl fmt::Debug for FirstFailure {
         f.debug_struct("FirstFailure")
             .field("failure", &self.failure())
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::{ErrorKind, Phase};
+
+    #[test]
+    fn an_abort_is_no_reason_even_where_it_comes_first() {
+        let first_failure = FirstFailure::default();
+        assert!(!first_failure.fail(Error::aborted(Phase::Receive)));
+        assert!(first_failure.failure().is_none());
+        let reason = Error::new(ErrorKind::Device, Phase::Load);
+        assert!(first_failure.fail(reason.on_channel(3)));
+        assert!(!first_failure.fail(Error::cancelled(Phase::Load)));
+        let failure = first_failure.failure().unwrap();
+        assert_eq!(*failure.kind(), ErrorKind::Device);
+        assert_eq!(failure.channel(), Some(3));
+    }
+
+    #[test]
+    fn what_an_embedder_has_of_an_abort_is_a_cancellation_and_a_reason() {
+        let aborted = Error::aborted(Phase::Receive).at_index(7);
+        assert!(aborted.is_cancelled());
+        let first_failure = FirstFailure::default();
+        assert!(first_failure.fail(aborted.into_public()));
+        let failure = first_failure.failure().unwrap();
+        assert!(failure.is_cancelled());
+        assert_eq!(failure.index(), Some(7));
     }
 }

@@ -70,6 +70,7 @@ use crate::{
         atomic::{AtomicBool, AtomicU32, Ordering, fence},
         lock,
     },
+    trace,
 };
 
 /// What became of the I/O thread's part of a load: the config packet's data, framing tags included.
@@ -364,12 +365,27 @@ impl Load {
         first
     }
 
-    /// Waits until it is known why the load has failed. For a channel that found a device closed: the
-    /// I/O thread closes it, and the device's thread says why. Ends with that; or soon, should nothing have
-    /// failed.
-    pub(crate) fn wait_for_reason(&self) {
+    /// Waits until it is known why the load has failed, for a channel that was aborted: the I/O thread closes
+    /// a device, and the device's thread says why. Until then the channel's input is open, or other devices
+    /// would miss what it brings no more. Ends with the reason; or soon, should nothing have failed.
+    fn wait_for_reason(&self) {
         let soon = deadline(SLACK);
         let _reason = self.backpressure.wait_until(soon, || self.failure());
+    }
+
+    /// Want-exit: cleanup has begun. What is still under way is called off.
+    pub(crate) fn exit_all(&self) {
+        let devices = self.devices();
+        if devices.iter().any(|device| !device.flags.is_ended()) {
+            // Before the flags, so that what they end has a reason. From here on the grace time counts.
+            self.fail(Error::cancelled(Phase::Cleanup));
+        }
+        for device in devices {
+            trace::load_cleanup(&device.id);
+            device.flags.exit();
+        }
+        self.io.wake();
+        self.backpressure.notify_all();
     }
 
     /// Says that one more thread may bring packets.

@@ -380,8 +380,19 @@ impl Common {
         self.tasks.notify();
     }
 
-    /// Waits for the results of these devices' set-ups.
+    /// Waits for the results of these devices' set-ups. Where one fails, or was aborted, the session's first
+    /// failure is the error.
     pub(crate) fn set_up(
+        &self,
+        results: &mpsc::Receiver<(DeviceId, Result<()>)>,
+        names: Vec<DeviceId>,
+        first_failure: &FirstFailure,
+    ) -> Result<()> {
+        let set_up = self.wait_for_set_up(results, names);
+        set_up.map_err(|error| first_failure.failure().unwrap_or(error).into_public())
+    }
+
+    fn wait_for_set_up(
         &self,
         results: &mpsc::Receiver<(DeviceId, Result<()>)>,
         mut names: Vec<DeviceId>,
@@ -460,7 +471,7 @@ impl Common {
                     let stuck = matches!(&result, Err(error) if *error.kind() == ErrorKind::Stuck);
                     DeviceReport {
                         id,
-                        result,
+                        result: result.map_err(Error::into_public),
                         device: unless_stuck(device, stuck),
                     }
                 }
@@ -483,9 +494,14 @@ impl Common {
         off: fn(&mut Device) -> Result<()>,
     ) -> Report {
         let off = result.is_err().then_some(off);
+        let devices = self.devices(ids, off);
+        debug_assert!(
+            result.is_err() || devices.iter().all(|device| device.result.is_ok()),
+            "a device was aborted, and nothing has failed"
+        );
         Report {
             result,
-            devices: self.devices(ids, off),
+            devices,
             stats,
             abandoned_threads: left_behind,
             channels: Finished::default(),

@@ -416,7 +416,7 @@ impl LoadSink {
                 return Err(match self.stopped(device) {
                     Some(error) => error,
                     None if written() => device.refuse(Violation::IndexAlreadyWritten, index),
-                    None => Error::cancelled(Phase::Receive)
+                    None => Error::aborted(Phase::Receive)
                         .on_device(&device.id)
                         .at_index(index),
                 });
@@ -462,7 +462,7 @@ impl LoadSink {
         device
             .flags
             .stop()
-            .map(|_| Error::cancelled(Phase::Receive).on_device(&device.id))
+            .map(|_| Error::aborted(Phase::Receive).on_device(&device.id))
     }
 
     /// Gives up memory that is not in use.

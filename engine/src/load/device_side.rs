@@ -187,8 +187,8 @@ impl LoadTransfer {
         }
     }
 
-    fn cancelled(&self) -> Error {
-        Error::cancelled(Phase::Load)
+    fn aborted(&self) -> Error {
+        Error::aborted(Phase::Load)
             .on_device(&self.device.id)
             .at_index(self.position())
     }
@@ -444,7 +444,7 @@ impl Transfer for LoadTransfer {
 
     fn stop(&self) -> Option<Error> {
         let _quit_or_exit = self.device.flags.stop()?;
-        Some(self.cancelled())
+        Some(self.aborted())
     }
 
     fn advance(&mut self, context: &mut Context<'_>) -> TransferState {
@@ -515,7 +515,7 @@ impl Transfer for LoadTransfer {
         if ended {
             // Channels that were hung up on have ended too: then this is no news.
             if self.load.failure().is_some() {
-                return TransferState::Finished(Err(self.cancelled()));
+                return TransferState::Finished(Err(self.aborted()));
             }
             let error = Error::new(ErrorKind::Missing, Phase::Load)
                 .on_device(&self.device.id)

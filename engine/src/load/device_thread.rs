@@ -53,25 +53,25 @@ fn set_up_device(load: &Arc<Load>, shared: &Arc<LoadDevice>, device: &mut Device
     *lock(&shared.iterable) = Some(fd.clone());
     let flow = LoadTransfer::new(load.clone(), shared.clone(), fd);
     let attached = load.io.attach(shared.ordinal, flow);
-    attached.map_err(|_flow| Error::cancelled(Phase::Setup).on_device(&shared.id))
+    attached.map_err(|_flow| Error::aborted(Phase::Setup).on_device(&shared.id))
 }
 
 fn finish_load(load: &Load, shared: &LoadDevice, device: &mut Device) -> Result<()> {
-    let cancelled = |_stop| Error::cancelled(Phase::Config).on_device(&shared.id);
+    let aborted = |_stop| Error::aborted(Phase::Config).on_device(&shared.id);
     let config = wait_for_transfer(load, shared)?;
     let body = wire::config_body(&config).map_err(|error| error.on_device(&shared.id))?;
     if shared.config_waits {
         // A time beyond the clock's end is none.
         let until = Some(deadline(load.settings.config_ready_timeout));
         match shared.flags.wait_config_ready(until) {
-            Some(told) => told.map_err(cancelled)?,
+            Some(told) => told.map_err(aborted)?,
             None => {
                 let missing = "the notice that its config may be loaded has not come";
                 return Err(Error::stalled(Phase::Config, missing).on_device(&shared.id));
             }
         }
     } else if let Some(stop) = shared.flags.stop() {
-        return Err(cancelled(stop));
+        return Err(aborted(stop));
     }
     let since = Instant::now();
     let mut rest = body;
@@ -159,8 +159,8 @@ pub(crate) fn wait_written(
             }
             let ended = shared.flags.stop().is_some() || shared.flags.is_drained();
             ended.then(|| {
-                let cancelled = || Error::cancelled(Phase::Section).on_device(&shared.id);
-                Err(load.failure().unwrap_or_else(cancelled))
+                let aborted = || Error::aborted(Phase::Section).on_device(&shared.id);
+                Err(load.failure().unwrap_or_else(aborted))
             })
         });
         match ended {

@@ -190,12 +190,10 @@ impl Publisher {
 
     /// A packet that breaks a rule fails the migration.
     fn fail_with<T>(&self, result: Result<T>) -> Result<T> {
-        if let Err(error) = &result
-            && !error.is_cancelled()
-        {
+        result.map_err(|error| {
             self.sink.load().fail(error.clone());
-        }
-        result
+            error.into_public()
+        })
     }
 }
 

@@ -285,7 +285,8 @@ impl LoadSession {
         }
         drop(sender);
         started?;
-        self.set_up(&results, names)?;
+        self.common
+            .set_up(&results, names, &self.load.first_failure)?;
         for channel in parts.channels {
             self.add_channel(channel)?;
         }
@@ -337,25 +338,12 @@ impl LoadSession {
                     load.fail(error);
                 }
                 if let Some(device) = left.take() {
-                    let result = Err(Error::cancelled(Phase::Setup).on_device(&shared.id));
+                    let result = Err(Error::aborted(Phase::Setup).on_device(&shared.id));
                     common.give_back(ordinal, device, result);
                 }
                 shared.flags.end();
             },
         )
-    }
-
-    /// Waits for the results of set-ups. One that was cancelled has its reason elsewhere.
-    fn set_up(
-        &self,
-        results: &mpsc::Receiver<(DeviceId, Result<()>)>,
-        names: Vec<DeviceId>,
-    ) -> Result<()> {
-        let set_up = self.common.set_up(results, names);
-        set_up.map_err(|error| match self.failure() {
-            Some(reason) if error.is_cancelled() => reason,
-            _ => error,
-        })
     }
 
     /// Adds a device while the session runs (`max_devices` has to leave room for it), and returns
@@ -370,7 +358,8 @@ impl LoadSession {
         let (sender, results) = mpsc::channel();
         let name = device.id().clone();
         self.spawn_device(device, sender)?;
-        self.set_up(&results, vec![name])
+        self.common
+            .set_up(&results, vec![name], &self.load.first_failure)
     }
 
     /// Takes a device out while the session runs: an unplug. Its load is cancelled, and the device comes
@@ -465,7 +454,7 @@ impl LoadSession {
                 });
                 drop(sink);
                 if let Err(error) = result {
-                    if error.is_cancelled() {
+                    if error.is_aborted() {
                         load.wait_for_reason();
                     }
                     load.fail(error);
@@ -641,16 +630,7 @@ impl LoadSession {
     /// Cleans up: want-exit. Ends what is still under way, and gives the devices back, within the
     /// grace time.
     pub fn cleanup(mut self) -> Report {
-        for device in self.load.devices() {
-            trace::load_cleanup(&device.id);
-            device.flags.exit();
-        }
-        self.load.io.wake();
-        self.load.backpressure.notify_all();
-        if !self.devices_ended() {
-            // From here on the grace time counts.
-            self.load.fail(Error::cancelled(Phase::Cleanup));
-        }
+        self.load.exit_all();
         self.end()
     }
 

@@ -84,7 +84,7 @@ impl IncomingDevice<'_> {
             self.incoming.failure().unwrap_or_else(|| {
                 let error = error.on_device(&self.member.id);
                 self.incoming.fail(error.clone());
-                error
+                error.into_public()
             })
         })
     }

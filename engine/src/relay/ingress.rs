@@ -232,7 +232,7 @@ impl RelaySink {
             Publish::Closed(filled) => {
                 filled.recycle(&self.shared.pool);
                 let stopped = self.shared.stopped();
-                return Err(stopped.unwrap_or_else(|| Error::cancelled(Phase::Receive)));
+                return Err(stopped.unwrap_or_else(|| Error::aborted(Phase::Receive)));
             }
         }
         self.shared.arrivals.notify_all();

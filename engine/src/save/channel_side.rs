@@ -54,7 +54,7 @@ pub(crate) fn serve_channel(
             }
             Taken::Closed => {
                 let failure = save.first_failure.failure();
-                return Err(failure.unwrap_or_else(|| Error::cancelled(Phase::Send)));
+                return Err(failure.unwrap_or_else(|| Error::aborted(Phase::Send)));
             }
         }
         while packets.len() < GATHER && packets.iter().all(|packet| packet.len() < SMALL) {

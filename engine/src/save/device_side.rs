@@ -91,6 +91,12 @@ impl SaveTransfer {
         }
     }
 
+    fn aborted(&self) -> Error {
+        Error::aborted(Phase::Save)
+            .on_device(&self.device.id)
+            .at_index(self.next)
+    }
+
     fn error(&self, kind: ErrorKind) -> Error {
         Error::new(kind, Phase::Save)
             .on_device(&self.device.id)
@@ -132,7 +138,10 @@ impl SaveTransfer {
     fn hand_over(&self, packet: Packet, guard: &Guard) -> Result<()> {
         self.save.queue.publish(packet, guard).map_err(|packet| {
             packet.recycle(&self.save.pool);
-            self.error(ErrorKind::Cancelled)
+            match self.save.first_failure.failure() {
+                Some(_) => self.aborted(),
+                None => self.error(ErrorKind::Misuse("more packets than the queue can count")),
+            }
         })
     }
 
@@ -170,7 +179,7 @@ impl Transfer for SaveTransfer {
 
     fn stop(&self) -> Option<Error> {
         let _quit_or_exit = self.device.flags.stop()?;
-        Some(self.error(ErrorKind::Cancelled))
+        Some(self.aborted())
     }
 
     fn advance(&mut self, context: &mut Context<'_>) -> TransferState {

@@ -46,9 +46,9 @@ pub(crate) fn serve_device(
 
 fn set_up_device(save: &Arc<Save>, shared: &Arc<SaveDevice>, device: &mut Device) -> Result<()> {
     trace::save_setup(&shared.id, shared.data_len as u64);
-    let cancelled = || Error::cancelled(Phase::Setup).on_device(&shared.id);
+    let aborted = || Error::aborted(Phase::Setup).on_device(&shared.id);
     if shared.flags.stop().is_some() {
-        return Err(cancelled());
+        return Err(aborted());
     }
     let since = Instant::now();
     device.set_state(DeviceState::StopCopy, DeviceState::Stop)?;
@@ -56,7 +56,7 @@ fn set_up_device(save: &Arc<Save>, shared: &Arc<SaveDevice>, device: &mut Device
     shared.stopped.get_or_init(Instant::now);
     let flow = SaveTransfer::new(save.clone(), shared.clone(), device.lend()?);
     let attached = save.io.attach(shared.ordinal, flow);
-    attached.map_err(|_flow| cancelled())
+    attached.map_err(|_flow| aborted())
 }
 
 /// The largest config packet's data: with its headers its length fits 32 bits.

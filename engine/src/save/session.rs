@@ -298,11 +298,10 @@ impl SaveSession {
         for (number, sender) in (0..).zip(senders) {
             self.spawn_channel(number, sender, limits)?;
         }
-        // A channel may have failed meanwhile: then that is why a device's set-up was cancelled.
         let names = self.save.devices.iter();
         let names = names.map(|device| device.id.clone()).collect();
-        let set_up = self.common.set_up(&results, names);
-        set_up.map_err(|error| self.failure().unwrap_or(error))
+        self.common
+            .set_up(&results, names, &self.save.first_failure)
     }
 
     fn spawn_device(
@@ -339,7 +338,7 @@ impl SaveSession {
                     save.fail(error);
                 }
                 if let Some(device) = left.take() {
-                    let result = Err(Error::cancelled(Phase::Setup).on_device(&shared.id));
+                    let result = Err(Error::aborted(Phase::Setup).on_device(&shared.id));
                     common.give_back(ordinal, device, result);
                 }
                 shared.flags.end();
