@@ -22,11 +22,10 @@ use std::{
 };
 
 use nix::{
-    errno::Errno,
     fcntl::{FcntlArg, fcntl},
     sys::memfd::{MFdFlags, memfd_create},
 };
-use vfio_migration::{Device, DeviceId, DeviceState, MigrationDevice, MigrationFlags, PrecopyInfo};
+use vfio_migration::{Device, DeviceId, FdDevice};
 
 use crate::measure::Mark;
 
@@ -183,55 +182,6 @@ impl Ended {
     }
 }
 
-/// A device over a given file: all that a session asks of it, and nothing else.
-struct FileDevice {
-    state: DeviceState,
-    file: File,
-    start: Option<u64>,
-    size: u64,
-    ended: Arc<Ended>,
-}
-
-impl MigrationDevice for FileDevice {
-    fn flags(&self) -> io::Result<MigrationFlags> {
-        Ok(MigrationFlags::STOP_COPY)
-    }
-
-    fn state(&self) -> io::Result<DeviceState> {
-        Ok(self.state)
-    }
-
-    fn set_state(&mut self, new: DeviceState) -> io::Result<Option<OwnedFd>> {
-        self.state = new;
-        if !matches!(new, DeviceState::Resuming | DeviceState::StopCopy) {
-            return Ok(None);
-        }
-        if let Some(start) = self.start {
-            self.file.seek(SeekFrom::Start(start))?;
-        }
-        Ok(Some(self.file.try_clone()?.into()))
-    }
-
-    fn reset(&mut self) -> io::Result<()> {
-        Ended::set(&self.ended.reset);
-        self.state = DeviceState::Running;
-        Ok(())
-    }
-
-    fn data_size(&self) -> io::Result<u64> {
-        Ok(self.size)
-    }
-
-    fn precopy_info(&self, _fd: BorrowedFd<'_>) -> io::Result<PrecopyInfo> {
-        Err(Errno::EINVAL.into())
-    }
-
-    fn load_config(&mut self, _reader: &mut dyn Read) -> io::Result<()> {
-        Ended::set(&self.ended.loaded);
-        Ok(())
-    }
-}
-
 /// A device whose data fd is `sink`, and what it will have to tell.
 ///
 /// # Panics
@@ -239,13 +189,26 @@ impl MigrationDevice for FileDevice {
 /// Where the file cannot be duplicated.
 pub fn device(id: &DeviceId, sink: &Sink, size: usize) -> (Device, Arc<Ended>) {
     let ended = Arc::new(Ended::default());
-    let inner = FileDevice {
-        state: DeviceState::Running,
-        file: sink.file().expect("an fd can be duplicated"),
-        start: sink.start,
-        size: size as u64,
-        ended: ended.clone(),
-    };
+    let (loads, resets) = (ended.clone(), ended.clone());
+    let (mut file, start) = (sink.file().expect("an fd can be duplicated"), sink.start);
+    let inner = FdDevice::new(move |_state| {
+        if let Some(start) = start {
+            file.seek(SeekFrom::Start(start))?;
+        }
+        Ok(file.try_clone()?.into())
+    })
+    .with_data_size(move || Ok(size as u64))
+    .with_config(
+        |_writer| Ok(()),
+        move |_reader| {
+            Ended::set(&loads.loaded);
+            Ok(())
+        },
+    )
+    .on_reset(move || {
+        Ended::set(&resets.reset);
+        Ok(())
+    });
     let device = Device::new(id.clone(), Box::new(inner)).expect("it can STOP_COPY");
     (device, ended)
 }

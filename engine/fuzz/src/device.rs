@@ -1,12 +1,11 @@
 //! A device over a small pipe, whose other end the target drains when it likes.
 
 use std::{
-    io::{self, PipeReader, Read, Write},
-    os::fd::{BorrowedFd, OwnedFd},
+    io::{self, PipeReader, Read},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use vfio_migration::{Device, DeviceId, DeviceState, MigrationDevice, MigrationFlags, PrecopyInfo};
+use vfio_migration::{Device, DeviceId, DeviceState, FdDevice};
 
 /// What has reached a device.
 #[derive(Debug, Default)]
@@ -67,13 +66,6 @@ impl Drain {
     }
 }
 
-/// The session's end of a device.
-struct Piped {
-    state: DeviceState,
-    drain: Drain,
-    config: Loader,
-}
-
 /// What a device does with its config.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Loader {
@@ -96,70 +88,45 @@ pub fn device(id: &DeviceId, config: Loader) -> (Device, Drain) {
         reader: Arc::default(),
         got: Arc::default(),
     };
-    let piped = Piped {
-        state: DeviceState::Running,
-        drain: drain.clone(),
-        config,
-    };
-    let device = Device::new(id.clone(), Box::new(piped)).expect("it answers");
-    (device, drain)
-}
-
-impl MigrationDevice for Piped {
-    fn flags(&self) -> io::Result<MigrationFlags> {
-        Ok(MigrationFlags::STOP_COPY)
-    }
-
-    fn state(&self) -> io::Result<DeviceState> {
-        Ok(self.state)
-    }
-
-    fn set_state(&mut self, new: DeviceState) -> io::Result<Option<OwnedFd>> {
-        self.state = new;
-        self.drain.got().states.push(new);
-        if new != DeviceState::Resuming {
-            return Ok(None);
-        }
+    let (opens, changes, resets, loads) =
+        (drain.clone(), drain.clone(), drain.clone(), drain.clone());
+    let piped = FdDevice::new(move |_state| {
         let (reader, writer) = io::pipe()?;
         let flags = nix::fcntl::OFlag::O_NONBLOCK;
         nix::fcntl::fcntl(&reader, nix::fcntl::FcntlArg::F_SETFL(flags))?;
         nix::fcntl::fcntl(&writer, nix::fcntl::FcntlArg::F_SETPIPE_SZ(4096))?;
-        let mut place = self.drain.reader.lock().expect("nobody panics with it");
-        *place = Some(reader);
-        Ok(Some(writer.into()))
-    }
-
-    fn reset(&mut self) -> io::Result<()> {
-        self.state = DeviceState::Running;
-        self.drain.got().resets += 1;
+        *opens.reader.lock().expect("nobody panics with it") = Some(reader);
+        Ok(writer.into())
+    })
+    .on_change(move |_from, to| {
+        changes.got().states.push(to);
         Ok(())
-    }
-
-    fn data_size(&self) -> io::Result<u64> {
-        Ok(1 << 20)
-    }
-
-    fn precopy_info(&self, _fd: BorrowedFd<'_>) -> io::Result<PrecopyInfo> {
-        Err(io::ErrorKind::Unsupported.into())
-    }
-
-    fn save_config(&mut self, _writer: &mut dyn Write) -> io::Result<()> {
-        Err(io::ErrorKind::Unsupported.into())
-    }
-
-    fn load_config(&mut self, reader: &mut dyn Read) -> io::Result<()> {
-        if self.config == Loader::Short {
-            return reader.read_exact(&mut [0]);
-        }
-        let mut bytes = Vec::new();
-        reader.read_to_end(&mut bytes)?;
-        match self.config {
-            Loader::Refuses => return Err(io::ErrorKind::InvalidData.into()),
-            Loader::Good | Loader::Short => {}
-        }
-        let mut got = self.drain.got();
-        assert!(got.config.is_none(), "a config is loaded once");
-        got.config = Some(bytes);
+    })
+    .on_reset(move || {
+        resets.got().resets += 1;
         Ok(())
+    })
+    .with_config(
+        |_writer| Err(io::ErrorKind::Unsupported.into()),
+        move |reader| load(config, reader, &loads),
+    );
+    let device = Device::new(id.clone(), Box::new(piped)).expect("it answers");
+    (device, drain)
+}
+
+/// What a device of this kind does with its config.
+fn load(config: Loader, reader: &mut dyn Read, drain: &Drain) -> io::Result<()> {
+    if config == Loader::Short {
+        return reader.read_exact(&mut [0]);
     }
+    let mut bytes = Vec::new();
+    reader.read_to_end(&mut bytes)?;
+    match config {
+        Loader::Refuses => return Err(io::ErrorKind::InvalidData.into()),
+        Loader::Good | Loader::Short => {}
+    }
+    let mut got = drain.got();
+    assert!(got.config.is_none(), "a config is loaded once");
+    got.config = Some(bytes);
+    Ok(())
 }

@@ -28,7 +28,7 @@ use vfio_migration::{
 use crate::{
     Usage, args,
     config_digest::{Config, ConfigDigest, DigestingDevice},
-    file::{FileDevice, Written},
+    file::{self, Written},
     kernel,
     output::{Moved, hex, say},
     state_files::{self, StateFile, Target},
@@ -222,11 +222,11 @@ pub(crate) fn open(specs: &[Spec], source: bool) -> anyhow::Result<Vec<(Device, 
                 if source {
                     let opened = state_files::open_regular(path);
                     opened.with_context(|| path.display().to_string())?;
-                    let device = FileDevice::source(path.clone());
+                    let device = file::source(path.clone());
                     (Box::new(device), State::Read(path.clone()))
                 } else {
                     let written = Written::new(Target::new(path)?);
-                    let device = FileDevice::destination(written.clone());
+                    let device = file::destination(written.clone());
                     (Box::new(device), State::Written(written))
                 }
             }

@@ -14,15 +14,14 @@
 //! one at a time; the command takes the file out of [`Written`] when the session is over.
 
 use std::{
-    fmt, fs,
-    io::{self, Read},
-    os::fd::{BorrowedFd, OwnedFd},
+    fmt, fs, io,
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use nix::errno::Errno;
-use vfio_migration::{DeviceState, MigrationDevice, MigrationFlags, PrecopyInfo};
+use vfio_migration::{DeviceState, FdDevice};
 
 use crate::state_files::{self, StateFile, Target};
 
@@ -89,92 +88,39 @@ impl std::error::Error for At {
     }
 }
 
-/// Where the state is.
-#[derive(Debug)]
-enum End {
-    Source(PathBuf),
-    Destination(Written),
+/// A device whose state is read from `path`. It is STOPped, as one of a VM that does not run.
+pub(crate) fn source(path: PathBuf) -> FdDevice {
+    let len_of = path.clone();
+    device(move |state| match state {
+        DeviceState::Resuming => Err(Errno::EINVAL.into()),
+        _ => {
+            let file = state_files::open_regular(&path);
+            Ok(file.map_err(|error| at(&path, error))?.into())
+        }
+    })
+    .with_data_size(move || Ok(fs::metadata(&len_of)?.len()))
 }
 
-/// A device whose state is a file.
-#[derive(Debug)]
-pub(crate) struct FileDevice {
-    end: End,
-    state: DeviceState,
-}
-
-impl FileDevice {
-    /// A device that is STOPped, as one of a VM that does not run: its state is read from `path`.
-    pub(crate) const fn source(path: PathBuf) -> Self {
-        Self {
-            end: End::Source(path),
-            state: DeviceState::Stop,
-        }
-    }
-
-    /// The same: its state is written.
-    pub(crate) const fn destination(written: Written) -> Self {
-        Self {
-            end: End::Destination(written),
-            state: DeviceState::Stop,
-        }
-    }
-}
-
-impl MigrationDevice for FileDevice {
-    fn flags(&self) -> io::Result<MigrationFlags> {
-        // It never writes to another device.
-        Ok(MigrationFlags::STOP_COPY | MigrationFlags::P2P)
-    }
-
-    fn state(&self) -> io::Result<DeviceState> {
-        Ok(self.state)
-    }
-
-    fn set_state(&mut self, new: DeviceState) -> io::Result<Option<OwnedFd>> {
-        use DeviceState::{Resuming, Running, RunningP2p, Stop, StopCopy};
-        let fd = match (self.state, new) {
-            (Running | RunningP2p | Stop, StopCopy) => match &self.end {
-                End::Source(path) => {
-                    let file = state_files::open_regular(path);
-                    Some(file.map_err(|error| at(path, error))?.into())
-                }
-                End::Destination(_) => return Err(Errno::EINVAL.into()),
-            },
-            (Running | RunningP2p | Stop, Resuming) => match &self.end {
-                End::Source(_) => return Err(Errno::EINVAL.into()),
-                End::Destination(written) => Some(written.create()?),
-            },
-            (Running | RunningP2p | Stop | StopCopy | Resuming, Running | RunningP2p | Stop) => {
-                None
-            }
-            (from, to) if from == to => None,
-            _ => return Err(Errno::EINVAL.into()),
-        };
-        self.state = new;
-        Ok(fd)
-    }
-
-    fn reset(&mut self) -> io::Result<()> {
-        if let End::Destination(written) = &self.end {
-            drop(written.take());
-        }
-        self.state = DeviceState::Running;
+/// The same: its state is written.
+pub(crate) fn destination(written: Written) -> FdDevice {
+    let dropped = written.clone();
+    device(move |state| match state {
+        DeviceState::Resuming => written.create(),
+        _ => Err(Errno::EINVAL.into()),
+    })
+    .on_reset(move || {
+        drop(dropped.take());
         Ok(())
-    }
+    })
+}
 
-    fn data_size(&self) -> io::Result<u64> {
-        match &self.end {
-            End::Source(path) => Ok(fs::metadata(path)?.len()),
-            End::Destination(_) => Err(Errno::ENOTTY.into()),
-        }
-    }
-
-    fn precopy_info(&self, _fd: BorrowedFd<'_>) -> io::Result<PrecopyInfo> {
-        Err(Errno::EINVAL.into())
-    }
-
-    fn load_config(&mut self, reader: &mut dyn Read) -> io::Result<()> {
-        io::copy(reader, &mut io::sink()).map(drop)
-    }
+fn device(open: impl FnMut(DeviceState) -> io::Result<OwnedFd> + Send + 'static) -> FdDevice {
+    FdDevice::new(open)
+        .stopped()
+        // It never writes to another device.
+        .with_p2p()
+        .with_config(
+            |_writer| Ok(()),
+            |reader| io::copy(reader, &mut io::sink()).map(drop),
+        )
 }

@@ -1,8 +1,8 @@
 //! `replay`'s devices: they take any state, and keep its digest.
 //!
 //! ```text
-//!   engine ══▶ Recorder: RESUMING ══▶ pipe ─┐                ┌─▶ thread ─┐
-//!   engine ══▶ Recorder           ══▶ pipe ─┼─▶ one epoll ───┼─▶ thread ─┼─▶ sha256, DIR/…
+//!   engine ══▶ a device: RESUMING ══▶ pipe ─┐                ┌─▶ thread ─┐
+//!   engine ══▶ a device           ══▶ pipe ─┼─▶ one epoll ───┼─▶ thread ─┼─▶ sha256, DIR/…
 //!        …                                  ┘                └─▶ …      ─┘
 //! ```
 //!
@@ -16,7 +16,6 @@
 use std::{
     fs::File,
     io::{self, PipeReader, Read, Write},
-    os::fd::{BorrowedFd, OwnedFd},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         mpsc::{self, Receiver, Sender},
@@ -34,7 +33,7 @@ use nix::{
     },
 };
 use sha2::{Digest, Sha256};
-use vfio_migration::{DeviceState, MigrationDevice, MigrationFlags, PrecopyInfo, wire};
+use vfio_migration::{DeviceState, FdDevice, wire};
 use vfio_migration_uring::thread::spawn;
 
 use crate::{
@@ -233,67 +232,41 @@ pub(crate) struct Kept {
     pub(crate) config: Option<Vec<u8>>,
 }
 
-/// A device that takes any state, and keeps its digest.
-pub(crate) struct Recorder {
-    pub(crate) state: DeviceState,
-    /// Where the state is written to as well.
-    pub(crate) target: Option<Arc<Target>>,
-    pub(crate) kept: Arc<Mutex<Kept>>,
-    pub(crate) pipes: Arc<Pipes>,
-}
-
 pub(crate) fn lock(kept: &Mutex<Kept>) -> MutexGuard<'_, Kept> {
     kept.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl MigrationDevice for Recorder {
-    fn flags(&self) -> io::Result<MigrationFlags> {
-        Ok(MigrationFlags::STOP_COPY)
-    }
-
-    fn state(&self) -> io::Result<DeviceState> {
-        Ok(self.state)
-    }
-
-    fn set_state(&mut self, new: DeviceState) -> io::Result<Option<OwnedFd>> {
-        let fd = match new {
-            DeviceState::Resuming => {
-                let (reader, writer) = io::pipe()?;
-                // A larger pipe is only faster.
-                let _as_it_is = fcntl(&writer, FcntlArg::F_SETPIPE_SZ(1 << 20));
-                let file = self.target.as_ref().map(|target| target.create());
-                let file = file.transpose()?;
-                let copy = file.as_ref().map(|file| file.file().try_clone());
-                let copy = copy.transpose()?;
-                let mut kept = lock(&self.kept);
-                kept.state = Some(self.pipes.add(reader, copy)?);
-                kept.file = file;
-                Some(writer.into())
-            }
-            DeviceState::Stop | DeviceState::Running => None,
-            _ => return Err(Errno::EINVAL.into()),
-        };
-        self.state = new;
-        Ok(fd)
-    }
-
-    fn reset(&mut self) -> io::Result<()> {
-        self.state = DeviceState::Running;
-        Ok(())
-    }
-
-    fn data_size(&self) -> io::Result<u64> {
-        Err(Errno::ENOTTY.into())
-    }
-
-    fn precopy_info(&self, _fd: BorrowedFd<'_>) -> io::Result<PrecopyInfo> {
-        Err(Errno::EINVAL.into())
-    }
-
-    fn load_config(&mut self, reader: &mut dyn Read) -> io::Result<()> {
-        let mut body = Vec::new();
-        reader.read_to_end(&mut body)?;
-        lock(&self.kept).config = Some(wire::wrap_config(&body));
-        Ok(())
-    }
+/// A device that takes any state, and keeps its digest; where `target` is, the state too.
+pub(crate) fn device(
+    target: Option<Arc<Target>>,
+    kept: Arc<Mutex<Kept>>,
+    pipes: Arc<Pipes>,
+) -> FdDevice {
+    let config = kept.clone();
+    FdDevice::new(move |state| {
+        if state != DeviceState::Resuming {
+            return Err(Errno::EINVAL.into());
+        }
+        let (reader, writer) = io::pipe()?;
+        // A larger pipe is only faster.
+        let _as_it_is = fcntl(&writer, FcntlArg::F_SETPIPE_SZ(1 << 20));
+        let file = target.as_ref().map(|target| target.create());
+        let file = file.transpose()?;
+        let copy = file.as_ref().map(|file| file.file().try_clone());
+        let copy = copy.transpose()?;
+        let mut kept = lock(&kept);
+        kept.state = Some(pipes.add(reader, copy)?);
+        kept.file = file;
+        Ok(writer.into())
+    })
+    .stopped()
+    .with_config(
+        |_writer| Ok(()),
+        move |reader| {
+            let mut body = Vec::new();
+            reader.read_to_end(&mut body)?;
+            lock(&config).config = Some(wire::wrap_config(&body));
+            Ok(())
+        },
+    )
 }

@@ -3,7 +3,7 @@
 //! ```text
 //!   FILE … ─┬─▶ Scan: is it whole? which devices? where is which idx?
 //!           │
-//!           └─▶ Channel::from_reader ══▶ LoadSession ──▶ Recorder, a device ──▶ pipe ──▶ Recorders
+//!           └─▶ Channel::from_reader ══▶ LoadSession ──▶ a device ──────▶ pipe ──────▶ Recorders
 //!                                                           │                            │
 //!                                                           ▼                            ▼
 //!                                                     config, sha256      state, sha256, DIR/…
@@ -30,7 +30,7 @@ use anyhow::{Context, anyhow, bail};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 use vfio_migration::{
-    Channel, Device, DeviceId, DeviceState, LoadSession, RamSink, Report, Settings,
+    Channel, Device, DeviceId, LoadSession, RamSink, Report, Settings,
     text::is_printable,
     wire::{DeviceKey, PageSize},
 };
@@ -44,7 +44,7 @@ use crate::{
     interrupt, network,
     output::{self, Moved, hex},
     progress::Progress,
-    recorder::{Kept, Recorder, Recorders, lock},
+    recorder::{self, Kept, Recorders, lock},
     state_files::{self, Directory, StateFile, Target},
 };
 
@@ -169,12 +169,8 @@ struct Subject {
 
 impl Subject {
     fn device(&self, recorders: &Recorders) -> anyhow::Result<Device> {
-        let recorder = Recorder {
-            state: DeviceState::Stop,
-            target: self.files.as_ref().map(|files| files.state.clone()),
-            kept: self.kept.clone(),
-            pipes: recorders.pipes().clone(),
-        };
+        let target = self.files.as_ref().map(|files| files.state.clone());
+        let recorder = recorder::device(target, self.kept.clone(), recorders.pipes().clone());
         Ok(Device::new(self.id.clone(), Box::new(recorder))?)
     }
 
