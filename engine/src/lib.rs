@@ -102,6 +102,37 @@ pub mod internals {
     pub use crate::sync::stepped::{Sleep, take_over};
 }
 
+#[doc = include_str!("../guide.md")]
+///
+/// [`MigrationBlockers::admit`]: crate::migration::MigrationBlockers::admit
+/// [`blockers`]: crate::migration::MigrationBlockers::blockers
+/// [`OutgoingDevice::setup`]: crate::migration::OutgoingDevice::setup
+/// [`Incoming::setup`]: crate::migration::Incoming::setup
+/// [`OutgoingDevice::iterate_over`]: crate::migration::OutgoingDevice::iterate_over
+/// [`iterate`]: crate::migration::OutgoingDevice::iterate
+/// [`pending_estimate`]: crate::migration::OutgoingDevice::pending_estimate
+/// [`pending_exact`]: crate::migration::OutgoingDevice::pending_exact
+/// [`SwitchoverAcks`]: crate::migration::SwitchoverAcks
+/// [`SendSwitchoverAck`]: crate::migration::SendSwitchoverAck
+/// [`vm::stop`]: crate::migration::vm::stop
+/// [`vm::start`]: crate::migration::vm::start
+/// [`Outgoing::begin`]: crate::migration::Outgoing::begin
+/// [`write_state`]: crate::migration::Outgoing::write_state
+/// [`finish`]: crate::migration::Outgoing::finish
+/// [`Outgoing::write_config`]: crate::migration::Outgoing::write_config
+/// [`MigrationDevice::save_config`]: crate::MigrationDevice::save_config
+/// [`Incoming::device`]: crate::migration::Incoming::device
+/// [`load_state`]: crate::migration::IncomingDevice::load_state
+/// [`LoadSession`]: crate::LoadSession
+/// [`Saved::cleanup`]: crate::migration::Saved::cleanup
+/// [`Channel`]: crate::Channel
+/// [`stream::Writer`]: crate::stream::Writer
+/// [`stream::Reader`]: crate::stream::Reader
+/// [`Capabilities`]: crate::migration::Capabilities
+/// [`DeviceSettings`]: crate::migration::DeviceSettings
+/// [`Settings`]: crate::Settings
+pub mod guide {}
+
 /// The README's examples compile.
 #[cfg(doctest)]
 #[doc = include_str!("../../README.md")]

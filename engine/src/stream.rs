@@ -453,6 +453,30 @@ impl<W: Write> Writer<W> {
         self.output.write_all(bytes).map_err(failed)
     }
 
+    /// Writes a whole section of a VFIO device: its header with `id`, its number; what `body` writes; its
+    /// footer.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Writer::write`]; the body's.
+    pub fn device_section<R>(
+        &mut self,
+        kind: SectionKind,
+        id: u32,
+        owner: &DeviceId,
+        body: impl FnOnce(&mut W) -> Result<R>,
+    ) -> Result<R> {
+        self.write(&Event::Section(Section {
+            kind,
+            id,
+            owner: owner.clone(),
+            version: order::VERSION,
+        }))?;
+        let written = body(&mut self.output)?;
+        self.footer(id)?;
+        Ok(written)
+    }
+
     /// Writes an event: of a section, its header.
     ///
     /// # Errors

@@ -25,7 +25,7 @@ use crate::{
 };
 
 /// The one version of a VFIO device's sections.
-const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 1;
 
 /// How far a device's sections have come.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
