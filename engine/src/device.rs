@@ -33,7 +33,7 @@
 //! callback, takes for it, and nothing here can end it sooner.
 
 mod callbacks;
-mod estimate;
+pub mod estimate;
 mod fd_device;
 mod machine;
 mod rest;
@@ -58,7 +58,6 @@ use vfio_migration_uring::Fd;
 use self::rest::Rest;
 pub use self::{
     callbacks::{MigrationDevice, StateEvent},
-    estimate::{MAX_DATA_SIZE, buffer_len, stop_copy_estimate},
     fd_device::FdDevice,
     rest::Duty,
 };
@@ -370,7 +369,7 @@ impl Device {
     }
 
     /// How many bytes STOP_COPY would give now, as the driver has it. Never to be allocated from,
-    /// and to be added up only through [`stop_copy_estimate`].
+    /// and to be added up only through [`stop_copy_estimate`](estimate::stop_copy_estimate).
     ///
     /// # Errors
     ///

@@ -1,8 +1,70 @@
-//! Loads and saves VFIO device state: out of order on many channels, in order on each device.
+//! Moves the state of a VM's passed-through devices from one host to another: the engine of a live
+//! migration, for any VMM to embed, in QEMU's wire format.
 //!
-//! A VMM gives its devices ([`Device`], made from a [`MigrationDevice`]) and its connections
-//! ([`Channel`]) to a [`LoadSession`] on the destination or a [`SaveSession`] on the source, tells it
-//! when the switchover starts, and gets the devices back in a [`Report`].
+//! A VM with a VFIO device (a NIC's virtual function, a GPU) has state in that device, hundreds of megabytes to many
+//! gigabytes, and stands still while it crosses the network. This crate takes it over many channels at
+//! once, in bounded memory, and takes the devices and the VMM through everything around that. For
+//! its embedders there is a [`guide`]: both sides' code, the order of everything, what blocks, what fails.
+//!
+//! # A migration
+//!
+//! [`migration`] is the whole life cycle. Here on one thread, with each section's body in memory: a VMM has
+//! two, and a main channel between them.
+//!
+//! ```
+//! # #[cfg(feature = "sim")] {
+//! use vfio_migration::{
+//!     LoadSession, SaveSession, Settings, SourceChannels,
+//!     migration::{Capabilities, Incoming, Outgoing, OutgoingDevice, SwitchoverAcks, vm},
+//! };
+//! # use vfio_migration::{Device, DeviceId, DeviceState, sim::{SimConfig, SimDevice}};
+//! # use vfio_migration::migration::{DeviceSettings, MigratableDevice};
+//! # let id = DeviceId::new("0000:00:03.0/vfio", 0)?;
+//! # let device = |seed| -> Result<_, Box<dyn std::error::Error>> {
+//! #     let device = SimDevice::new(SimConfig { seed, ..SimConfig::default() })?;
+//! #     let handle = device.handle();
+//! #     let device = Device::new(id.clone(), Box::new(device))?;
+//! #     Ok((MigratableDevice::new(device, DeviceSettings::default()), handle))
+//! # };
+//! # let ((here, saved_digest), (there, loaded_digest)) = (device(1)?, device(2)?);
+//! # let (near, far) = std::os::unix::net::UnixStream::pair()?;
+//!
+//! let (capabilities, mut body) = (Capabilities::default(), Vec::new());
+//! // Both sides are set up while the VM runs on the source.
+//! let channels = SourceChannels::greet(vec![near.into()], &Settings::default())?;
+//! let session = LoadSession::builder().channel(far);
+//! let incoming = Incoming::setup(vec![there], &capabilities, session, Box::new(|| Ok(())))?;
+//! let load = |body: &mut Vec<u8>| incoming.device(&id)?.load_state(&mut &body.split_off(0)[..]);
+//! let acks = SwitchoverAcks::new(capabilities.switchover_ack);
+//! let mut sources = vec![OutgoingDevice::setup(here, &capabilities, &acks, &mut body)?];
+//! load(&mut body)?; // START
+//! // … rounds, until little enough is left; then the VM stops …
+//! vm::stop(&mut sources, vm::Reason::FinishMigration)?;
+//! let session = SaveSession::builder().greeted_channels(channels);
+//! let mut outgoing = Outgoing::begin(sources, session)?;
+//! incoming.switchover_start()?;
+//! outgoing.write_state(&id, &mut body)?;
+//! load(&mut body)?; // END
+//! outgoing.write_config(&id, &mut body)?;
+//! load(&mut body)?; // FULL
+//! let saved = outgoing.finish()?; // all is sent
+//! let mut loaded = incoming.finish()?; // all is there
+//! vm::start(loaded.devices_mut())?; // the VM runs on the destination
+//! let stopped = saved.cleanup()?;
+//! let running = loaded.join()?;
+//! # assert_eq!(saved_digest.digest(), loaded_digest.digest());
+//! # assert_eq!(stopped[0].state(), DeviceState::Stop);
+//! # assert_eq!(running[0].state(), DeviceState::Running);
+//! # }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # Bytes alone
+//!
+//! Below it stand two sessions, for whoever has a life cycle and needs its bytes moved: a VMM gives
+//! its devices ([`Device`], made from a [`MigrationDevice`]) and its connections ([`Channel`]) to a
+//! [`LoadSession`] on the destination or a [`SaveSession`] on the source, tells it when the switchover
+//! starts, and gets the devices back in a [`Report`]. A [`Relay`] joins the two without a device.
 //!
 //! ```text
 //!                  channel side (many threads)          device side (one I/O thread)
@@ -16,10 +78,27 @@
 //!                └─────────────────────────────────┴──────────────────────────────────────────┘
 //! ```
 //!
-//! Around the two stands [`migration`]: the whole life cycle of a VM's devices, from their
-//! realization to the VM that runs on the destination.
+//! # Where what is
 //!
-//! [`wire`], [`section`] and [`stream`] are the formats, usable without the rest.
+//! | module | for |
+//! |---|---|
+//! | [`guide`] | reading first |
+//! | [`migration`], [`migration::vm`] | a VM's devices, from their realization to the VM that runs on the other side |
+//! | this one | devices, channels, sessions, relays, settings, errors, counters |
+//! | [`stream`] | the main channel, for a VMM that has none yet |
+//! | [`section`] | the body of a device's section |
+//! | [`wire`] | a channel's bytes |
+//! | [`estimate`], [`trace`], [`text`] | a driver's estimates, made safe; how to filter the events; how to print a peer's text |
+//! | `vfio`, `sim` | the kernel's devices; simulated ones |
+//!
+//! | feature | brings |
+//! |---|---|
+//! | none | all but the last row above |
+//! | `vfio` | the module `vfio`: the kernel's devices, over a device fd or by a sysfs path |
+//! | `sim` | the module `sim`, and simulated rings: for tests, a VMM's own too |
+//! | `cli` | the command `vfio-migrate`, and both of these |
+//!
+//! Linux, 64-bit, little-endian; Rust 1.88.
 
 #[cfg(all(loom, not(crossbeam_loom)))]
 compile_error!("`--cfg loom` without `--cfg crossbeam_loom` models the slots but not the epochs");
@@ -51,7 +130,7 @@ pub mod stream;
 mod sync;
 mod tasks;
 pub mod text;
-mod trace;
+pub mod trace;
 pub mod wire;
 
 pub use vfio_migration_uring::Backend;
@@ -64,10 +143,7 @@ pub use crate::device::vfio;
 pub use crate::reorder::refusals::LeasePlan;
 pub use crate::{
     channel::{Channel, RamSink},
-    device::{
-        Device, Duty, FdDevice, MAX_DATA_SIZE, MigrationDevice, Recover, StateEvent, buffer_len,
-        stop_copy_estimate,
-    },
+    device::{Device, Duty, FdDevice, MigrationDevice, Recover, StateEvent, estimate},
     error::{Error, ErrorKind, Failed, Phase, Refusal, Result, Violation},
     id::{DeviceId, InvalidDeviceId},
     load::{LoadBuilder, LoadSession, PacketLease, Publisher},
@@ -79,7 +155,6 @@ pub use crate::{
     state::{DeviceState, MigrationFlags, PrecopyInfo, UnknownState},
     stats::{ChannelStats, DeviceStats, Latency, Phases, SpillStats, Stats},
     tasks::{Task, TaskKind},
-    trace::TARGET as TRACE_TARGET,
 };
 
 /// The lock-free core, opened for the models and the benches. Outside semver.

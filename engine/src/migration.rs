@@ -46,7 +46,62 @@
 //! the state that they had at set-up, RUNNING or STOP, by a reset where there is no other way; a
 //! device that a call is stuck in is left out.
 //!
-//! ```compile_fail
+//! Both sides on one thread, each body in memory, and a destination that has to give up at the last moment:
+//!
+//! ```
+//! # #[cfg(feature = "sim")] {
+//! # use vfio_migration::{*, migration::{*, vm::Reason}, sim::{SimConfig, SimDevice}};
+//! # let id = DeviceId::new("0000:00:03.0/vfio", 0)?;
+//! # let device = |seed| -> Result<MigratableDevice, Box<dyn std::error::Error>> {
+//! #     let config = SimConfig { seed, precopy_initial: 5000, ..SimConfig::default() };
+//! #     let device = Device::new(id.clone(), Box::new(SimDevice::new(config)?))?;
+//! #     Ok(MigratableDevice::new(device, DeviceSettings::default()))
+//! # };
+//! # let (near, far) = std::os::unix::net::UnixStream::pair()?;
+//! let mut capabilities = Capabilities::default();
+//! capabilities.switchover_ack = SwitchoverAck::Once;
+//! let acks = SwitchoverAcks::new(capabilities.switchover_ack);
+//!
+//! // Set-up. The approval goes to the source over the return path; here straight into its count.
+//! let mut channels = SourceChannels::greet(vec![near.into()], &Settings::default())?;
+//! let (session, path) = (LoadSession::builder().channel(far), acks.clone());
+//! let approve = Box::new(move || Ok(path.received()));
+//! let incoming = Incoming::setup(vec![device(1)?], &capabilities, session, approve)?;
+//! let load = |body: &mut Vec<u8>| incoming.device(&id)?.load_state(&mut &body.split_off(0)[..]);
+//! let mut body = Vec::new();
+//! let mut sources = vec![OutgoingDevice::setup(device(2)?, &capabilities, &acks, &mut body)?];
+//! load(&mut body)?;
+//!
+//! // The VM runs on, until the destination has the initial data.
+//! while !sources[0].is_switchover_ready() {
+//!     sources[0].iterate_over(&mut channels, &mut body)?;
+//!     load(&mut body)?;
+//! }
+//! // It stops.
+//! vm::stop(&mut sources, Reason::FinishMigration)?;
+//! let session = SaveSession::builder().greeted_channels(channels);
+//! let mut outgoing = Outgoing::begin(sources, session)?;
+//! incoming.switchover_start()?;
+//! outgoing.write_state(&id, &mut body)?;
+//! load(&mut body)?;
+//! outgoing.write_config(&id, &mut body)?;
+//! load(&mut body)?;
+//! let saved = outgoing.finish()?;
+//! let loaded = incoming.finish()?;
+//!
+//! // Something else of the VM's is amiss on the destination, and it says so: the VM goes on here.
+//! let there = loaded.abort();
+//! let here = saved.abort();
+//! assert_eq!(there[0].state(), DeviceState::Stop);
+//! assert_eq!(here[0].state(), DeviceState::Running);
+//! assert_eq!(here[0].duty(), Duty::Nothing);
+//! # }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! Nothing is begun twice, before its set-up, or after its end:
+//!
+//! ```compile_fail,E0382
 //! # use vfio_migration::{SaveSession, migration::{SwitchoverAcks, SwitchoverAck, OutgoingDevice, Outgoing}};
 //! # fn twice(source: OutgoingDevice) -> vfio_migration::Result<()> {
 //! let first = Outgoing::begin(vec![source], SaveSession::builder())?;
@@ -54,14 +109,14 @@
 //! # Ok(()) }
 //! ```
 //!
-//! ```compile_fail
+//! ```compile_fail,E0308
 //! # use vfio_migration::{SaveSession, migration::{MigratableDevice, Outgoing}};
 //! # fn before_setup(device: MigratableDevice) -> vfio_migration::Result<()> {
 //! let switchover = Outgoing::begin(vec![device], SaveSession::builder())?; // no OutgoingDevice
 //! # Ok(()) }
 //! ```
 //!
-//! ```compile_fail
+//! ```compile_fail,E0382
 //! # use vfio_migration::migration::Outgoing;
 //! # fn after_the_end(mut switchover: Outgoing) -> vfio_migration::Result<()> {
 //! let saved = switchover.finish()?;

@@ -27,11 +27,11 @@ use crate::{
 /// for its field.
 ///
 /// ```
-/// use vfio_migration::TRACE_TARGET;
+/// use vfio_migration::trace;
 ///
 /// // To hand to `tracing_subscriber::filter::filter_fn`.
 /// let states_alone = |metadata: &tracing::Metadata<'_>| {
-///     metadata.target() == TRACE_TARGET && metadata.name() == "migration_set_device_state"
+///     metadata.target() == trace::TARGET && metadata.name() == "migration_set_device_state"
 /// };
 /// # let _ = states_alone;
 /// ```

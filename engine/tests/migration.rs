@@ -20,8 +20,9 @@ use std::{
 use common::Watchdog;
 use nix::errno::Errno;
 use vfio_migration::{
-    Device, DeviceState, ErrorKind, LoadSession, MAX_DATA_SIZE, MigrationFlags, Refusal,
-    SaveSession, SourceChannels, StateEvent, Violation,
+    Device, DeviceState, ErrorKind, LoadSession, MigrationFlags, Refusal, SaveSession,
+    SourceChannels, StateEvent, Violation,
+    estimate::MAX_DATA_SIZE,
     migration::{
         Admitted, Capabilities, DeviceSettings, Incoming, MigratableDevice, MigrationBlockers,
         OnOffAuto, Outgoing, OutgoingDevice, PlatformSupport, SwitchoverAck, SwitchoverAcks,

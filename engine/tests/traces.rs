@@ -20,12 +20,13 @@ use tracing::{
     span,
 };
 use vfio_migration::{
-    DeviceId, DeviceState, TRACE_TARGET,
+    DeviceId, DeviceState,
     migration::{
         DeviceSettings, Incoming, MigrationBlockers, OnOffAuto, PlatformSupport, SwitchoverAck,
         vm as state,
     },
     sim::{SimConfig, SimDevice},
+    trace,
 };
 use vm::{Setup, migrate};
 
@@ -62,7 +63,7 @@ impl Visit for Fields {
 
 impl Subscriber for Names {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        metadata.target() == TRACE_TARGET
+        metadata.target() == trace::TARGET
     }
 
     fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {

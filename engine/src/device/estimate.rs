@@ -10,10 +10,10 @@ pub const MAX_DATA_SIZE: u64 = 1 << 50;
 /// every read look like the end) and 1 MiB; 1 MiB where the device could not tell.
 ///
 /// ```
-/// assert_eq!(vfio_migration::buffer_len(Some(0)), 64 << 10);
-/// assert_eq!(vfio_migration::buffer_len(Some(100_000)), 100_000);
-/// assert_eq!(vfio_migration::buffer_len(Some(u64::MAX - 7)), 1 << 20);
-/// assert_eq!(vfio_migration::buffer_len(None), 1 << 20);
+/// assert_eq!(vfio_migration::estimate::buffer_len(Some(0)), 64 << 10);
+/// assert_eq!(vfio_migration::estimate::buffer_len(Some(100_000)), 100_000);
+/// assert_eq!(vfio_migration::estimate::buffer_len(Some(u64::MAX - 7)), 1 << 20);
+/// assert_eq!(vfio_migration::estimate::buffer_len(None), 1 << 20);
 /// ```
 #[must_use]
 pub fn buffer_len(data_size: Option<u64>) -> usize {
@@ -30,7 +30,7 @@ pub fn buffer_len(data_size: Option<u64>) -> usize {
 /// GiB where the device could not tell, so that no limit on downtime is broken by accident.
 ///
 /// ```
-/// use vfio_migration::{MAX_DATA_SIZE, stop_copy_estimate};
+/// use vfio_migration::estimate::{MAX_DATA_SIZE, stop_copy_estimate};
 ///
 /// assert_eq!(stop_copy_estimate(Some(96)), 96);
 /// assert_eq!(stop_copy_estimate(Some(u64::MAX)), MAX_DATA_SIZE);

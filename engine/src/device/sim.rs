@@ -69,7 +69,7 @@ use self::{
     image::{mix, part},
     session::{Room, Session},
 };
-use super::{MAX_DATA_SIZE, MigrationDevice, StateEvent, machine};
+use super::{MigrationDevice, StateEvent, estimate::MAX_DATA_SIZE, machine};
 use crate::state::{DeviceState, MigrationFlags, PrecopyInfo};
 
 /// The longest config that a simulated device loads, in bytes.

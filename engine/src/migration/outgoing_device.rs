@@ -27,7 +27,10 @@ use super::{
     Capabilities, DeviceSettings, MigratableDevice, SwitchoverAck, SwitchoverAcks, put_back,
 };
 use crate::{
-    device::{Device, MAX_DATA_SIZE, buffer_len, stop_copy_estimate},
+    device::{
+        Device,
+        estimate::{MAX_DATA_SIZE, buffer_len, stop_copy_estimate},
+    },
     error::{Error, ErrorKind, Failed, Phase, Result},
     host::zeroed,
     id::DeviceId,

@@ -15,7 +15,7 @@ use crate::error::ErrorKind;
 use crate::{
     arena::NoMemory,
     channel::{Channel, ChannelLimits, Sender},
-    device::{Device, buffer_len},
+    device::{Device, estimate::buffer_len},
     error::{Error, Failed, Phase, Result},
     host::no_budget,
     id::DeviceId,

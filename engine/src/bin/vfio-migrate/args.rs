@@ -6,7 +6,8 @@ use std::{path::Path, time::Duration};
 
 use clap::ValueEnum;
 use vfio_migration::{
-    Backend, MAX_DATA_SIZE, Settings, Spill,
+    Backend, Settings, Spill,
+    estimate::MAX_DATA_SIZE,
     migration::{Capabilities, OnOffAuto},
     wire::PageSize,
 };

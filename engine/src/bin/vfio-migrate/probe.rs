@@ -7,7 +7,8 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::Serialize;
 use vfio_migration::{
-    DeviceState, MAX_DATA_SIZE, MigrationFlags,
+    DeviceState, MigrationFlags,
+    estimate::MAX_DATA_SIZE,
     vfio::{Ability, Support},
 };
 
