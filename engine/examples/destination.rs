@@ -65,6 +65,7 @@ fn read(incoming: &Incoming, mut order: MainChannelOrder, main: &UnixStream) -> 
                 reader.footer()?;
             }
             Event::Command(Command::SwitchoverStart) => incoming.switchover_start()?,
+            Event::Command(Command::Ping(value)) => Reply::Pong(value).write(&mut &*main)?,
             Event::Eof => break,
             _ => {}
         }

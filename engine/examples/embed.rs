@@ -21,11 +21,11 @@ use vfio_migration::{
 };
 
 #[path = "destination.rs"]
-mod destination;
+pub mod destination;
 #[path = "downtime.rs"]
-mod downtime;
+pub mod downtime;
 #[path = "source.rs"]
-mod source;
+pub mod source;
 
 use self::{
     destination::destination,

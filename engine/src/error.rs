@@ -226,7 +226,9 @@ pub enum Violation {
         /// At this one; otherwise at the source.
         here: bool,
     },
-    /// Config-after-iterables is on at one end alone, for this device.
+    /// Config-after-iterables is on at one end alone, for this device. Where that is the destination the
+    /// engine sees only that the notice does not come ([`ErrorKind::Stalled`]): who reads the main channel
+    /// sees that its FULL section brings none.
     ConfigAfterIterables {
         /// At this one; otherwise at the source.
         here: bool,

@@ -304,7 +304,8 @@ impl Outgoing {
         self.session.as_ref().is_none_or(SaveSession::is_finished)
     }
 
-    /// Cancels. Returns at once; [`Outgoing::finish`] puts the devices back.
+    /// Cancels. Returns at once; [`Outgoing::finish`] puts the devices back. For the thread that owns this;
+    /// any other has the session's [`canceller`](SaveSession::canceller), where there is a session.
     pub fn cancel(&self) {
         self.fail(Error::cancelled(Phase::Save));
     }
