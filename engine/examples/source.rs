@@ -6,7 +6,7 @@ use std::{
 };
 
 use vfio_migration::{
-    Canceller, Error, ErrorKind, Phase, Result, SaveSession, SourceChannels,
+    Canceller, Error, ErrorKind, Phase, Result, SaveBuilder, SaveSession, SourceChannels,
     migration::{Capabilities, MigratableDevice, Outgoing, OutgoingDevice, SwitchoverAcks},
     stream::{Command, Event, Reply, SectionKind, Writer},
 };
@@ -40,13 +40,15 @@ pub fn source(
     let (heard, canceller, (says, verdict)) = (acks.clone(), channels.canceller(), mpsc::channel());
     thread::scope(|scope| {
         scope.spawn(move || return_path(main, &heard, &canceller, &says));
-        let mut sources = Vec::new();
+        let (mut sources, mut session) = (Vec::new(), SaveSession::builder());
         let stopped =
             set_up(&mut devices, &mut sources, main, capabilities, &acks).and_then(|mut writer| {
+                Outgoing::prepare(&sources, &mut session)?; // out of the downtime
                 converge(&mut sources, &mut channels, &mut writer).map(|()| writer)
             });
+        let session = session.greeted_channels(channels);
         let ended = match stopped {
-            Ok(writer) => switch_over(sources, channels, writer, &verdict, patience),
+            Ok(writer) => switch_over(sources, session, writer, &verdict, patience),
             Err(error) => {
                 devices.extend(sources.into_iter().map(OutgoingDevice::abort));
                 (Runs::Here(error), devices)
@@ -89,13 +91,12 @@ fn set_up<'a>(
 /// The VM stands still: SWITCHOVER_START, END and FULL of each device, the end, the verdict.
 fn switch_over(
     sources: Vec<OutgoingDevice>,
-    channels: SourceChannels,
+    session: SaveBuilder,
     mut main: Writer<&UnixStream>,
     verdict: &mpsc::Receiver<u32>,
     patience: Duration,
 ) -> (Runs, Vec<MigratableDevice>) {
     let ids: Vec<_> = sources.iter().map(|source| source.id().clone()).collect();
-    let session = SaveSession::builder().greeted_channels(channels);
     let saved = Outgoing::begin(sources, session).and_then(|mut outgoing| {
         let mut sections = || {
             main.write(&Event::Command(Command::SwitchoverStart))?;
