@@ -1,14 +1,14 @@
-//! The bytes of a pool: one piece of memory, backed by huge pages where the kernel has them.
+//! The bytes of a pool: one piece of memory, backed by huge pages if the kernel has them.
 //!
-//! A load's is touched when it is made: whoever makes a session pays for its memory before the first byte
-//! moves, and no transfer meets a page fault. So is a save's that is made before the VM stops
-//! (`SaveBuilder::prepare`). Where it is made within the downtime its pages come as they are used: the pool
-//! gives out what was given back last, and most are never needed. Huge pages make all of it cheaper (16
-//! faults for 32 MiB, not 8192).
+//! A load touches its memory when it makes the arena: making the session pays for the memory, and no
+//! transfer meets a page fault. A save that makes its arena before the VM stops (`SaveBuilder::prepare`)
+//! does the same. A save that makes its arena within the downtime touches the pages only as it uses them:
+//! the pool hands out the most recently returned buffer first, so most pages are never needed. Huge pages
+//! make all of this cheaper (16 faults for 32 MiB instead of 8192).
 //!
-//! What cannot be had is an error, [`NoMemory`], and no abort: a setting or a peer chooses the size.
+//! A setting or a peer chooses the size. So missing memory is an error, [`NoMemory`], and not an abort.
 //!
-//! An arena hands out addresses. Who may use which range is its pool's to say: see `reorder/pool.rs`.
+//! An arena hands out addresses. Its pool decides who may use which range: see `reorder/pool.rs`.
 #![expect(unsafe_code, reason = "raw memory, from the heap or a mapping")]
 
 use std::{

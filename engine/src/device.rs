@@ -14,23 +14,21 @@
 //!                                   └─ fails ──▶ lost, for good ────────────────▶ Lost
 //! ```
 //!
-//! The state machine is the kernel's; here is what a caller needs to drive it and never be wrong
-//! about where it stands. What is remembered is only ever what a SET that succeeded, a GET, or a
-//! reset has said. The data fd lives as long as its session: a change that leaves the saving
-//! states, or RESUMING, closes it.
+//! The state machine is the kernel's. This module drives it, and always knows where the device stands: it
+//! remembers a state only after a successful SET, a GET, or a reset. The data fd lives as long as its
+//! session: a change that leaves the saving states, or RESUMING, closes it.
 //!
 //! # Threads
 //!
-//! Everything here runs on one thread at a time, the device's own: the engine's thread for it
-//! while packets move, the embedder's for its section and its state changes. SET and RESET may
-//! take hundreds of milliseconds and the config callbacks are the embedder's, so none of this ever
-//! runs on the thread that drives the ring: to that one a device is the [`Fd`] that
-//! [`Device::lend`] hands out.
+//! Everything here runs on one thread at a time, the device's own. While packets move that is the engine's
+//! thread for the device; otherwise it is the VMM's thread, for the device's section and its state changes.
+//! SET and RESET may take hundreds of milliseconds, and the config callbacks are the VMM's. So none of this
+//! ever runs on the I/O thread. The I/O thread knows a device only as the [`Fd`] from [`Device::lend`].
 //!
 //! # Waits
 //!
-//! This module waits for nothing itself. A call lasts as long as the driver, or the embedder's
-//! callback, takes for it, and nothing here can end it sooner.
+//! This module waits for nothing itself. A call lasts as long as the driver, or the VMM's callback, takes;
+//! nothing here can end it sooner.
 
 mod callbacks;
 pub mod estimate;

@@ -1,7 +1,7 @@
-//! What can go wrong, sorted by what a caller would do about it, with the place where it did.
+//! What can go wrong, sorted by what a caller would do about it, and where it happened.
 //!
-//! An [`Error`] is one allocation, shared: the session, the device and the statistics may all hold
-//! the same one. Everything that a program could want to know is a method; the text is for people.
+//! An [`Error`] is one shared allocation: the session, the device and the statistics may all hold the same
+//! one. A method returns each fact that a program may need; the text is for people.
 
 use std::{
     error, fmt, io,

@@ -1,8 +1,9 @@
-//! Why a session ended early, if it did: the first reason counts, and hangs up every channel.
+//! Why a session ended early: only the first failure counts, and it hangs up every channel.
 //!
-//! Any thread may fail a session, at any time; the second to do so is told that it was. A thread that was
-//! ended by another's failure hands its error in all the same: an abort is not taken for a reason, even
-//! where it comes before the reason does. A channel that is added afterwards is hung up at once.
+//! Any thread may fail a session at any time. A later one is told that it was not the first. A thread that
+//! another's failure has ended also hands in its error. That error is an abort, and an abort never counts as
+//! the reason, even if it comes before the reason does. A channel that is added after the failure is hung up
+//! at once.
 
 use std::{
     fmt,

@@ -6,9 +6,9 @@
 //!                             └───────────── on the wire ────────
 //! ```
 //!
-//! Whoever fills the buffer leaves [`HEADROOM`] in front of the data, and calls [`frame`]; whoever sends
-//! it finds the device by [`ordinal`] and sends [`on_wire`] with one call. The data begins on a cache line
-//! of its own. Pure: no thread, no wait.
+//! The thread that fills the buffer leaves [`HEADROOM`] in front of the data and calls [`frame`]. The
+//! thread that sends the packet finds the device by [`ordinal`], and sends [`on_wire`] with one call. The
+//! data begins on a cache line of its own. Pure functions: no thread, no wait.
 
 use crate::{reorder::pool::ALIGN, wire};
 

@@ -1,8 +1,8 @@
-//! What the host has, and memory that may be refused.
+//! The host's limits, and memory that may be refused.
 //!
-//! A size that a setting, a device or a peer chooses is allocated here, or as an arena. What cannot be
-//! had is [`ErrorKind::Host`](crate::ErrorKind::Host), an error that says what it was for. Plain calls
-//! on the caller's thread, none of which waits.
+//! If a setting, a device or a peer chooses a size, the memory is allocated here, or as an arena. Missing
+//! memory is [`ErrorKind::Host`](crate::ErrorKind::Host), an error that says what the memory was for. Plain
+//! calls on the caller's thread; none waits.
 
 use std::{
     fs,

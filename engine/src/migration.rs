@@ -1,50 +1,49 @@
-//! The whole life cycle of a device's migration, around the sessions that move the bytes.
+//! The whole life cycle of a device's migration, built around the sessions that move the bytes.
 //!
 //! ```text
-//!   MigrationBlockers::admit() ─▶ MigratableDevice                                  at rest, RUNNING
-//!                              │
-//!   source                     │                      destination
-//!   ──────                     │                      ───────────
-//!   SourceChannels::greet()    │
-//!   OutgoingDevice::setup() ◀──────────┴────────────────────▶ Incoming::setup()
-//!     │ iterate(), pending_*()      main channel ────▶   device(id)?.load_state()
-//!   Outgoing::prepare()  memory, ring               │
-//!   vm::stop()        all P2P, then all STOP_COPY     │
-//!     │                                               │
-//!   Outgoing::begin()                               switchover_start()
-//!     │ complete(), config()        both ────────────▶│  …
-//!   finish() ─▶ Saved               the end ─────────▶ finish() ─▶ Loaded, devices in RESUMING
-//!     │                                               vm::start()   RUNNING: drivers check
-//!     │ cleanup()   STOP            ◀──── first_failure      │
-//!     ▼ abort()     as at set-up                       ▼
-//!   MigratableDevice                                          MigratableDevice
+//!   MigrationBlockers::admit() ─▶ MigratableDevice                          at rest, RUNNING
+//!                                   │
+//!   source                          │                 destination
+//!   ──────                          │                 ───────────
+//!   SourceChannels::greet()         │
+//!   OutgoingDevice::setup() ◀───────┴──────────────▶  Incoming::setup()
+//!     │ iterate(), pending_*()      main channel ──▶    │ device(id)?.load_state()
+//!   Outgoing::prepare()  memory, ring                   │
+//!   vm::stop()        all P2P, then all STOP_COPY       │
+//!     │                                                 │
+//!   Outgoing::begin()                                 switchover_start()
+//!     │ write_state(), write_config()  both ───────▶    │  …
+//!   finish() ─▶ Saved               the end ───────▶  finish() ─▶ Loaded, devices in RESUMING
+//!     │                                                 │ vm::start()   RUNNING: drivers check
+//!     │ cleanup()   STOP            ◀────── verdict     │
+//!     ▼ abort()     as at set-up                        ▼
+//!   MigratableDevice                                  MigratableDevice
 //! ```
 //!
 //! # Which side runs
 //!
-//! The main channel's end is the destination's permission to start. A source writes it when
-//! [`Outgoing::finish`] has given [`Saved`], and not before: until then a failure, whatever it is,
-//! lets the VM go on here. From then on the source is in doubt, and its VM must not run by itself,
-//! until the destination's verdict has been heard:
+//! The main channel's end is the destination's permission to start. The source writes it when
+//! [`Outgoing::finish`] has returned [`Saved`], and not before. Until then any failure lets the VM go on at
+//! the source. From then on the source is in doubt: its VM must not run until the source has heard the
+//! destination's verdict.
 //!
 //! | verdict | call | the source's devices |
 //! |---|---|---|
 //! | all is loaded, the VM runs there | [`Saved::cleanup`] | STOP |
-//! | it has failed there | [`Saved::abort`] | as at set-up; the VM goes on here |
+//! | the load has failed there | [`Saved::abort`] | as at set-up; the VM goes on here |
 //! | none was heard | [`Saved::in_doubt`], or a drop | STOP, with all that they hold |
 //!
-//! A destination says that all is loaded when [`vm::start`] has returned, for it is there that the
-//! devices' drivers check their states. Where it fails, every device is reset and stopped before it
-//! returns, and the verdict is that it has failed. After a failure, [`MigratableDevice::state`],
-//! [`MigratableDevice::was_reset`] and [`MigratableDevice::duty`] say of each device where it is and what is left
-//! for the VMM to do.
+//! The destination sends its verdict when [`vm::start`] has returned, because the devices' drivers check
+//! their states there. If `vm::start` fails, it first resets and stops every device; the verdict is then a
+//! failure. After a failure, three methods describe each device: [`MigratableDevice::state`],
+//! [`MigratableDevice::was_reset`], and [`MigratableDevice::duty`], which says what the VMM must still do.
 //!
-//! Each arrow is a method that takes what is on its left and gives what is on its right, so most
-//! of what would be a wrong order does not compile: there is no [`Outgoing`] without a
-//! [`OutgoingDevice`], no [`OutgoingDevice`] without its set-up, no second start of either. What a peer decides
-//! (tags, commands) is checked when it comes. Whatever fails gives the devices back ([`Failed`](crate::Failed)) in
-//! the state that they had at set-up, RUNNING or STOP, by a reset where there is no other way; a
-//! device that a call is stuck in is left out.
+//! # What does not compile
+//!
+//! Each arrow is a method that consumes the value on its left and returns the value on its right. So most
+//! wrong orders do not compile: there is no [`Outgoing`] without an [`OutgoingDevice`], no
+//! [`OutgoingDevice`] without its set-up, and no second start of either. What a peer decides (tags,
+//! commands) is checked when it arrives.
 //!
 //! Both sides on one thread, each body in memory, and a destination that has to give up at the last moment:
 //!
@@ -124,22 +123,27 @@
 //! # Ok(()) }
 //! ```
 //!
-//! The channels are greeted at the set-up, by [`SourceChannels::greet`](crate::SourceChannels::greet): a
-//! destination waits for a hello for a time, and behind it for as long as the VM runs, whatever comes over
-//! the channels before the switchover. So a destination that is gone, or another VM's, is found while the
-//! VM runs. When all has been sent the destination reads each channel's end; closed they are with
-//! [`Saved`].
+//! A failed call gives the devices back ([`Failed`](crate::Failed)) in their state at set-up, RUNNING or
+//! STOP, by a reset if there is no other way. A device with a call stuck in it is left out.
 //!
-//! The main channel is the VMM's: it writes each section's header and footer and hands over the
-//! body, as `Write` or `Read`. [`stream`](crate::stream) can do the rest for a VMM that has no
-//! main channel yet.
+//! # Channels
+//!
+//! [`SourceChannels::greet`](crate::SourceChannels::greet) greets the channels at the set-up. A destination
+//! waits a limited time for a hello. After the hello it waits for as long as the VM runs, whatever comes
+//! over the channels before the switchover. So the source finds a destination that is gone, or another
+//! VM's, while the VM still runs. When all has been sent, the destination reads each channel's end; the
+//! channels are closed with [`Saved`].
+//!
+//! The main channel belongs to the VMM, which writes each section's header and footer and hands over the
+//! body as `Write` or `Read`. [`stream`](crate::stream) does the rest for a VMM that has no main channel
+//! yet.
 //!
 //! # Threads
 //!
-//! Everything up to [`Outgoing::begin`] and [`Incoming`] runs on the caller's thread, except that
-//! changes of state for a set of devices use a thread for each. From there on a session has its
-//! threads, and sections are written and read on the caller's. What ends each wait is said there
-//! and at each method.
+//! Everything up to [`Outgoing::begin`] and [`Incoming`] runs on the caller's thread. Only state changes of
+//! a set of devices use one thread per device. From there on a session has its own threads, and the
+//! caller's thread writes and reads the sections. The sessions' modules, and each method here, say what
+//! ends each wait.
 
 mod blockers;
 mod capabilities;

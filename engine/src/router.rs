@@ -1,5 +1,5 @@
-//! Which device a packet is for: a map that every channel reads for every packet, without a lock,
-//! while devices come and go.
+//! Which device a packet is for: a map that every channel reads for every packet, without a lock, while
+//! devices come and go.
 //!
 //! ```text
 //!   map ──▶ [ (idstr, instance) → Arc<T>, sorted ]      a snapshot, never changed
@@ -7,12 +7,12 @@
 //!                 channel can be looking at it
 //! ```
 //!
-//! Snapshots are freed by epochs of a collector that nothing else uses. A device's slots have theirs:
-//! a snapshot that waits to be freed holds devices, and so would keep their collector, which keeps
-//! what waits to be freed, for good.
+//! A collector frees the snapshots by epochs, and nothing else uses that collector. The devices' slots have
+//! another one. With a shared collector nothing would ever be freed: a snapshot that waits to be freed
+//! holds its devices, and they would keep the collector, which keeps the snapshot.
 //!
-//! Channels call [`Router::get`] from any thread; the embedder's control threads call the rest, one
-//! at a time behind a lock that no channel touches.
+//! Channels call [`Router::get`] from any thread. The VMM's threads call the rest, one at a time, behind a
+//! lock that no channel touches.
 //!
 //! # Edges
 //!

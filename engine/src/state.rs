@@ -1,4 +1,4 @@
-//! What the kernel's interface says about a device: its states, its abilities, its estimates.
+//! What the kernel's interface tells about a device: its states, its abilities, its estimates.
 //!
 //! ```text
 //!                    RUNNING ◀──────▶ PRE_COPY ─────┐
@@ -10,8 +10,8 @@
 //!     RESUMING ◀─────▶ STOP ◀────────▶ STOP_COPY ◀──┘          ERROR: left by a reset
 //! ```
 //!
-//! Plain values without a device behind them: any thread, no system calls, no waits. They live
-//! below everything else, so that an error can name a state.
+//! Plain values without a device behind them: any thread, no system calls, no waits. They stand below
+//! everything else, so that an error can name a state.
 
 use std::{error, fmt, ops};
 

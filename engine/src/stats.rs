@@ -1,4 +1,4 @@
-//! Counters that anybody may read while the threads that keep them run.
+//! Counters that any thread may read while the threads that keep them run.
 //!
 //! ```text
 //!   Counters of a device    published ─▶ by the channels (load) or the I/O thread (save)
@@ -9,8 +9,8 @@
 //!   Stats { devices: [DeviceStats], channels: [ChannelStats], … }: plain values
 //! ```
 //!
-//! A packet is counted as published before it is, and as taken after it was; the snapshot reads in
-//! the opposite order. So it never claims that more was taken than published.
+//! A packet is counted as published before it is published, and as taken after it was taken. The snapshot
+//! reads the two counts in the opposite order. So a snapshot never shows more packets taken than published.
 //!
 //! # Edges
 //!

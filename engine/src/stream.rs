@@ -1,4 +1,4 @@
-//! The main channel around the devices' parts, and the return path.
+//! The main channel around the devices' sections, and the return path.
 //!
 //! ```text
 //!  open()         "QEVM" 4 │ 3 4
@@ -13,13 +13,14 @@
 //!  return path    kind 2 │ len 2 │ payload
 //! ```
 //!
-//! A VMM has all this already and knows its other devices' sections, which nobody else can walk.
-//! `replay`, tests and small VMMs use it: one thread reads event by event, and after each
-//! [`Event::Section`] takes the body itself, from [`Reader::body`], and then asks for the footer.
-//! All integers are big-endian. What may stand where is [`MainChannelOrder`]'s, in `order`.
+//! A VMM has all this already, and it knows its other devices' sections, which nobody else can walk.
+//! `replay`, the tests and small VMMs use this module: one thread reads event by event, takes the body
+//! itself after each [`Event::Section`], from [`Reader::body`], and then asks for the footer. All integers
+//! are big-endian. [`MainChannelOrder`], in `order`, knows what may stand where.
 //!
-//! The inputs and outputs must block: a socket of an async runtime's is to be set to first. One that
-//! does not ends the main channel, within whatever event it was, with its `EAGAIN`.
+//! The inputs and outputs must block, so a socket of an async runtime must be set to block first. A
+//! non-blocking one ends the main channel with `EAGAIN`, in the middle of whatever event it was reading or
+//! writing.
 
 mod order;
 

@@ -7,9 +7,9 @@
 //!                                        Tasks: one fewer at work; notify; eventfd
 //! ```
 //!
-//! Threads are the engine's own unless the embedder gives a spawner: then it runs each task on a
-//! thread that it made, with its own name, affinity and seccomp filter. Either way a task's end is
-//! announced by the task itself, so nobody waits in a join for a thread that the kernel holds.
+//! The engine makes the threads, unless the VMM gives a spawner. Then the VMM runs each task on a thread
+//! that it made, with its own name, affinity and seccomp filter. Either way the task itself announces its
+//! end, so nobody waits in a join for a thread that the kernel holds.
 
 use std::{fmt, io, mem, panic, panic::AssertUnwindSafe, thread::JoinHandle, time::Instant};
 // Loom's takes no `dyn`.

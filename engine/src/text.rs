@@ -1,9 +1,10 @@
-//! Text that a peer has chosen, before it is shown: a terminal may act on a character instead of
-//! showing it.
+//! Text that a peer has chosen, before it is shown: a terminal may act on a character instead of showing
+//! it.
 //!
-//! Such characters are the controls, and the invisible ones that change the order in which others are
-//! shown (U+202A to U+202E, U+2066 to U+2069, U+200E, U+200F, U+061C) or hide what is there. Which
-//! they are, is the standard library's table: what it escapes in a debug output within a text.
+//! Such characters are the control characters, and invisible ones. An invisible character may change the
+//! order in which others are shown (U+202A to U+202E, U+2066 to U+2069, U+200E, U+200F, U+061C), or hide
+//! others. The standard library's table decides which they are: those that it escapes in the debug output
+//! of a text.
 
 use std::fmt::{self, Write};
 

@@ -5,9 +5,9 @@
 //!                                                                              of the embedder
 //! ```
 //!
-//! Called from every thread of the engine, at the moment that an event names. Where no subscriber
-//! listens a call is a load and a branch; where one does, it runs in the caller's thread and the
-//! engine waits for it. See [`TARGET`] for what an event looks like and how to filter.
+//! Every thread of the engine calls these functions, at the moment that an event names. Without a
+//! subscriber a call is a load and a branch. A subscriber runs in the caller's thread, and the engine waits
+//! for it. [`TARGET`] says what an event looks like and how to filter.
 
 use std::fmt;
 

@@ -14,10 +14,10 @@
 //!                zero 4 │ unused 28 │ ramblock 256 │ offset 8 × P │ page data …
 //! ```
 //!
-//! Channel threads call it for every packet; `inspect`, `replay` and the fuzzers walk whole files
-//! with [`Walk`]. Nothing here does I/O, and nothing allocates by a length that a peer has named:
-//! lengths are checked first, and then they are the caller's. The values are those of QEMU 10 and
-//! 11; where a peer checks less than is checked here, the item says so.
+//! Channel threads call it for every packet. `inspect`, `replay` and the fuzzers walk whole files with
+//! [`Walk`]. Nothing here does I/O, and nothing allocates by a length that a peer has named: this module
+//! checks the lengths, and then the caller uses them. The values are those of QEMU 10 and 11. Where a peer
+//! checks less than this module, the item says so.
 
 mod framer;
 mod ram;

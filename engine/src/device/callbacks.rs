@@ -1,11 +1,11 @@
-//! What the VMM brings: its device, as the engine calls it.
+//! The callbacks through which the engine uses the VMM's device.
 //!
 //! ```text
 //!   Device ──▶ MigrationDevice ──▶ the VMM ──▶ ioctls
 //! ```
 //!
-//! Called by [`Device`](super::Device) alone, one call at a time, on the device's own thread. A
-//! call ends when the implementation returns: nothing here can end it sooner.
+//! Only [`Device`](super::Device) calls them, one call at a time, on the device's own thread. A call ends
+//! when the implementation returns; nothing here can end it sooner.
 
 use std::{
     fmt,

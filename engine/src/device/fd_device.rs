@@ -1,4 +1,4 @@
-//! A device made of closures: its states are kept here, its data fds are the VMM's.
+//! A device made of closures: this module keeps its states, and its data fds are the VMM's.
 //!
 //! ```text
 //!   set_state(new)
@@ -13,11 +13,10 @@
 //!   state = new ◀────────────────────────────────┘
 //! ```
 //!
-//! A session begins where a device enters a saving state from one that is none, and where it enters
-//! RESUMING.
+//! A session begins when a device enters a saving state from a state that is not one, or enters RESUMING.
 //!
-//! Called by one thread at a time, the device's own, as every [`MigrationDevice`]; the closures are
-//! called on it, one at a time. A call lasts as long as its closure does: nothing here waits.
+//! One thread at a time calls the device: its own, as for every [`MigrationDevice`]. That thread also calls
+//! the closures, one at a time. A call lasts as long as its closure takes; nothing here waits.
 
 use std::{
     fmt,

@@ -1,17 +1,17 @@
 //! Where a device comes to rest when its migration is over, however it ends.
 //!
 //! ```text
-//!   set-up: set_off() notes the state, home          RUNNING, or STOP where the VM does not run
+//!   set-up: set_off() notes the state, home          RUNNING, or STOP if the VM does not run
 //!     │
-//!     ├─ it is off, the VM is here ───▶ put_back()   home: what came in is what comes back
-//!     ├─ it is off, the VM is not ────▶ discard_state()     reset where it holds another's state; home
-//!     ├─ the VM runs elsewhere ───────▶ retire()     STOP
-//!     └─ nobody knows ────────────────▶ hold()       STOP, with all that it holds
+//!     ├─ it failed, the VM is here ───▶ put_back()        home: the state in which it came
+//!     ├─ it failed, the VM is not ────▶ discard_state()   reset if it holds another's state; home
+//!     ├─ the VM runs elsewhere ───────▶ retire()          STOP
+//!     └─ nobody knows ────────────────▶ hold()            STOP, with all that it holds
 //! ```
 //!
-//! A reset makes a device RUNNING. One that must stand is stopped again behind it, in each of these.
-//! What is left for the VMM is [`Duty`]. The device's own thread; a call lasts as long as the driver
-//! takes.
+//! A reset makes a device RUNNING. In each of these cases a device that must not run is stopped again
+//! afterwards. [`Duty`] says what the VMM must still do. All of this runs on the device's own thread, and a
+//! call lasts as long as the driver takes.
 
 use std::fmt;
 

@@ -1,5 +1,5 @@
-//! One deed for all devices of a set, at once: a driver may take seconds for a change of state, and the
-//! VM stands still for the slowest, not for the sum.
+//! One operation on all devices of a set, at once. A driver may take seconds for a state change; the VM
+//! stands still for the slowest device, not for the sum.
 //!
 //! ```text
 //!   caller ── a job for each device ──┬─▶ a thread: its device's Task ── takes its job ─▶ done ─┐
@@ -12,11 +12,11 @@
 //! | the caller | the set, and each job until a thread takes it | all of them again when this returns |
 //! | a thread | the job that it has taken | that job's device, and its own result |
 //!
-//! The threads are the embedder's where the device has a spawner ([`Device::spawn_with`]), or else the
-//! engine's. A thread that is refused, late, or never run leaves its job to the caller: no device is
-//! lost, and none keeps its state.
+//! A thread is the VMM's if the device has a spawner ([`Device::spawn_with`]), and otherwise the engine's.
+//! If a thread is refused, late, or never run, the caller does its job: no device is lost, and none stays
+//! in its old state.
 //!
-//! What ends the wait: the last device's driver has answered. Nothing here can end it sooner.
+//! The wait ends when the last device's driver has answered; nothing here can end it sooner.
 
 #![expect(
     unsafe_code,

@@ -9,8 +9,8 @@
 //!   a test ◀──────────────────── SimHandle ── release, dirty ─┘
 //! ```
 //!
-//! The state is made from a seed while it is read, and only its digest is kept of what is written,
-//! so it can be many gigabytes long and go as fast as a pipe does.
+//! The state is generated from a seed while it is read, and of a written state only the digest is kept. So
+//! a state can be many gigabytes long and move as fast as a pipe does.
 //!
 //! | [`Stream`] | while saving | while loading |
 //! |---|---|---|
@@ -30,10 +30,9 @@
 //!
 //! # Threads
 //!
-//! The device's calls are made on one thread, as [`MigrationDevice`] says. A session over a pipe or
-//! a socket has one thread of its own, which ends with the session. A [`SimHandle`] may be used
-//! from any thread at any time. The waits are in the sessions; here is only a fault's delay, which
-//! the clock ends.
+//! One thread makes the device's calls, as [`MigrationDevice`] requires. A session over a pipe or a socket
+//! has one thread of its own, which ends with the session. Any thread may use a [`SimHandle`] at any time.
+//! The waits are in the sessions; the only wait here is a fault's delay, which the clock ends.
 
 mod config;
 mod control;

@@ -8,12 +8,12 @@
 //!                            ioctl: one call each, on a BorrowedFd ◀───────────────────┘
 //! ```
 //!
-//! vfio-ioctls opens a device and knows its regions; it keeps the data fd of a migration to itself,
-//! though, and drops the precopy flags. So the migration's own calls are made here, over the structs
-//! of vfio-bindings, on any device fd. Never mix the two ways to set the state of one device.
+//! vfio-ioctls opens a device and knows its regions. But it keeps a migration's data fd to itself and drops
+//! the PRE_COPY flags. So this module makes the migration's calls itself, with the structs of
+//! vfio-bindings, on any device fd. Never mix the two ways to set the state of one device.
 //!
-//! A [`VfioDevice`] is used by one thread at a time, the device's own. Each call lasts as long as the
-//! device's driver takes for it; nothing here waits or keeps a state of its own.
+//! One thread at a time uses a [`VfioDevice`]: the device's own. Each call lasts as long as the device's
+//! driver takes. Nothing here waits, or keeps a state of its own.
 
 pub mod ioctl;
 mod open;

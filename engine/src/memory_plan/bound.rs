@@ -1,4 +1,4 @@
-//! What a load's memory is bounded by.
+//! The bound on a load's memory.
 
 use crate::{
     error::Result,

@@ -1,13 +1,13 @@
 //! Which devices may be migrated, and why others may not.
 //!
 //! ```text
-//!   realize() ─┬─▶ Migratable ─ MigratableDevice
-//!              ├─▶ Blocked ──── the device works; the VM's migration is blocked, with the reason
-//!              └─▶ Failed ───── the setting is on, or the blocker could not be registered
+//!   admit() ─┬─▶ Admitted::Migratable   a MigratableDevice
+//!            ├─▶ Admitted::Blocked      the device works; the VM's migration is blocked, with the reason
+//!            └─▶ an error               the setting is on, or the blocker could not be registered
 //! ```
 //!
-//! One [`MigrationBlockers`] for each VM, used where the VMM plugs and unplugs devices, on that thread.
-//! Nobody waits here but for the device's own answers.
+//! A VM has one [`MigrationBlockers`]. The VMM uses it where it plugs and unplugs devices, on that thread.
+//! Nothing here waits, except for the device's own answers.
 
 use std::io;
 

@@ -1,6 +1,6 @@
 //! What the VMM sets for each device, and what both ends have agreed on for one migration.
 //!
-//! Plain values, any thread, no waits. The sizes and times of a session are
+//! Plain values, for any thread; nothing waits. The sizes and times of a session are in
 //! [`Settings`](crate::Settings).
 
 use crate::{

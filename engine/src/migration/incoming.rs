@@ -1,4 +1,4 @@
-//! The destination: all devices of a VM, from their set-up to the state that the VM starts with.
+//! The destination: all devices of a VM, from their set-up to the state in which the VM starts.
 //!
 //! ```text
 //!   MigratableDevice… ─ setup() ─▶ Incoming, devices in RESUMING
@@ -6,20 +6,27 @@
 //!                            │ switchover_start()             with its command
 //!                            ▼
 //!                          finish() ─▶ Loaded, devices in RESUMING
-//!                            │ vm::start()                    drivers check; the first_failure
+//!                            │ vm::start()                    drivers check; the verdict
 //!                            ▼
 //!                          join() ─▶ MigratableDevice…
 //! ```
 //!
-//! Devices that use the multifd channels belong to a [`LoadSession`] and its threads; of the others
-//! data and config come in their sections, and go to the device on the thread that reads those.
-//! Where both ends have agreed to carry PRE_COPY data over the channels too, a device's loader starts
-//! with its SETUP, and the thread that reads the sections waits, before it approves the switchover,
-//! until the packets that were counted are in the device.
+//! A device that uses the multifd channels belongs to a [`LoadSession`] and its threads. The data and
+//! config of any other device come in its sections, and the thread that reads the sections passes them to
+//! the device.
 //!
-//! That one thread reads the main channel; any other may look at the counters, add channels, or
-//! cancel. `finish` waits for the session, which its own times bound; the sections' reader waits as
-//! the main channel and the devices' drivers do.
+//! If both ends have agreed to carry PRE_COPY data over the channels too, a device's loader starts with its
+//! SETUP. Before the reading thread approves the switchover, it waits until the counted packets are in the
+//! device.
+//!
+//! One thread reads the main channel. Any other thread may read the counters, add channels, or cancel.
+//!
+//! # What ends each wait
+//!
+//! | wait | ended by |
+//! |---|---|
+//! | `finish` | the session's end, within the session's own times |
+//! | a section | the main channel; the device's driver; see `incoming_device.rs` |
 
 use std::{
     fmt,

@@ -2,13 +2,19 @@
 //!
 //! ```text
 //!   SETUP, PART…   PRE_COPY data ─▶ the device, or its session's data fd
-//!   END            STOP_COPY data ─▶ the device; nothing, where the channels carry it
-//!   FULL           config ─▶ the device; the notice or nothing, where the channels carry it
+//!   END            STOP_COPY data ─▶ the device; nothing, if the channels carry it
+//!   FULL           config ─▶ the device; the notice or nothing, if the channels carry it
 //! ```
 //!
-//! The thread that reads the main channel calls it, one device at a time. What ends its waits: the
-//! main channel's bytes or end; the device's driver; where PRE_COPY data goes over the channels, the
-//! packets that were counted, or the migration's failure.
+//! The thread that reads the main channel calls this module, for one device at a time.
+//!
+//! # What ends each wait
+//!
+//! | wait for | ended by |
+//! |---|---|
+//! | a section's bytes | the main channel's bytes or end |
+//! | the device | its driver |
+//! | PRE_COPY data over the channels | the counted packets; the migration's failure |
 
 use std::{fmt, io::Read, time::Instant};
 

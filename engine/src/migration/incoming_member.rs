@@ -1,9 +1,9 @@
-//! One device of the destination, by the way that its data comes, and the counters of all.
+//! One device of the destination, by the way in which its data comes; and the counters of all devices.
 //!
 //! | way | who has the device until it is loaded |
 //! |---|---|
 //! | over the channels | the session |
-//! | over the main channel | the member: the thread that reads the sections writes to it |
+//! | over the main channel | the member: the thread that reads the sections writes to the device |
 
 use std::time::Duration;
 

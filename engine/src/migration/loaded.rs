@@ -1,11 +1,12 @@
-//! The destination when every device is loaded: the VM may start, or never does.
+//! The destination when every device is loaded: the VM may start now, or never will.
 //!
 //! ```text
 //!   Loaded, in RESUMING ─┬─ vm::start() ─▶ the verdict ─▶ join()    the devices, RUNNING
 //!                        └─ abort(), or a drop                      reset and stopped
 //! ```
 //!
-//! One thread owns it. `join` waits for the channels' end, within the session's time without progress.
+//! One thread owns a [`Loaded`]. `join` waits for the channels' end, within the session's time without
+//! progress.
 
 use std::fmt;
 

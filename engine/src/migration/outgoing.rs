@@ -2,15 +2,15 @@
 //!
 //! ```text
 //!   vm::stop ─▶ begin() ─▶ STOP_COPY ─┬─ multifd: a SaveSession reads and sends, on its threads
-//!                                     └─ without: complete() and config() do, on the caller's
+//!                                     └─ without: write_state() and write_config() do, on the caller's
 //!               for each device, in the main channel's order:
-//!               complete()  END section    config()  FULL section
+//!               write_state()  END section    write_config()  FULL section
 //!            ─▶ finish() ─▶ Saved, and the main channel's end may be written
 //! ```
 //!
-//! The caller's thread writes the sections while the session's threads move the bytes of the
-//! devices that go over the channels; for those a section says only that they do. `finish` waits
-//! for the session's end, which its own times bound.
+//! The caller's thread writes the sections. Meanwhile the session's threads move the bytes of the devices
+//! that use the channels; the section of such a device only says so. `finish` waits for the session's end,
+//! within the session's own times.
 
 use std::{fmt, io::Write, sync::OnceLock, time::Instant};
 

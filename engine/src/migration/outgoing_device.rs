@@ -5,15 +5,15 @@
 //!                           └─ abort() ─▶ MigratableDevice, as at set-up   (dropped: the device too)
 //! ```
 //!
-//! In PRE_COPY the device runs on and gives what it has already: each iteration reads once, up to
-//! a buffer, and writes what came into the body of the device's section. The estimates drop with
-//! what was read, and are asked for anew by [`OutgoingDevice::pending_exact`] alone.
+//! In PRE_COPY the device runs on and gives the data that it already has. Each iteration reads once, up to
+//! a buffer, and writes the data into the body of the device's section. Each read lowers the estimates;
+//! only [`OutgoingDevice::pending_exact`] asks the device for new ones.
 //!
-//! The channels are greeted at the set-up ([`SourceChannels`]), and may be silent until the switchover.
-//! Where both ends have agreed on it, [`OutgoingDevice::iterate_over`] sends what was read as packets over them,
-//! numbered from 0; what STOP_COPY gives goes on behind.
+//! The channels are greeted at the set-up ([`SourceChannels`]), and may be silent until the switchover. If
+//! both ends have agreed on it, [`OutgoingDevice::iterate_over`] sends the data over the channels, as
+//! packets numbered from 0. The STOP_COPY packets continue the numbers.
 //!
-//! Everything here is the caller's thread's, and lasts as long as the device's driver and the main
+//! Everything here runs on the caller's thread. A call lasts as long as the device's driver and the main
 //! channel take; nothing here waits for anything else.
 
 use std::{

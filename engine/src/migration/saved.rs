@@ -6,9 +6,9 @@
 //!                        └─ in_doubt()   nobody knows (a drop alike)    ─▶ STOP, with what they hold
 //! ```
 //!
-//! None of them makes a device run but `abort`. The caller's thread; each asks all devices at once,
-//! on a thread each, and waits for them. The channels are open until then: the destination has been
-//! told their end, and may still read.
+//! Only `abort` makes a device run. Each of the three runs on the caller's thread, asks all devices at once
+//! with one thread per device, and waits for them. The channels stay open until then: the destination has
+//! been told their end, and may still read.
 
 use std::mem;
 

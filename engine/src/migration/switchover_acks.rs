@@ -1,7 +1,8 @@
-//! The source's count of switchover acks: who has asked, what has come, whether it is decided.
+//! The source's count of switchover acks: which devices ask for one, which acks have come, whether the
+//! count is complete.
 //!
-//! Shared by the thread that iterates and the one that reads the return path. Nobody waits here:
-//! the VMM looks, as it looks at its downtime limit.
+//! The thread that iterates and the thread that reads the return path share it. Nobody waits here: the VMM
+//! checks the count when it checks its downtime limit.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! What the VM's stop and start mean for a set of devices.
+//! What stopping and starting the VM means for a set of devices.
 //!
 //! ```text
 //!                 every device with P2P            barrier      every device
@@ -7,12 +7,12 @@
 //!   start()       RUNNING_P2P                         │         RUNNING
 //! ```
 //!
-//! A device in a P2P state still runs, but starts no transfer to another: so all are in it before
-//! the first one stops, and no device writes to one that has stopped. In each column all devices
-//! are asked at once, on a thread each, and waited for.
+//! A device in a P2P state still runs, but starts no transfer to another device. So all devices are in a
+//! P2P state before the first one stops, and no device writes to a stopped one. In each column all devices
+//! are asked at once, with one thread per device, and the caller waits for all.
 //!
-//! Whatever fails, no device runs behind it whose VM does not. A device that refuses is reset, which
-//! makes it RUNNING, and stopped again; a start that fails stops what it has started.
+//! Whatever fails, no device is left running without its VM. A device that refuses is reset, which makes it
+//! RUNNING, and then stopped again. A start that fails stops the devices that it has started.
 //!
 //! A wait ends when the last device's driver has answered; nothing here can end it sooner.
 

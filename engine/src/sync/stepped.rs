@@ -1,18 +1,18 @@
 //! A condition variable whose sleeps a test can take over, so that one thread steps a whole session.
 //!
 //! ```text
-//!   a task's code ─▶ Waiters::wait ─▶ wait_bounded ─┬─ as always: sleeps, and so does its thread
-//!                                                   └─ taken over: the lock is let go, and the
+//!   a task's code ─▶ Waiters::wait ─▶ wait_bounded ─┬─ normally: sleeps, and so does its thread
+//!                                                   └─ taken over: releases the lock, and the
 //!                                                      test's own function runs until it ends the
 //!                                                      sleep, by a notice or as if the bound had
 //! ```
 //!
 //! A lock that is held across a wait ([`lock_across_waits`]) is such a sleep too.
 //!
-//! Only with the feature `internals`, and only in a thread that has called [`take_over`]: there the
-//! test runs each task as a coroutine, and this is where they change places. What ends such a sleep
-//! is up to the test, which knows when nothing can go on any more; it ends it as the bound would,
-//! and what the code then finds was never announced.
+//! This happens only with the feature `internals`, and only in a thread that has called [`take_over`].
+//! There the test runs each task as a coroutine, and the tasks change places here. The test decides what
+//! ends such a sleep. It knows when nothing can go on any more, and then ends the sleep as the bound would:
+//! what the code then finds was never announced.
 
 use std::{
     cell::RefCell,

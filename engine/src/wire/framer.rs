@@ -6,8 +6,8 @@
 //!                                         the next frame begins header_len + payload_len further
 //! ```
 //!
-//! `inspect` and `replay` [`Walk`] over a whole file; a fuzzer does the same; whoever reads from a
-//! connection uses the [`Framer`] and takes the payload where it wants it.
+//! `inspect`, `replay` and a fuzzer [`Walk`] over a whole file. A caller that reads from a connection uses
+//! the [`Framer`], and takes the payload where it wants it.
 
 use super::{
     DEVICE_PACKET_LEN, DEVICE_STATE_HEADER_LEN, DevicePacket, DeviceStateHeader, HELLO_LEN, Hello,

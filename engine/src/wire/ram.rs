@@ -1,4 +1,4 @@
-//! RAM and SYNC packets: read only as far as walking past them needs.
+//! RAM and SYNC packets: read only as far as is needed to walk past them.
 //!
 //! ```text
 //!   0        12            16             20                 24           32     36
@@ -12,8 +12,8 @@
 //!                                             P = 512 KiB / the target's page size
 //! ```
 //!
-//! A VMM migrates its RAM by itself. The engine hands it these packets untouched, and so has to
-//! know where they end; `offset` has all of its P entries whatever the counts say.
+//! A VMM migrates its RAM by itself. The engine hands these packets over untouched, so it must know where
+//! they end. `offset` has all of its P entries, whatever the counts say.
 
 use super::{FLAG_COMPRESSION, FLAG_SYNC, Kind, PREFIX_LEN, be32, be64, field, put, until_nul};
 #[cfg(doc)]

@@ -1,8 +1,8 @@
-//! What the threads of a simulated device's session share: how far it is, and what it was told.
+//! What the threads of a simulated device's session share: its progress, and the orders that it was given.
 //!
-//! The device's own thread and the handles write it; the session's thread, where there is one, is woken by
-//! each change, and answers what it was asked. Each lock is held for an assignment or two. What ends the one
-//! wait here, for the thread's judgement: its answer, or its end.
+//! The device's own thread and the handles write it. Each change wakes the session's thread, if there is
+//! one, and that thread answers questions. Each lock is held for an assignment or two. The one wait here is
+//! for the thread's judgement; it ends with the answer, or with the thread.
 
 use std::{
     cmp,

@@ -1,12 +1,12 @@
-//! What a simulated device has done, for whoever looks from outside.
+//! What a simulated device has done, for an observer outside.
 //!
 //! ```text
 //!   SimDevice ──▶ Shared ◀── SimHandle, clones of it
 //!                    └─ control ──▶ the session that goes on
 //! ```
 //!
-//! Used from any thread at any time. The lock is never held over a system call that waits, nor
-//! over one of the device's faults, so a handle answers also while the device is in a call.
+//! Any thread may use a handle at any time. The lock is never held over a system call that waits, nor over
+//! one of the device's faults. So a handle answers even while the device is in a call.
 
 use std::{
     collections::HashMap,

@@ -8,10 +8,9 @@
 //!                                       word i = splitmix64(seed, i)
 //! ```
 //!
-//! Every word depends on the seed and its place alone, so any part can be made, by any thread,
-//! without the parts before it and without memory for them. The header is what lets a destination
-//! know by itself when the state is complete, and save it again later. Pure functions: no system
-//! calls, no waits.
+//! Every word depends only on the seed and its position. So any thread can generate any part, without the
+//! parts before it and without memory for them. From the header a destination knows when the state is
+//! complete, and can save it again later. Pure functions: no system calls, no waits.
 
 use std::cmp;
 

@@ -5,16 +5,16 @@
 //!   ├─── rounding ────┼──────────── capacity ────────────────────┼── guard: no access ─┤
 //! ```
 //!
-//! The file gives the simulated device what a driver's data fd has: a plain write, no
-//! non-blocking mode, an error of its own past the end. No reference to the memory is ever made,
-//! so no write through the file can happen behind one.
+//! The file gives the simulated device what a driver's data fd has: a plain write, no non-blocking mode,
+//! and an error of its own past the end. No reference to the memory is ever made, so no write through the
+//! file can change memory behind a reference.
 //!
-//! A file that is still open when its session ends knows the address for ever. So the addresses
-//! are never given back, to be something else next: a retired mapping loses its pages and its
-//! access (a late write gets `EIO`), and waits for the next session that it is large enough for.
-//! There are never more of them than sessions were open at once.
+//! A file that is still open after its session keeps the address for ever. So the addresses are never given
+//! back for another use. A retired mapping loses its pages and its access (a late write gets `EIO`), and
+//! waits for the next session that fits into it. There are never more mappings than sessions were open at
+//! once.
 //!
-//! Made and retired on a device's own thread; the list's lock is held for a few system calls.
+//! The device's own thread makes and retires a mapping. The list's lock is held for a few system calls.
 
 #![expect(unsafe_code, reason = "mapping memory")]
 

@@ -8,12 +8,17 @@
 //!             data fd ──▶ memory, memfd ─────── at its end, pread ──▶ digest
 //! ```
 //!
-//! A session is begun, asked, and ended on the device's own thread; the data fd is anybody's. The
-//! device's end of a pipe or socket never blocks: its thread waits in one `poll`, which ends when
-//! the other side has moved bytes or closed, when the control wakes it (more may be read, the load
-//! must be judged, the session is over), or when a stall's time is up. Dropping a session ends its
-//! thread and joins it. What is asked of the thread is answered at once, or after the stall that it
-//! is in: it says "incomplete" rather than wait for bytes.
+//! The device's own thread begins a session, asks it, and ends it; any thread may use the data fd. Dropping
+//! a session ends its thread and joins it. The thread answers a question at once, or after the stall that
+//! it is in; it answers "incomplete" rather than wait for bytes.
+//!
+//! The device's end of a pipe or socket never blocks: the session's thread waits in one `poll`.
+//!
+//! | the `poll` ends when | |
+//! |---|---|
+//! | the other side | has moved bytes, or closed |
+//! | the control wakes it | more may be read, the load must be judged, or the session is over |
+//! | the clock | a stall's time is up |
 
 use std::{
     cmp, fmt,

@@ -1,7 +1,7 @@
 //! The migration's ioctls, one function each, on any VFIO device fd (`linux/vfio.h`).
 //!
-//! Every call is made on a [`BorrowedFd`] and keeps nothing. Which state a device should be in, what
-//! to do when it refuses, and who owns its data fd, is [`Device`](crate::Device)'s to say.
+//! Every call takes a [`BorrowedFd`] and keeps nothing. [`Device`](crate::Device) decides which state a
+//! device should be in, what to do when the device refuses, and who owns its data fd.
 #![expect(unsafe_code, reason = "makes system calls on structs of its own")]
 
 use std::{
