@@ -36,6 +36,7 @@ mod backpressure;
 mod channel_side;
 mod device_side;
 mod device_thread;
+mod main_channel;
 mod publisher;
 mod session;
 
@@ -43,7 +44,7 @@ pub(crate) use self::{
     backpressure::Backpressure,
     channel_side::{IncomingPacket, LoadSink},
     device_side::LoadTransfer,
-    device_thread::{serve_device, start, start_early, wait_written, write_iterable},
+    device_thread::serve_device,
 };
 pub use self::{
     publisher::{PacketLease, Publisher},
@@ -64,7 +65,7 @@ use crate::{
     },
     router::Router,
     spill::{SpillExtent, SpillFile},
-    stats::{Counter, DeviceCounters, SpillStats},
+    stats::{Counter, DeviceCounters, SpillStats, Stats},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU32, Ordering, fence},
@@ -78,15 +79,15 @@ type TransferResult = Result<Vec<u8>>;
 
 /// One device, as the channels, the I/O thread and its own thread share it.
 pub(crate) struct LoadDevice {
-    pub(crate) id: DeviceId,
-    pub(crate) ordinal: u32,
-    pub(crate) reorder: ReorderBuffer,
-    pub(crate) flags: DeviceFlags,
-    pub(crate) counters: DeviceCounters,
+    id: DeviceId,
+    ordinal: u32,
+    reorder: ReorderBuffer,
+    flags: DeviceFlags,
+    counters: DeviceCounters,
     /// For iterable data: from setup to the switchover's start, or an earlier one of the loader's.
     iterable: Mutex<Option<Fd>>,
     /// Whether its config waits for a notice.
-    pub(crate) config_waits: bool,
+    config_waits: bool,
     drained: Mutex<Option<TransferResult>>,
     /// How many packets are in the device, as far as that is told: before the switchover.
     written: AtomicU32,
@@ -139,14 +140,14 @@ pub(crate) enum Route {
 
 /// What all threads of a load share.
 pub(crate) struct Load {
-    pub(crate) collector: Collector,
-    pub(crate) router: Router<Route>,
-    pub(crate) pool: Arc<Pool>,
-    pub(crate) staging: Arc<Pool>,
-    pub(crate) io: Arc<IoHandle<LoadTransfer>>,
-    pub(crate) settings: LoadSettings,
+    collector: Collector,
+    router: Router<Route>,
+    pool: Arc<Pool>,
+    staging: Arc<Pool>,
+    io: Arc<IoHandle<LoadTransfer>>,
+    settings: LoadSettings,
     /// Channels that wait for room.
-    pub(crate) backpressure: Backpressure,
+    backpressure: Backpressure,
     /// Where packets go that must not wait for it, once somebody may need that.
     spill: Mutex<Option<Arc<SpillFile>>>,
     /// Channels and publishers that may still bring packets.
@@ -155,7 +156,7 @@ pub(crate) struct Load {
     dropped: Dropped,
     /// Channels that were announced and have not come. For messages.
     awaited: AtomicU32,
-    pub(crate) first_failure: FirstFailure,
+    first_failure: FirstFailure,
 }
 
 /// See [`Load::dropped`].
@@ -179,14 +180,14 @@ pub(crate) enum Spilling {
 /// The settings that the threads of a load look at.
 #[derive(Clone, Debug)]
 pub(crate) struct LoadSettings {
-    pub(crate) max_packet: u32,
-    pub(crate) window: u32,
-    pub(crate) spill: Spilling,
-    pub(crate) spill_limit: u64,
-    pub(crate) config_after_iterables: bool,
-    pub(crate) stop_after_load: bool,
-    pub(crate) grace: Duration,
-    pub(crate) config_ready_timeout: Duration,
+    max_packet: u32,
+    window: u32,
+    spill: Spilling,
+    spill_limit: u64,
+    config_after_iterables: bool,
+    stop_after_load: bool,
+    grace: Duration,
+    config_ready_timeout: Duration,
 }
 
 impl Load {
@@ -334,14 +335,14 @@ impl Load {
         }
     }
 
-    /// Packets and bytes of data that have been read past.
-    pub(crate) fn dropped(&self) -> (u64, u64) {
-        (self.dropped.packets.get(), self.dropped.bytes.get())
-    }
-
-    /// Bytes for gathering small packets.
-    pub(crate) fn staging_len(&self) -> usize {
-        self.staging.layout().size()
+    /// Adds to the session's counters what is the load's alone.
+    fn add_stats(&self, stats: &mut Stats) {
+        stats.spill = self.spilled();
+        stats.dropped_packets = self.dropped.packets.get();
+        stats.dropped_bytes = self.dropped.bytes.get();
+        stats.held_high += self.staging.layout().size() as u64;
+        let of_devices: u64 = self.devices().iter().map(|device| device.late()).sum();
+        stats.late_wakeups += self.backpressure.late() + of_devices;
     }
 
     /// The first failure, if there was one.
@@ -363,6 +364,21 @@ impl Load {
             self.backpressure.notify_all();
         }
         first
+    }
+
+    /// Hangs up every channel: all that they should bring has come, or never does.
+    fn hang_up(&self) {
+        self.first_failure.hang_up();
+    }
+
+    /// No device comes any more: ends the I/O thread, when it has given up what it has.
+    fn close(&self) {
+        self.io.close();
+    }
+
+    /// Whether the kernel still has a transfer of a device's.
+    fn has_leaked(&self) -> bool {
+        self.io.leaked.get() > 0
     }
 
     /// Waits until it is known why the load has failed, for a channel that was aborted: the I/O thread closes

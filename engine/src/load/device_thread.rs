@@ -4,17 +4,17 @@
 //!   RESUMING ─▶ attach the transfer ─▶ wait for the I/O thread ─▶ (wait for the notice) ─▶ config ─▶ (STOP)
 //! ```
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use vfio_migration_uring::{deadline, later};
 
 use super::{Load, LoadDevice, TransferResult, device_side::LoadTransfer};
 use crate::{
-    device::{Device, Recover, write_all},
+    device::{Device, Recover},
     error::{Error, ErrorKind, Phase, Result, Violation},
     reorder::flags::SLACK,
     state::DeviceState,
-    sync::{Arc, atomic::Ordering, lock},
+    sync::{Arc, lock},
     trace, wire,
 };
 
@@ -102,77 +102,4 @@ fn wait_for_transfer(load: &Load, shared: &LoadDevice) -> TransferResult {
     }
     let drained = lock(&shared.drained).take();
     drained.expect("the I/O thread leaves its result before it says so")
-}
-
-/// Writes iterable data, which comes over the main channel, into the device: in the caller's
-/// thread, and only before the switchover starts.
-pub(crate) fn write_iterable(shared: &LoadDevice, bytes: &[u8]) -> Result<()> {
-    let fd = lock(&shared.iterable);
-    let Some(fd) = &*fd else {
-        let error = Error::misuse(Phase::Section, "iterable data outside setup and switchover");
-        return Err(error.on_device(&shared.id));
-    };
-    write_all(fd, bytes).map_err(|error| {
-        Error::new(ErrorKind::Device, Phase::Section)
-            .on_device(&shared.id)
-            .caused_by(error)
-    })?;
-    shared.counters.main_bytes.add(bytes.len() as u64);
-    Ok(())
-}
-
-/// The switchover starts: all iterable data is in the device.
-pub(crate) fn start(load: &Load, shared: &LoadDevice) {
-    drop(lock(&shared.iterable).take());
-    let switched = shared.flags.switch();
-    if shared.flags.start() || switched {
-        load.io.wake();
-    }
-}
-
-/// All of the device's data comes over the channels, what was read in PRE_COPY too: the I/O thread may
-/// write what comes before the switchover, but for the config.
-pub(crate) fn start_early(load: &Load, shared: &LoadDevice) {
-    drop(lock(&shared.iterable).take());
-    if shared.flags.start() {
-        load.io.wake();
-    }
-}
-
-/// Waits until the first `count` packets are in the device. Ends with that, the load's end, or a
-/// time without progress.
-pub(crate) fn wait_written(
-    load: &Load,
-    shared: &LoadDevice,
-    count: u32,
-    no_progress: Duration,
-) -> Result<()> {
-    let mut before = 0;
-    loop {
-        let deadline = Some(deadline(no_progress));
-        let mut written = 0;
-        let ended = shared.progress.wait(deadline, || {
-            // Acquire: with the I/O thread's release.
-            written = shared.written.load(Ordering::Acquire);
-            if written >= count {
-                return Some(Ok(()));
-            }
-            let ended = shared.flags.stop().is_some() || shared.flags.is_drained();
-            ended.then(|| {
-                let aborted = || Error::aborted(Phase::Section).on_device(&shared.id);
-                Err(load.failure().unwrap_or_else(aborted))
-            })
-        });
-        match ended {
-            Some(result) => return result,
-            // Ends: the count rises each time.
-            None if written > before => before = written,
-            None => {
-                let missing = "packets of PRE_COPY data that were said to be sent";
-                return Err(Error::stalled(Phase::Section, missing)
-                    .on_device(&shared.id)
-                    .at_index(written));
-            }
-        }
-    }
 }

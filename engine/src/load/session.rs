@@ -12,7 +12,7 @@ use vfio_migration_uring::{Waker, deadline};
 
 use super::{
     Load, LoadDevice, LoadSettings, LoadSink, LoadTransfer, Publisher, Route, Spilling,
-    serve_device, start, start_early, wait_written, write_iterable,
+    serve_device,
 };
 use crate::{
     channel::{Channel, ChannelLimits, Receiver},
@@ -34,7 +34,7 @@ use crate::{
         lock,
     },
     tasks::{Task, TaskKind, Tasks},
-    trace, wire,
+    trace,
 };
 
 /// Builds a [`LoadSession`].
@@ -501,7 +501,7 @@ impl LoadSession {
     ///
     /// [`ErrorKind::Device`]; [`ErrorKind::Misuse`] once the switchover has started.
     pub fn write_iterable(&self, id: &DeviceId, bytes: &[u8]) -> Result<()> {
-        let result = write_iterable(&*self.device(id)?, bytes);
+        let result = self.device(id)?.write_iterable(bytes);
         let ret = Error::trace_errno(&result);
         trace::load_state_device_data(id, bytes.len() as u64, ret);
         result
@@ -510,22 +510,21 @@ impl LoadSession {
     /// The switchover has started: all iterable data is in the devices, and the I/O thread may write
     /// what has come and will.
     pub fn switchover_start(&self) {
-        for device in self.load.devices() {
-            start(&self.load, &device);
-        }
+        self.load.switchover_start();
     }
 
     /// Both ends carry this device's PRE_COPY data over the channels: what comes before the
     /// switchover is written at once.
     pub(crate) fn start_early(&self, id: &DeviceId) -> Result<()> {
-        start_early(&self.load, &*self.device(id)?);
+        self.load.start_early(&*self.device(id)?);
         Ok(())
     }
 
     /// Waits until the device's first `count` packets are in it.
     pub(crate) fn wait_written(&self, id: &DeviceId, count: u32) -> Result<()> {
         let no_progress = self.common.no_progress;
-        wait_written(&self.load, &*self.device(id)?, count, no_progress)
+        self.load
+            .wait_written(&*self.device(id)?, count, no_progress)
     }
 
     /// The main channel says that the device's config may be loaded.
@@ -534,16 +533,7 @@ impl LoadSession {
     ///
     /// [`Violation::SectionTag`] where that is not in use, or comes a second time.
     pub fn config_load_ready(&self, id: &DeviceId) -> Result<()> {
-        let device = self.device(id)?;
-        if device.config_waits && device.flags.config_ready() {
-            return Ok(());
-        }
-        let tag = wire::Tag::ConfigLoadReady.value();
-        let error = Error::protocol(Violation::SectionTag(tag))
-            .in_phase(Phase::Section)
-            .on_device(id);
-        self.load.fail(error.clone());
-        Err(error)
+        self.load.config_load_ready(&*self.device(id)?)
     }
 
     /// A handle that cancels, also while another thread waits in [`LoadSession::join`].
@@ -588,15 +578,10 @@ impl LoadSession {
         let devices = devices
             .iter()
             .map(|device| device.counters.snapshot(&device.id));
-        let late = self.load.backpressure.late();
-        let devices_late: u64 = self.load.devices().iter().map(|d| d.late()).sum();
         let mut stats = self
             .common
             .stats(devices.collect(), &self.load.pool, &self.load.io);
-        stats.spill = self.load.spilled();
-        (stats.dropped_packets, stats.dropped_bytes) = self.load.dropped();
-        stats.held_high += self.load.staging_len() as u64;
-        stats.late_wakeups += late + devices_late;
+        self.load.add_stats(&mut stats);
         stats
     }
 
@@ -649,12 +634,12 @@ impl LoadSession {
                 None => error,
             });
         }
-        self.load.first_failure.hang_up();
+        self.load.hang_up();
         let short = Some(deadline(SLACK));
         tasks.wait(short, || (tasks.at_work() <= 1).then_some(()));
-        self.load.io.close();
+        self.load.close();
         tasks.wait(short, || tasks.is_idle().then_some(()));
-        let leaked = self.load.io.leaked.get() > 0;
+        let leaked = self.load.has_leaked();
         let left_behind = tasks.join(leaked);
         self.common.canceller.retire();
         let stats = self.stats();
