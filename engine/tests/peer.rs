@@ -7,6 +7,7 @@ mod capture;
 mod common;
 
 use std::{
+    array,
     collections::BTreeMap,
     fs::File,
     io::{self, Read, Write},
@@ -25,8 +26,8 @@ use capture::{Capture, id, list, number, sha256, text, vfio_only};
 use common::Watchdog;
 use nix::{errno::Errno, sys::memfd};
 use vfio_migration::{
-    Channel, Device, DeviceId, DeviceState, LoadSession, MigrationDevice, MigrationFlags,
-    PrecopyInfo, RamSink, SaveSession, Settings, SourceChannels,
+    Channel, Device, DeviceId, DeviceState, FdDevice, LoadSession, PrecopyInfo, RamSink,
+    SaveSession, Settings, SourceChannels,
     migration::{
         Capabilities, DeviceSettings, Incoming, MigratableDevice, OnOffAuto, Outgoing,
         OutgoingDevice, SwitchoverAck, SwitchoverAcks, vm,
@@ -55,106 +56,77 @@ struct Contents {
 }
 
 /// A device with contents given, or to be got, in a file.
+#[derive(Clone)]
 struct Buffered {
-    state: DeviceState,
     contents: Arc<Mutex<Contents>>,
-    /// The session's.
-    file: Option<File>,
-    read: usize,
-    /// The VMM's own knowledge of its config.
-    config_len: usize,
+    /// The session's file, and how much of it was read in PRE_COPY.
+    session: Arc<Mutex<(Option<File>, usize)>>,
 }
 
 impl Buffered {
-    fn new(contents: Arc<Mutex<Contents>>, config_len: usize) -> Self {
-        Self {
-            state: DeviceState::Running,
-            contents,
-            file: None,
-            read: 0,
-            config_len,
-        }
+    /// `config_len` is the VMM's own knowledge of its config.
+    fn device(contents: Arc<Mutex<Contents>>, config_len: usize) -> FdDevice {
+        let session = Arc::default();
+        let buffered = Self { contents, session };
+        let [opens, changes, info, reads, size, saves, loads] =
+            array::from_fn(|_| buffered.clone());
+        FdDevice::new(move |state| opens.begin(state))
+            .with_p2p()
+            .with_precopy(
+                move || {
+                    Ok(PrecopyInfo {
+                        initial_bytes: info.left() as u64,
+                        ..PrecopyInfo::default()
+                    })
+                },
+                move |fd, buffer| reads.read(fd, buffer),
+            )
+            .with_data_size(move || Ok(size.contents.lock().unwrap().whole.len() as u64))
+            .with_config(
+                move |writer| writer.write_all(&saves.contents.lock().unwrap().config),
+                move |reader| {
+                    let mut config = vec![0; config_len];
+                    reader.read_exact(&mut config)?;
+                    loads.contents.lock().unwrap().config = config;
+                    Ok(())
+                },
+            )
+            .on_change(move |from, to| changes.change(from, to))
     }
 
-    fn begin(&mut self, bytes: &[u8]) -> io::Result<OwnedFd> {
+    fn begin(&self, state: DeviceState) -> io::Result<OwnedFd> {
         let file = File::from(memfd::memfd_create("device", memfd::MFdFlags::MFD_CLOEXEC)?);
-        file.write_all_at(bytes, 0)?;
-        self.read = 0;
+        if state.is_saving() {
+            file.write_all_at(&self.contents.lock().unwrap().whole, 0)?;
+        }
         let theirs = file.try_clone()?;
-        self.file = Some(file);
+        *self.session.lock().unwrap() = (Some(file), 0);
         Ok(theirs.into())
     }
 
-    fn left(&self) -> usize {
-        self.contents.lock().unwrap().precopy - self.read
-    }
-}
-
-impl MigrationDevice for Buffered {
-    fn flags(&self) -> io::Result<MigrationFlags> {
-        Ok(MigrationFlags::from_bits(7))
-    }
-
-    fn state(&self) -> io::Result<DeviceState> {
-        Ok(self.state)
-    }
-
-    fn set_state(&mut self, new: DeviceState) -> io::Result<Option<OwnedFd>> {
-        let before = self.state;
-        let fd = if new.is_saving() && !before.is_saving() {
-            let whole = self.contents.lock().unwrap().whole.clone();
-            Some(self.begin(&whole)?)
-        } else if new == DeviceState::Resuming {
-            Some(self.begin(b"")?)
-        } else {
-            None
-        };
-        if before == DeviceState::Resuming {
-            let file = self.file.take().unwrap();
-            let mut whole = vec![0; usize::try_from(file.metadata()?.len()).unwrap()];
-            file.read_exact_at(&mut whole, 0)?;
-            self.contents.lock().unwrap().whole = whole;
+    fn change(&self, from: DeviceState, to: DeviceState) -> io::Result<()> {
+        let mut contents = self.contents.lock().unwrap();
+        if from == DeviceState::Resuming {
+            let file = self.session.lock().unwrap().0.take().unwrap();
+            contents.whole = vec![0; usize::try_from(file.metadata()?.len()).unwrap()];
+            file.read_exact_at(&mut contents.whole, 0)?;
         }
-        self.contents.lock().unwrap().states.push(new);
-        self.state = new;
-        Ok(fd)
-    }
-
-    fn reset(&mut self) -> io::Result<()> {
-        self.state = DeviceState::Running;
+        contents.states.push(to);
         Ok(())
     }
 
-    fn data_size(&self) -> io::Result<u64> {
-        Ok(self.contents.lock().unwrap().whole.len() as u64)
+    fn left(&self) -> usize {
+        self.contents.lock().unwrap().precopy - self.session.lock().unwrap().1
     }
 
-    fn precopy_info(&self, _fd: BorrowedFd<'_>) -> io::Result<PrecopyInfo> {
-        Ok(PrecopyInfo {
-            initial_bytes: self.left() as u64,
-            ..PrecopyInfo::default()
-        })
-    }
-
-    fn read_precopy(&mut self, fd: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
+    fn read(&self, fd: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
         let len = self.left().min(buffer.len());
         if len == 0 {
             return Err(Errno::ENOMSG.into());
         }
         let count = nix::unistd::read(fd, &mut buffer[..len])?;
-        self.read += count;
+        self.session.lock().unwrap().1 += count;
         Ok(count)
-    }
-
-    fn save_config(&mut self, writer: &mut dyn Write) -> io::Result<()> {
-        writer.write_all(&self.contents.lock().unwrap().config)
-    }
-
-    fn load_config(&mut self, reader: &mut dyn Read) -> io::Result<()> {
-        let mut config = vec![0; self.config_len];
-        reader.read_exact(&mut config)?;
-        self.contents.lock().unwrap().config = config;
-        Ok(())
     }
 }
 
@@ -218,7 +190,7 @@ impl Case {
 
     fn admit(&self, id: &DeviceId, contents: Contents) -> (MigratableDevice, Arc<Mutex<Contents>>) {
         let contents = Arc::new(Mutex::new(contents));
-        let device = Buffered::new(contents.clone(), self.config_len());
+        let device = Buffered::device(contents.clone(), self.config_len());
         let device = Device::new(id.clone(), Box::new(device)).unwrap();
         let mut settings = DeviceSettings::default();
         settings.transfer = self.transfer;
