@@ -10,7 +10,7 @@
 //! A large packet that passes in pieces waits for its device between the pieces. On such a channel a packet
 //! may therefore pass in pieces only if its device takes packets and needs this one next.
 //!
-//! `tests/back_pressure.rs` searches all orders, channels and schedules of small cases for deadlocks. The
+//! `tests/load/back_pressure.rs` searches all orders, channels and schedules of small cases for deadlocks. The
 //! search asks this function.
 
 use crate::reorder::pool::PoolLayout;

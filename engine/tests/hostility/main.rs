@@ -31,7 +31,7 @@
 #![allow(missing_docs, reason = "a test")]
 
 mod chains;
-#[path = "../command/mod.rs"]
+#[path = "../support/command.rs"]
 mod command;
 mod files;
 mod limits;
@@ -39,6 +39,7 @@ mod link;
 mod main_channel;
 mod return_path;
 mod rig;
+mod running;
 mod signals;
 mod sockets;
 

@@ -5,9 +5,10 @@ use std::{fs, io::Write, os::unix::net::UnixStream, path::Path, thread, time::Du
 use nix::{sys::stat::Mode, unistd::mkfifo};
 
 use crate::{
-    command::{Directory, Ended, listen, start, start_under, start_unread, words},
+    command::{Directory, Ended, listen, start, start_under, words},
     link::{Fate, Link},
     rig::{BOUND, Ends, Rig, case, end, refused, sound, until},
+    running::start_unread,
     tests,
 };
 

@@ -16,9 +16,10 @@ use std::{
 use nix::{sys::stat::Mode, unistd::mkfifo};
 
 use crate::{
-    command::{Directory, listen, start, start_unread, words},
+    command::{Directory, listen, start, words},
     link::{Fate, Link},
     rig::{Ends, Rig, Wire, case, end, refused, sound, until},
+    running::start_unread,
     tests,
 };
 

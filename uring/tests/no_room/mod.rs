@@ -23,9 +23,10 @@ const CASE: &str = "VFIO_MIGRATION_NO_ROOM_CASE";
 /// The page of a tmpfs.
 pub const PAGE: usize = 4096;
 
-/// Runs `case` in a process of its own, in a directory of its own. `test` is the caller's name.
+/// Runs `case` in a process of its own, in a directory of its own. `test` is the caller's name,
+/// as the harness has it.
 pub fn in_a_process(test: &str, case: fn(&Path)) {
-    let directory = |id| env::temp_dir().join(format!("{test}-{id}"));
+    let directory = |id| env::temp_dir().join(format!("{}-{id}", test.replace("::", "-")));
     if env::var_os(CASE).is_some() {
         return case(&directory(parent_id()));
     }
@@ -40,6 +41,10 @@ pub fn in_a_process(test: &str, case: fn(&Path)) {
     let text = String::from_utf8_lossy(&output.stdout);
     let error = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{text}{error}");
+    assert!(
+        text.contains("1 passed"),
+        "no test is called {test}: {text}"
+    );
     if error.contains(NOT_TESTED) {
         io::stderr().write_all(error.as_bytes()).unwrap();
     }

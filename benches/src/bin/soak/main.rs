@@ -20,7 +20,7 @@ mod lifecycle;
 #[path = "../../../../engine/tests/hostility/link.rs"]
 mod link;
 mod migrate;
-#[path = "../../../../engine/tests/command/minded.rs"]
+#[path = "../../../../engine/tests/support/minded.rs"]
 mod minded;
 mod packets;
 mod path;

@@ -1,0 +1,36 @@
+//! What the command promises whoever runs it: its processes, their files, statuses and messages.
+#![cfg(feature = "cli")]
+#![allow(missing_docs, reason = "a test")]
+
+mod chain;
+mod channels;
+mod connect;
+mod demo;
+mod ended;
+mod failures;
+mod false_source;
+mod far;
+mod files;
+mod interrupt;
+mod limits;
+mod listen;
+mod network;
+mod order;
+mod peers;
+mod probe;
+mod relay;
+mod replay;
+mod return_path;
+mod start;
+mod unread;
+mod vanished;
+mod which_side;
+
+#[path = "../support/barrier.rs"]
+mod barrier;
+#[path = "../support/command.rs"]
+mod command;
+#[path = "../support/names.rs"]
+mod names;
+#[path = "../support/packets.rs"]
+mod packets;

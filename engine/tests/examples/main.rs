@@ -1,0 +1,121 @@
+//! The examples do what they say.
+#![cfg(feature = "sim")]
+#![allow(missing_docs, reason = "a test")]
+
+#[path = "../../examples/event_loop.rs"]
+mod event_loop;
+#[path = "../../examples/push.rs"]
+mod push;
+#[path = "../../examples/relay.rs"]
+mod relay;
+#[path = "../../examples/save_to_file.rs"]
+#[allow(dead_code, reason = "its main takes a path from the command line")]
+mod save_to_file;
+#[path = "../support/watchdog.rs"]
+mod watchdog;
+
+use std::{
+    fs,
+    os::unix::net::UnixStream,
+    path::Path,
+    process,
+    sync::{Mutex, mpsc},
+    thread,
+    time::Duration,
+};
+
+use vfio_migration::{
+    Device, DeviceId, ErrorKind, Settings, SourceChannels,
+    migration::{Capabilities, DeviceSettings, MigratableDevice},
+    sim::{Faults, SimConfig, SimDevice},
+    stream::SectionKind,
+};
+
+use crate::watchdog::Watchdog;
+
+#[test]
+fn packets_that_come_otherwise_are_pushed() {
+    let _watchdog = Watchdog::new();
+    push::main().unwrap();
+}
+
+#[test]
+fn a_relay_passes_a_migration_on() {
+    let _watchdog = Watchdog::new();
+    relay::main().unwrap();
+}
+
+#[test]
+fn a_file_keeps_a_devices_state() {
+    let _watchdog = Watchdog::new();
+    let name = format!("save_to_file-{}", process::id());
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    let saved = save_to_file::run(&path);
+    fs::remove_file(&path).unwrap();
+    saved.unwrap();
+}
+
+#[test]
+fn one_thread_waits_for_the_main_channel_and_the_session() {
+    let _watchdog = Watchdog::new();
+    event_loop::main().unwrap();
+}
+
+fn device(config: SimConfig) -> Vec<MigratableDevice> {
+    let device = SimDevice::new(config).unwrap();
+    let id = DeviceId::new("0000:00:03.0/vfio", 0).unwrap();
+    let device = Device::new(id, Box::new(device)).unwrap();
+    vec![MigratableDevice::new(device, DeviceSettings::default())]
+}
+
+/// Its source says nothing more, and is not told: only the session's eventfd can end the wait.
+#[test]
+fn a_device_that_fails_wakes_an_event_loop_whose_source_is_silent() {
+    let _watchdog = Watchdog::new();
+    let ((main, main_there), (channel, channel_there)) =
+        (UnixStream::pair().unwrap(), UnixStream::pair().unwrap());
+    let mut capabilities = Capabilities::default();
+    // So that the device is written to before the switchover.
+    capabilities.precopy_over_channels = true;
+    let here = device(SimConfig {
+        precopy_initial: 100_000,
+        ..SimConfig::default()
+    });
+    let there = device(SimConfig {
+        // Less than what comes, so that the write is under way when it fails.
+        buffer: Some(4096),
+        faults: Faults {
+            fail_at: Some(1000),
+            ..Faults::default()
+        },
+        ..SimConfig::default()
+    });
+    let channels = SourceChannels::greet(vec![channel.into()], &Settings::default()).unwrap();
+    let (ended, waits) = mpsc::channel::<()>();
+    let waits = Mutex::new(waits);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let silent = Duration::from_secs(60);
+            event_loop::source::source(
+                here,
+                &main,
+                channels,
+                &capabilities,
+                silent,
+                |sources, channels, main| {
+                    let (source, part) = (&mut sources[0], SectionKind::Part);
+                    let owner = source.id().clone();
+                    main.device_section(part, 0, &owner, |body| {
+                        source.iterate_over(channels, body)
+                    })?;
+                    let _ended = waits.lock().unwrap().recv();
+                    Err(channels.failure().expect("the destination has ended"))
+                },
+            )
+        });
+        let channels = vec![channel_there];
+        let loaded = event_loop::destination(there, &main_there, channels, &capabilities);
+        drop(ended);
+        assert_eq!(*loaded.unwrap_err().kind(), ErrorKind::Device);
+    });
+}
