@@ -302,19 +302,19 @@ impl fmt::Debug for Shared {
 
 /// How a relay ended.
 ///
-/// It keeps the destination's channels, whose end the destination has been told: dropping it closes them.
-/// Where all got through that waits until the destination has ended its side too, but no longer than a
-/// second: to close a channel before could lose what the destination has not read yet.
+/// The report keeps the destination's channels, whose end the destination has been told. Dropping the report
+/// closes them. If everything got through, the drop waits until the destination has ended its side too, for a
+/// second at most: closing a channel earlier could lose what the destination has not read yet.
 #[derive(Debug)]
 #[non_exhaustive]
 #[must_use = "says whether everything got through"]
 pub struct RelayReport {
-    /// How the whole went: the first failure, or that it was cancelled.
+    /// The result of the whole relay: the first failure, or the cancellation.
     pub result: Result<()>,
     /// The counters at the end. A device's packets are those that were sent on; a channel's are
     /// those that came in on it.
     pub stats: Stats,
-    /// Threads that did not end within the grace time, and were left behind.
+    /// How many threads did not end within the grace time. They were left behind.
     pub abandoned_threads: usize,
     /// To the destination.
     _channels: Finished,
@@ -322,13 +322,13 @@ pub struct RelayReport {
 
 /// A migration's channels on their way through this process, from a source to a destination.
 ///
-/// Devices need not be named: one is known from its first packet on, up to
-/// [`Settings::max_devices`] of them. Of the settings it also heeds `budget`, `window`, `max_packet`
-/// (the budget's buffers have that size), `precopy_over_channels`, `no_progress`, `hello_timeout` and
-/// `grace`. The VM's uuid
-/// is the destination's to check.
+/// Devices need not be named: the relay knows a device from its first packet on, up to
+/// [`Settings::max_devices`] of them. It also uses these settings: `budget`, `window`, `max_packet` (the
+/// size of
+/// the budget's buffers), `precopy_over_channels`, `no_progress`, `hello_timeout` and `grace`. The destination
+/// checks the VM's uuid.
 ///
-/// All methods may be called from any thread.
+/// Any thread may call any method.
 ///
 /// ```
 /// use std::{io::{Read, Write}, os::unix::net::UnixStream};
@@ -371,22 +371,21 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// Allocates all memory, and starts the sequencer. Channels are added as they come.
+    /// Allocates all memory and starts the sequencer. Add channels as they come.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Misuse`] for settings that cannot be; [`ErrorKind::Host`] for what the host does
-    /// not have.
+    /// [`ErrorKind::Misuse`] for impossible settings; [`ErrorKind::Host`] for what the host lacks.
     pub fn start(settings: &Settings) -> Result<Self> {
         Self::start_on(settings, None)
     }
 
-    /// As [`Relay::start`], where `spawn` puts each [`Task`] on a thread of the embedder's. It is
-    /// called on this thread for the sequencer, and in [`Relay::add_channel`] for a channel's two.
+    /// As [`Relay::start`], but runs each [`Task`] on a thread of the VMM's. `spawn` is called here for the
+    /// sequencer, and in [`Relay::add_channel`] for a channel's two threads.
     ///
     /// # Errors
     ///
-    /// As [`Relay::start`], and [`ErrorKind::Host`] where `spawn` fails.
+    /// As for [`Relay::start`], and [`ErrorKind::Host`] if `spawn` fails.
     ///
     /// ```
     /// use std::thread;
@@ -465,13 +464,13 @@ impl Relay {
         Ok(relay)
     }
 
-    /// Adds a channel: the source's connection, and the one to the destination that carries on
-    /// what comes on it. Two threads serve it. The source's end of the channel may have any page
-    /// size ([`Channel::with_page_size`]); a RAM sink is replaced.
+    /// Adds a channel: the source's connection, and the connection to the destination that carries the channel
+    /// on. Two threads serve it. The source's connection may have any page size ([`Channel::with_page_size`]);
+    /// its RAM sink is replaced.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Host`] without a thread; [`ErrorKind::Misuse`] after
+    /// [`ErrorKind::Host`] if there is no thread for it; [`ErrorKind::Misuse`] after
     /// [`Relay::no_more_channels`].
     pub fn add_channel(
         &self,
@@ -563,7 +562,7 @@ impl Relay {
         )
     }
 
-    /// Says that no further channel will be added: the relay ends when those that are have ended.
+    /// Marks the channels as complete: the relay ends when the existing ones have ended.
     pub fn no_more_channels(&self) {
         let first = {
             let _added_or_not = lock(&self.shared.channels);
@@ -575,7 +574,7 @@ impl Relay {
         }
     }
 
-    /// How many channels have come, and how many of those the source has not ended.
+    /// Returns how many channels have come, and how many of them the source has not ended.
     #[must_use]
     pub fn channels(&self) -> (usize, usize) {
         let channels = lock(&self.shared.channels);
@@ -585,17 +584,17 @@ impl Relay {
         (channels.len(), inputs.saturating_sub(to_come))
     }
 
-    /// Cancels. Returns at once; both sides are hung up on.
+    /// Cancels the relay: hangs up both sides. Returns at once.
     pub fn cancel(&self) {
         self.fail(Error::cancelled(Phase::Receive));
     }
 
-    /// Fails the relay for a reason of the embedder's: its main channel's, say.
+    /// Fails the relay for a reason of the VMM's, for example a broken main channel.
     pub fn fail(&self, error: Error) {
         self.shared.fail(error);
     }
 
-    /// Why it failed, once it has.
+    /// Returns why the relay has failed, if it has.
     #[must_use]
     pub fn failure(&self) -> Option<Error> {
         self.shared.first_failure.failure()
@@ -607,7 +606,7 @@ impl Relay {
         self.tasks.is_idle()
     }
 
-    /// The counters as they are.
+    /// Returns the counters as they are now.
     #[must_use]
     pub fn stats(&self) -> Stats {
         let devices = lock(&self.shared.devices).clone();
@@ -642,8 +641,8 @@ impl Relay {
         }
     }
 
-    /// Waits until every channel has ended and everything has been sent on, or the relay has failed.
-    /// No further channel can be added.
+    /// Waits until every channel has ended and everything has been sent on, or the relay has failed. No channel
+    /// can be added any more.
     pub fn join(mut self) -> RelayReport {
         self.end()
     }

@@ -175,7 +175,7 @@ macro_rules! builder_methods {
             self
         }
 
-        /// The settings as they are.
+        /// Returns the settings as they are now.
         pub fn settings_mut(&mut self) -> &mut Settings {
             self.parts.prepared = None;
             &mut self.parts.settings
@@ -193,9 +193,8 @@ macro_rules! builder_methods {
             self.parts.devices.len()
         }
 
-        /// Adds a device. The session has it until its report. The state that it is in now is the
-        /// one that it goes back to where the session fails: RUNNING, or STOP of a VM that does not
-        /// run.
+        /// Adds a device. The session owns the device until its report. If the session fails, the device goes
+        /// back to the state in which it is now: RUNNING, or STOP if the VM does not run.
         pub fn device(mut self, mut device: Device) -> Self {
             device.set_off();
             self.parts.devices.push(device);
@@ -218,10 +217,9 @@ macro_rules! builder_methods {
             self
         }
 
-        /// Has the session's tasks run on threads of the embedder's: `spawn` is called once for
-        /// each, must have it run on a thread of its own soon, and must not wait for its end. The
-        /// session's devices keep it, for their changes of state outside of the session
-        /// ([`Device::spawn_with`]).
+        /// Runs the session's tasks on the VMM's threads. The session calls `spawn` once per task. `spawn`
+        /// must soon run the task on a thread of its own, and must not wait for the task's end. The session's
+        /// devices keep `spawn`, for their state changes outside of the session ([`Device::spawn_with`]).
         pub fn spawn_with(
             mut self,
             spawn: impl Fn(Task) -> std::io::Result<()> + Send + Sync + 'static,
@@ -230,7 +228,7 @@ macro_rules! builder_methods {
             self
         }
 
-        /// Moves the devices' bytes through a simulated ring; its capacity is seen to.
+        /// Moves the devices' bytes through a simulated ring. The session sets the ring's capacity.
         #[cfg(feature = "sim")]
         pub fn simulated_ring(mut self, config: vfio_migration_uring::sim::SimConfig) -> Self {
             self.parts.simulation = Some(config);
@@ -238,7 +236,7 @@ macro_rules! builder_methods {
             self
         }
 
-        /// Has leases of the session's memory refused by a plan.
+        /// Refuses leases of the session's memory as `plan` says.
         #[cfg(feature = "faults")]
         pub fn refuse_leases(mut self, plan: crate::LeasePlan) -> Self {
             self.parts.refusals = Some(plan);
@@ -254,41 +252,41 @@ macro_rules! builder_methods {
 pub struct DeviceReport {
     /// Which device.
     pub id: DeviceId,
-    /// How its part went: it may have succeeded in a session that failed.
+    /// How this device's part went. A device may have succeeded in a session that failed.
     pub result: Result<()>,
-    /// The device, unless a transfer or a callback is stuck in it: then it must not be touched, and
-    /// is leaked. [`Device::state`], [`Device::was_reset`] and [`Device::duty`] say what became of
-    /// it.
+    /// The device, or `None` if a transfer or a callback is stuck in it: such a device must not be touched and
+    /// is leaked. [`Device::state`], [`Device::was_reset`] and [`Device::duty`] say what became of the device.
     pub device: Option<Device>,
 }
 
 /// How a session ended.
 ///
-/// That of a save keeps the channels, whose end the destination has been told: dropping it closes them.
-/// Where the save has succeeded that waits until the destination has ended its side too, but no longer
-/// than a second: to close a channel before could lose what the destination has not read yet.
+/// The report of a save also keeps the channels, whose end the destination has been told. Dropping the report
+/// closes them. After a successful save the drop waits until the destination has ended its side too, for a
+/// second at most: closing a channel earlier could lose what the destination has not read yet.
 #[derive(Debug)]
 #[non_exhaustive]
 #[must_use = "says whether the migration succeeded, and has the devices"]
 pub struct Report {
-    /// How the whole went: the first failure, or that it was cancelled.
+    /// The result of the whole session: the first failure, or the cancellation.
     pub result: Result<()>,
     /// By device, in the order given.
     pub devices: Vec<DeviceReport>,
     /// The counters at the end.
     pub stats: Stats,
-    /// Threads that the kernel still holds, and that were left behind.
+    /// How many threads the kernel still holds. They were left behind.
     pub abandoned_threads: usize,
     /// Save: the channels, on which all has been sent.
     pub(crate) channels: Finished,
 }
 
 impl Report {
-    /// The VM runs elsewhere: sets every device that is still in a saving state to STOP, all at once,
-    /// and returns when all are. This can be slow, and belongs after the migration: out of downtime.
+    /// Sets every device that is still in a saving state to STOP, all at once, and returns when all are. Call
+    /// this when the VM runs elsewhere. It can be slow, so it belongs after the migration, outside of the
+    /// downtime.
     ///
-    /// One that refuses is reset, which makes it RUNNING, and then stopped: its result says so, and
-    /// its [`duty`](Device::duty) what is to be done where that fails too.
+    /// A device that refuses is reset, which makes it RUNNING, and then stopped. Its result says so. If that
+    /// fails too, its [`duty`](Device::duty) says what to do.
     pub fn stop_devices(&mut self) {
         let mut saving: Vec<_> = self
             .devices
@@ -314,8 +312,8 @@ impl Report {
 }
 
 impl Report {
-    /// The VM goes on here, though all of it was sent: takes every device back to the state that it
-    /// came in, all at once. After a save that has failed this was done.
+    /// Takes every device back to the state in which it came, all at once. Call this when the VM goes on here
+    /// although everything was sent. A save that failed has already done this.
     pub fn put_back(&mut self) {
         self.channels.abandon();
         // What failed before is the error to report; what this comes to is each device's duty.

@@ -1,4 +1,4 @@
-//! A session's settings, and the arithmetic that turns a budget into a pool.
+//! A session's settings: values, and the check of each.
 
 use std::{path::PathBuf, time::Duration};
 
@@ -46,9 +46,9 @@ pub enum Spill {
 pub struct Settings {
     /// Which ring moves the devices' bytes: [`Backend::Auto`].
     pub backend: Backend,
-    /// All memory that packets are held in, reserves and staging included, but for what is spilled: see
-    /// [`Settings::memory_bound`] for all that a load takes. One that the host cannot have is refused
-    /// ([`ErrorKind::Host`]). Unless set:
+    /// The memory in which packets are held, reserves and staging buffers included, spilled packets not:
+    /// [`Settings::memory_bound`] is everything that a load takes. A budget that the host cannot give is
+    /// refused ([`ErrorKind::Host`]). Default:
     ///
     /// | for | budget |
     /// |---|---|
@@ -58,27 +58,28 @@ pub struct Settings {
     pub budget: Option<usize>,
     /// Load: the size of a buffer of the pool; a larger packet passes in pieces. 1 MiB.
     pub buffer_len: usize,
-    /// Save: the most data in a packet. Unless set, the device's estimate of its state, but not
-    /// above 1 MiB nor below 64 KiB.
+    /// Save: the most data in a packet. Default: the device's estimate of its state, at most 1 MiB and at
+    /// least 64 KiB.
     pub data_len: Option<usize>,
-    /// Relay: devices' packets may come while the source's VM runs
-    /// ([`Capabilities::precopy_over_channels`](crate::migration::Capabilities::precopy_over_channels)): then a device
-    /// that is incomplete is not missed ([`Settings::no_progress`]) while all that has come has been passed
-    /// on. Off.
+    /// Relay: device packets may come while the source's VM runs
+    /// ([`Capabilities::precopy_over_channels`](crate::migration::Capabilities::precopy_over_channels)). Then
+    /// an incomplete device does not count as stalled ([`Settings::no_progress`]) while everything received has
+    /// been passed on. Default: off.
     pub precopy_over_channels: bool,
-    /// Load, relay: how far ahead of the packet that a device needs next an idx may be and be held; one
-    /// beyond waits. 65 536; at most 1 048 576, for each place costs 8 bytes of each device.
+    /// Load, relay: how far ahead of a device's next packet an idx may be. A packet beyond the window waits.
+    /// Default: 65 536. At most 1 048 576; each place costs 8 bytes per device.
     pub window: u32,
-    /// Load, relay: the largest device-state payload that is accepted, 12-byte header included. 12 bytes
-    /// and 4 MiB; at the least 12 bytes and 1 MiB.
+    /// Load, relay: the largest accepted device-state payload, 12-byte header included. Default: 4 MiB and 12
+    /// bytes. At least 1 MiB and 12 bytes.
     pub max_packet: u32,
-    /// Load: where a packet goes when the budget is spent. Where a RAM migrator's SYNC barriers share
-    /// the channels with device state, a packet that waits for the budget can hold up the one that
-    /// its device needs; so there it goes to a file, and comes back when it is next. While the devices
-    /// get on nothing is spilled. Auto.
+    /// Load: where a packet goes when the budget is spent. If a RAM migration's SYNC barriers share the
+    /// channels with device state, a packet that waits for the budget can hold up the packet that its device
+    /// needs. So there it goes to a file, and comes back when it is next. While the devices keep up, nothing is
+    /// spilled. Default: [`Spill::Auto`].
     pub spill: Spill,
-    /// Load: how much may be spilled at one time, which is memory too unless it goes to a directory, rounded down to 64 KiB, and each packet up. When that
-    /// is used up, packets wait after all. 1 GiB.
+    /// Load: how much may be spilled at one time, rounded down to 64 KiB; each packet is rounded up. This is
+    /// memory too, unless it goes to a directory. When the limit is reached, packets wait after all. Default:
+    /// 1 GiB.
     pub spill_limit: u64,
     /// Load: the number of channels, 256 at most; a hello's id is below it. Input ends when this many
     /// channels have connected and closed, or when nothing is missing any more. A channel that never
@@ -86,43 +87,42 @@ pub struct Settings {
     /// [`Stalled`](crate::ErrorKind::Stalled) after [`Settings::no_progress`]. Default: 1, or the number of
     /// channels given to the builder if that is larger.
     pub channels: u32,
-    /// The VM's uuid, as every hello says it. All zero where it has none.
+    /// The VM's uuid, as in every hello. All zero if the VM has none.
     pub uuid: [u8; 16],
-    /// The most devices over the session's life, those that were removed included. Unless set:
-    /// those given to the builder; for a relay, which is given none, 64.
+    /// The most devices over the session's life, removed ones included. Default: the number given to the
+    /// builder; 64 for a relay, which is given none.
     pub max_devices: Option<u32>,
-    /// Load: whether each device's config waits for its notice on the main channel, unless the device
-    /// says otherwise ([`Device::set_config_after_iterables`](crate::Device)). Both ends must agree.
-    /// Off.
+    /// Load: whether each device's config waits for its notice on the main channel. A device can override this
+    /// ([`Device::set_config_after_iterables`](crate::Device)). Both ends must agree. Default: off.
     pub config_after_iterables: bool,
-    /// Load: whether a device is set to STOP once it is loaded, so that its driver checks the state
-    /// then, and one that it refuses fails the load. Unless set:
+    /// Load: whether a loaded device is set to STOP. Its driver then checks the state, and a refusal fails the
+    /// load. Default:
     ///
-    /// - A [`LoadSession`](crate::LoadSession) alone does, for nobody else would have the state checked
-    ///   before the source is let go.
-    /// - [`migration::Incoming`](crate::migration::Incoming) does not: as with QEMU and Cloud
-    ///   Hypervisor the device stays in RESUMING until the VM starts, because a stay in STOP can be
-    ///   seen from outside (functions of mlx5 have been seen to initialise anew after one). The I/O thread
-    ///   checks in the first step of [`vm::start`](crate::migration::vm::start), and the source is told
-    ///   that all is loaded only after it.
+    /// - Yes, for a [`LoadSession`](crate::LoadSession) alone: nothing else would check the state before the
+    ///   VMM lets the source go.
+    /// - No, for [`migration::Incoming`](crate::migration::Incoming). As with QEMU and Cloud Hypervisor the
+    ///   device stays in RESUMING until the VM starts, because a stay in STOP can be seen from outside
+    ///   (functions of mlx5 have been seen to initialise again after one). The driver checks the state in the
+    ///   first step of [`vm::start`](crate::migration::vm::start), and the source is told only afterwards that
+    ///   all is loaded.
     pub stop_after_load: Option<bool>,
-    /// After a cancellation, how long a device's driver may keep a transfer before it is given up.
-    /// 5 s.
+    /// How long a device's driver may keep a transfer after a cancellation. Then the transfer is given up.
+    /// Default: 5 s.
     ///
-    /// The thread that submitted such a transfer cannot exit before it has ended. The engine leaves
-    /// it behind; an embedder's own, and the process, block there when they exit.
+    /// The thread that submitted such a transfer cannot exit before the transfer has ended. The engine leaves
+    /// its own thread behind. A VMM's thread, and the process, block there when they exit.
     pub grace: Duration,
-    /// How long nothing at all may move once the switchover has begun, and how long a connection
-    /// may stand still within a packet. 60 s.
+    /// How long nothing at all may move once the switchover has begun, and how long a connection may stand
+    /// still within a packet. Default: 60 s.
     pub no_progress: Duration,
-    /// How long a channel may take to say hello, from when it is given to the session: a source says
-    /// it when it is set up, and may then be silent for as long as its VM runs. 10 s.
+    /// How long a channel may take for its hello, from the moment when the session gets the channel. A source
+    /// sends the hello at its set-up, and may then be silent for as long as its VM runs. Default: 10 s.
     pub hello_timeout: Duration,
-    /// Load: how long a channel may take to bring one packet, from its first byte to its last. Its
-    /// waits for memory are not counted. 300 s: 14 KiB a second for the largest packet.
+    /// Load: how long a channel may take to bring one packet, from its first byte to its last. Waits for
+    /// memory do not count. Default: 300 s, which is 14 KiB/s for the largest packet.
     pub packet_timeout: Duration,
-    /// Load: how long a device that has all its data waits for the notice that its config may be
-    /// loaded, where that is in use. 600 s: the source's other devices may take their time.
+    /// Load: how long a device that has all its data waits for the notice that its config may be loaded, if
+    /// that is in use. Default: 600 s, because the source's other devices may be slow.
     pub config_ready_timeout: Duration,
 }
 

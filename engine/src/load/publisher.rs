@@ -12,7 +12,7 @@ use crate::{
     wire,
 };
 
-/// Brings packets that came over connections of the embedder's. One thread's.
+/// Brings packets that came over the VMM's own connections. One thread owns it.
 ///
 /// ```
 /// # #[cfg(feature = "sim")] {
@@ -44,13 +44,13 @@ impl Publisher {
         Self { sink }
     }
 
-    /// Publishes a packet, by a copy: its payload as it is on the wire, 12-byte header first. Waits
-    /// while the budget is spent, unless the device needs just this packet. That of a device that was
-    /// unplugged is dropped, and counted ([`Stats::dropped_packets`](crate::Stats::dropped_packets)).
+    /// Copies a packet and publishes it. `payload` is the payload as on the wire, 12-byte header first. Waits
+    /// while the budget is spent, unless the device needs this very packet. A packet of an unplugged device is
+    /// dropped and counted ([`Stats::dropped_packets`](crate::Stats::dropped_packets)).
     ///
     /// # Errors
     ///
-    /// The rule that the packet breaks, which fails the session; a cancellation.
+    /// The rule that the packet breaks, which also fails the session; a cancellation.
     pub fn push(&mut self, id: &DeviceId, payload: &[u8]) -> Result<()> {
         let (header, data) = self.split(id, payload)?;
         let incoming = self.announce(id, header, data.len())?;
@@ -76,7 +76,7 @@ impl Publisher {
         Ok(true)
     }
 
-    /// Memory to fill with a packet's `len` bytes of data, where it can be had now.
+    /// Returns memory to fill with a packet's `len` bytes of data, or `None` if there is none now.
     ///
     /// # Errors
     ///
@@ -102,9 +102,9 @@ impl Publisher {
         Ok(Some(PacketLease::new(self, incoming, memory)))
     }
 
-    /// As [`Publisher::try_lease`], waiting for it. A packet that can only pass in pieces is filled
-    /// in memory of its own, once it is next; so is one whose device was unplugged: one packet for each
-    /// publisher at most.
+    /// As [`Publisher::try_lease`], but waits for memory. A packet that can only pass in pieces, once it is
+    /// next, is filled in memory of its own. So is a packet of an unplugged device. This takes memory for one
+    /// packet per publisher at most.
     ///
     /// # Errors
     ///
@@ -204,7 +204,7 @@ enum Memory {
     Own(Vec<u8>),
 }
 
-/// A packet's memory, to be filled and then published. Dropping it gives it back.
+/// A packet's memory: fill it, then publish it. Dropping it gives the memory back.
 #[must_use = "a packet that is not published is missing"]
 pub struct PacketLease<'a> {
     publisher: &'a mut Publisher,
@@ -221,7 +221,7 @@ impl<'a> PacketLease<'a> {
         }
     }
 
-    /// The packet's data, to be filled: all of it.
+    /// Returns the bytes for the packet's data. Fill all of them.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         match &mut self.memory {
             Memory::None => &mut [],

@@ -49,22 +49,22 @@ pub struct LoadBuilder {
 impl LoadBuilder {
     builder_methods!();
 
-    /// Names a device of this VM whose data does not come over multifd channels: a packet for it is
-    /// refused by that name.
+    /// Names a device of this VM whose data does not come over the multifd channels. A packet for the device is
+    /// refused by that name ([`Violation::MultifdNotInUse`]).
     pub fn not_multifd(mut self, id: DeviceId) -> Self {
         self.not_multifd.push(id);
         self
     }
 
-    /// Allocates all memory, starts all threads, and sets every device to RESUMING, all at once.
-    /// Packets may come from then on; nothing is written before
+    /// Allocates all memory, starts all threads, and sets all devices to RESUMING, all at once. From then on
+    /// packets may come. Nothing is written to a device before
     /// [`switchover_start`](LoadSession::switchover_start).
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Misuse`] for settings that cannot be; [`ErrorKind::Host`] for what the host
-    /// does not have; a device's refusal. Devices are put back to the state that they came in, and
-    /// dropped.
+    /// [`ErrorKind::Misuse`] for impossible settings, [`ErrorKind::Host`] for what the host lacks, or a
+    /// device's refusal. The devices are put back to the state in which they came, and given back
+    /// ([`Failed`]).
     pub fn start(self) -> Result<LoadSession, Failed<Vec<Device>>> {
         let Self {
             mut parts,
@@ -346,8 +346,8 @@ impl LoadSession {
         )
     }
 
-    /// Adds a device while the session runs (`max_devices` has to leave room for it), and returns
-    /// when it is RESUMING.
+    /// Adds a device while the session runs: a plug. Returns when the device is in RESUMING. `max_devices` must
+    /// leave room for it.
     ///
     /// # Errors
     ///
@@ -362,14 +362,15 @@ impl LoadSession {
             .set_up(&results, vec![name], &self.load.first_failure)
     }
 
-    /// Takes a device out while the session runs: an unplug. Its load is cancelled, and the device comes
-    /// back, reset, in the state that it came in. Packets that are under way for it, or come later, are read past: they cost no memory of
-    /// the budget, disturb no other device, and are counted as dropped ([`Stats::dropped_packets`]).
+    /// Removes a device while the session runs: an unplug. Cancels the device's load and returns the device,
+    /// reset, in the state in which it came. Packets for it that are under way, or come later, are skipped.
+    /// They take no memory of the budget, disturb no other device, and are counted
+    /// ([`Stats::dropped_packets`]).
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Misuse`] for a device that is not there; [`ErrorKind::Stuck`] where its driver
-    /// does not give a transfer back.
+    /// [`ErrorKind::Misuse`] for a device that is not in the session; [`ErrorKind::Stuck`] if its driver does
+    /// not return a transfer.
     pub fn remove_device(&self, id: &DeviceId) -> Result<Device> {
         let shared = self.device(id)?;
         self.load.remove(&shared);
@@ -403,12 +404,11 @@ impl LoadSession {
         found.ok_or_else(|| Error::misuse(Phase::Setup, "no such device").on_device(id))
     }
 
-    /// Adds a channel: one connection of the source's. Its hello, and all after it, is read on a
-    /// thread of the channel's own.
+    /// Adds a channel: one connection of the source's. A thread of its own reads it, from its hello on.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Misuse`] for one channel too many; [`ErrorKind::Host`] without a thread.
+    /// [`ErrorKind::Misuse`] for one channel too many; [`ErrorKind::Host`] if there is no thread for it.
     pub fn add_channel(&self, channel: impl Into<Channel>) -> Result<()> {
         let channel = channel.into();
         let counters = Arc::new(ChannelCounters::default());
@@ -470,8 +470,8 @@ impl LoadSession {
         )
     }
 
-    /// A way in for packets that come otherwise than over the session's channels. Made on the
-    /// thread that uses it; while there is one the input has not ended.
+    /// Makes a [`Publisher`], for packets that do not come over the session's channels. Call this on the
+    /// thread that will use it. While a publisher exists the input has not ended.
     pub fn publisher(&self) -> Publisher {
         let counters = Arc::new(ChannelCounters::default());
         self.load.open_input();
@@ -480,7 +480,7 @@ impl LoadSession {
         Publisher::new(LoadSink::new(self.load.clone(), counters, spill))
     }
 
-    /// Says that no further channel will be added.
+    /// Marks the channels as complete: no further channel will be added.
     pub fn no_more_channels(&self) {
         let fewer = {
             let channels = lock(&self.common.channels);
@@ -494,8 +494,8 @@ impl LoadSession {
         }
     }
 
-    /// Writes iterable data of a device's section on the main channel into it, in the calling
-    /// thread. May block where the I/O thread does.
+    /// Writes iterable data, from a device's section of the main channel, into the device, on the calling
+    /// thread. May block for as long as the device's driver does.
     ///
     /// # Errors
     ///
@@ -507,8 +507,8 @@ impl LoadSession {
         result
     }
 
-    /// The switchover has started: all iterable data is in the devices, and the I/O thread may write
-    /// what has come and will.
+    /// Starts the switchover: all iterable data is in the devices, and from now on the I/O thread may write
+    /// packets to them.
     pub fn switchover_start(&self) {
         self.load.switchover_start();
     }
@@ -527,32 +527,32 @@ impl LoadSession {
             .wait_written(&*self.device(id)?, count, no_progress)
     }
 
-    /// The main channel says that the device's config may be loaded.
+    /// Passes on the main channel's notice that the device's config may be loaded.
     ///
     /// # Errors
     ///
-    /// [`Violation::SectionTag`] where that is not in use, or comes a second time.
+    /// [`Violation::SectionTag`] if the notice is not in use, or comes a second time.
     pub fn config_load_ready(&self, id: &DeviceId) -> Result<()> {
         self.load.config_load_ready(&*self.device(id)?)
     }
 
-    /// A handle that cancels, also while another thread waits in [`LoadSession::join`].
+    /// Returns a handle that cancels the session, also while another thread waits in [`LoadSession::join`].
     #[must_use]
     pub fn canceller(&self) -> Canceller {
         self.common.canceller.clone()
     }
 
-    /// Cancels: should-quit. Returns at once.
+    /// Cancels the session (QEMU's should-quit). Returns at once.
     pub fn cancel(&self) {
         self.load.fail(Error::cancelled(Phase::Load));
     }
 
-    /// Fails the session for a reason of the embedder's: its main channel's, say.
+    /// Fails the session for a reason of the VMM's, for example a broken main channel.
     pub fn fail(&self, error: Error) {
         self.load.fail(error);
     }
 
-    /// Why it failed, once it has.
+    /// Returns why the session has failed, if it has.
     #[must_use]
     pub fn failure(&self) -> Option<Error> {
         self.load.failure()
@@ -571,7 +571,7 @@ impl LoadSession {
             .all(|device| device.flags.is_ended())
     }
 
-    /// The counters as they are.
+    /// Returns the counters as they are now.
     #[must_use]
     pub fn stats(&self) -> Stats {
         let devices = self.load.devices();
@@ -585,15 +585,15 @@ impl LoadSession {
         stats
     }
 
-    /// Waits until every device is loaded, or the session has failed, and gives the devices back:
-    /// what downtime waits for. The channels may still be open; [`LoadSession::join`] waits for
-    /// their end, and its report has no devices then.
+    /// Waits until every device is loaded, or the session has failed, and gives the devices back. This is what
+    /// the downtime waits for. The channels may still be open: [`LoadSession::join`] waits for their end, and
+    /// its report then has no devices.
     ///
-    /// A device that is loaded is in STOP, and its driver has accepted its state. Where
-    /// [`Settings::stop_after_load`] is off it is in RESUMING, and its driver looks at the state in the
-    /// VM's start ([`vm::start`](crate::migration::vm::start)): the source may be told that all is
-    /// loaded only after it. Where the session has failed every device is reset and in the state that
-    /// it came in.
+    /// | the session | [`Settings::stop_after_load`] | each device is in |
+    /// |---|---|---|
+    /// | has loaded | on | STOP: its driver has accepted its state |
+    /// | has loaded | off | RESUMING: its driver checks the state in [`vm::start`](crate::migration::vm::start), and the source may be told only then that all is loaded |
+    /// | has failed | | the state in which it came, after a reset |
     pub fn wait_devices(&self) -> Vec<DeviceReport> {
         let failed_at = || self.load.first_failure.failed_at();
         self.common.wait_for_end(failed_at, || self.devices_ended());
@@ -603,17 +603,17 @@ impl LoadSession {
             .devices(ids, failed.then_some(Device::discard_state))
     }
 
-    /// Waits for the end, and gives the devices back, as [`LoadSession::wait_devices`] does.
+    /// Waits until every device is loaded and every channel has ended, or the session has failed. Gives the
+    /// devices back, as [`LoadSession::wait_devices`] does.
     ///
-    /// The end is that every device is loaded and every channel has ended: a source closes its
-    /// channels, but it may do so only when the destination has told it of its success.
-    /// [`LoadSession::wait_devices`] comes before that.
+    /// A source closes its channels, but possibly only when the destination has told it of its success. Such a
+    /// destination calls [`LoadSession::wait_devices`] first.
     pub fn join(mut self) -> Report {
         self.end()
     }
 
-    /// Cleans up: want-exit. Ends what is still under way, and gives the devices back, within the
-    /// grace time.
+    /// Cleans up (QEMU's want-exit): ends what is still under way, and gives the devices back, within the grace
+    /// time.
     pub fn cleanup(mut self) -> Report {
         self.load.exit_all();
         self.end()

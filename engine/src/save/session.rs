@@ -48,8 +48,8 @@ pub struct SaveBuilder {
 impl SaveBuilder {
     builder_methods!();
 
-    /// As [`device`](Self::device), with the most bytes of data in its packets: the device is not
-    /// asked for its estimate, which costs downtime.
+    /// As [`device`](Self::device), with `data_len`, the most bytes of data in the device's packets. The
+    /// session then does not ask the device for its estimate, which costs downtime.
     pub fn sized_device(mut self, device: Device, data_len: usize) -> Self {
         self.data_lens.push((device.id().clone(), data_len));
         self.device(device)
@@ -76,23 +76,24 @@ impl SaveBuilder {
         !self.parts.channels.is_empty()
     }
 
-    /// Goes on with channels that were greeted when the migration was set up. They come before all
-    /// others, and replace those of an earlier call.
+    /// Adds channels that were greeted when the migration was set up. They come before all other channels,
+    /// and replace those of an earlier call.
     pub fn greeted_channels(mut self, channels: SourceChannels) -> Self {
         self.greeted = Some(channels);
         self
     }
 
-    /// Makes what a start would make within the downtime and can be made before it: the memory, touched,
-    /// and the ring. For so many devices, the largest of whose packets holds `data_len` bytes of data.
+    /// Makes and touches the memory, and makes the ring. A start would otherwise do this within the
+    /// downtime. It is
+    /// for `devices` devices, whose largest packet holds `data_len` bytes of data.
     ///
-    /// To be called before the VM stops, after the settings: a change of those drops it again. A start that
-    /// needs other memory than this makes its own.
+    /// Call this before the VM stops, and after [`settings`](Self::settings): new settings drop the memory and
+    /// the ring. A start that needs other memory makes its own.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Misuse`] for settings that cannot be; [`ErrorKind::Host`] for what the host does not have.
-    /// Nothing is lost: a start then does without.
+    /// [`ErrorKind::Misuse`] for impossible settings; [`ErrorKind::Host`] for what the host lacks. Nothing is
+    /// lost: the start then makes what it needs.
     pub fn prepare(&mut self, devices: usize, data_len: usize) -> Result<()> {
         let parts = &mut self.parts;
         parts.prepared = None;
@@ -103,14 +104,15 @@ impl SaveBuilder {
         Ok(())
     }
 
-    /// Allocates all memory, starts all threads, and sets every device to STOP_COPY, all at once;
-    /// each is read from when it is there. What can be had before: see [`prepare`](Self::prepare).
+    /// Allocates all memory, starts all threads, and sets all devices to STOP_COPY, all at once. The session
+    /// reads from each device as soon as it is in STOP_COPY. [`prepare`](Self::prepare) does some of this
+    /// earlier.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Misuse`] for settings that cannot be, or no device or channel;
-    /// [`ErrorKind::Host`] for what the host does not have; a device's refusal. Devices are put back
-    /// to the state that they came in, and dropped.
+    /// [`ErrorKind::Misuse`] for impossible settings, no device or no channel; [`ErrorKind::Host`] for what
+    /// the host lacks; a device's refusal. The devices are put back to the state in which they came, and given
+    /// back ([`Failed`]).
     pub fn start(self) -> Result<SaveSession, Failed<Vec<Device>>> {
         let mut builder = self;
         let mut devices = std::mem::take(&mut builder.parts.devices);
@@ -369,23 +371,24 @@ impl SaveSession {
         )
     }
 
-    /// A handle that cancels, also while another thread waits in [`SaveSession::join`].
+    /// Returns a handle that cancels the session, also while another thread waits in [`SaveSession::join`].
     #[must_use]
     pub fn canceller(&self) -> Canceller {
         self.common.canceller.clone()
     }
 
-    /// Cancels: should-quit. Returns at once; devices go back to the state that they came in.
+    /// Cancels the session (QEMU's should-quit). Returns at once. The devices go back to the state in which
+    /// they came.
     pub fn cancel(&self) {
         self.save.fail(Error::cancelled(Phase::Save));
     }
 
-    /// Fails the session for a reason of the embedder's: its main channel's, say.
+    /// Fails the session for a reason of the VMM's, for example a broken main channel.
     pub fn fail(&self, error: Error) {
         self.save.fail(error);
     }
 
-    /// Why it failed, once it has.
+    /// Returns why the session has failed, if it has.
     #[must_use]
     pub fn failure(&self) -> Option<Error> {
         self.save.first_failure.failure()
@@ -397,7 +400,7 @@ impl SaveSession {
         self.common.tasks.at_work() <= 1
     }
 
-    /// The counters as they are.
+    /// Returns the counters as they are now.
     #[must_use]
     pub fn stats(&self) -> Stats {
         let devices = &self.save.devices;
@@ -412,18 +415,22 @@ impl SaveSession {
         stats
     }
 
-    /// Waits until everything is sent, and gives the devices back: in STOP_COPY, or in the state that
-    /// they came in where the save failed.
+    /// Waits until everything is sent, and gives the devices back: in STOP_COPY, or, if the save failed, in the
+    /// state in which they came.
     ///
-    /// In STOP_COPY a device stands, and keeps what it holds. It stays there until it is known where
-    /// the VM runs: [`Report::stop_devices`] where the destination has said that all is loaded,
-    /// [`Report::put_back`] where it has said that it failed. Where it has said neither, the VM must
-    /// not run here.
+    /// In STOP_COPY a device does not run, and keeps what it holds. It stays there until it is known where the
+    /// VM runs:
+    ///
+    /// | the destination said | then |
+    /// |---|---|
+    /// | all is loaded | [`Report::stop_devices`] |
+    /// | it has failed | [`Report::put_back`] |
+    /// | neither | the VM must not run here |
     pub fn join(mut self) -> Report {
         self.end()
     }
 
-    /// Ends what is still under way, and gives the devices back, within the grace time.
+    /// Cleans up: ends what is still under way, and gives the devices back, within the grace time.
     pub fn cleanup(self) -> Report {
         if !self.is_finished() {
             self.cancel();

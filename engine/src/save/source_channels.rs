@@ -33,10 +33,10 @@ use crate::{
     wire,
 };
 
-/// A source's multifd channels, greeted, before its session has them.
+/// A source's multifd channels after the hello and before the session.
 ///
-/// Made when the migration is set up: the destination waits for a channel's hello for no longer than its
-/// [`Settings::hello_timeout`]. Dropping it closes the channels.
+/// Make them when the migration is set up: the destination waits for a channel's hello no longer than its
+/// [`Settings::hello_timeout`]. Dropping them closes the channels.
 ///
 /// ```
 /// use std::os::unix::net::UnixStream;
@@ -59,12 +59,12 @@ pub struct SourceChannels {
 }
 
 impl SourceChannels {
-    /// Opens the channels: on each its hello and one SYNC. `settings` are the session's.
+    /// Greets the channels: sends a hello and one SYNC on each. `settings` are the session's.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Misuse`] for no channel, or more than 255; [`ErrorKind::Channel`], also where the
-    /// destination has ended one; [`ErrorKind::Host`].
+    /// [`ErrorKind::Misuse`] for no channel, or more than 255; [`ErrorKind::Channel`] if a channel fails, or
+    /// the destination has ended one; [`ErrorKind::Host`].
     pub fn greet(channels: Vec<Channel>, settings: &Settings) -> Result<Self> {
         let count = u8::try_from(channels.len()).unwrap_or(0);
         if count == 0 {
@@ -100,16 +100,19 @@ impl SourceChannels {
         channels.failure().map_or(Ok(channels), Err)
     }
 
-    /// A handle that cancels, also while another thread sends. It does nothing any more once a
+    /// Returns a handle that cancels, also while another thread sends. The handle does nothing any more once a
     /// session has the channels.
     #[must_use]
     pub fn canceller(&self) -> Canceller {
         self.canceller.clone()
     }
 
-    /// Why they have been ended, once they have: cancelled, broken, or ended by the destination, which
-    /// does so where it has failed or refused a hello. Looked at here, without a wait: before the VM
-    /// stops is the time for it. The end of an embedder's own stream is only seen by a write.
+    /// Returns why the channels have ended, if they have: a cancellation, a broken connection, or the
+    /// destination's end. A destination ends a channel when it has failed, or refused the hello. This
+    /// checks the
+    /// channels now, without a wait; call it before the VM stops. The end of a VMM's own stream is only
+    /// seen by a
+    /// write.
     #[must_use]
     pub fn failure(&self) -> Option<Error> {
         if let Some(ended) = self.senders.iter().find(|sender| sender.is_ended()) {
