@@ -34,20 +34,19 @@ pub(crate) use self::{
 };
 use crate::{error::Result, first_failure::Hangup, wire::PageSize};
 
-/// What a VMM does with the packets on a shared channel that are not device state.
+/// Takes the packets on a shared channel that are not device state.
 ///
-/// Called on the channel's thread, in the order of the channel. A sink that blocks holds up this
-/// channel alone; that of a SYNC may, until the VMM's main thread has seen the SYNC of all.
+/// The channel's thread calls the sink, in the channel's order. A sink that blocks holds up its own channel
+/// only. In [`sync`](Self::sync) it may block until the VMM's main thread has seen the SYNC of all channels.
 pub trait RamSink: Send {
-    /// A RAM packet: its header, and exactly its page data to be read. What is left unread is
-    /// skipped.
+    /// Takes a RAM packet. `pages` gives exactly the packet's page data; the engine skips what is left unread.
     ///
     /// # Errors
     ///
     /// Fail the migration.
     fn ram(&mut self, header: &[u8], pages: &mut dyn Read) -> io::Result<()>;
 
-    /// A SYNC packet.
+    /// Takes a SYNC packet.
     ///
     /// # Errors
     ///
@@ -67,12 +66,16 @@ pub trait RamSink: Send {
 /// # Ok::<(), std::io::Error>(())
 /// ```
 ///
-/// A session bounds each wait for a peer that is silent within a packet, but between packets a channel may
-/// be silent for as long as the VM runs. That a TCP peer's host has vanished is for the socket to find, and
-/// the socket is the embedder's: `SO_KEEPALIVE` (with `TCP_KEEPIDLE`, `TCP_KEEPINTVL` and `TCP_KEEPCNT`) where
-/// nothing is under way, and `TCP_USER_TIMEOUT` where bytes are that the peer never acknowledges, for
-/// keepalive does not begin while there are any. The command sets both, on sockets that it accepts
-/// too, from its `--timeout`.
+/// A session bounds each wait within a packet. Between packets a channel may be silent for as long as the VM
+/// runs, so only the socket can find out that a TCP peer's host has vanished. The socket is the VMM's, which
+/// should set both kinds of option:
+///
+/// | option | finds a vanished host |
+/// |---|---|
+/// | `SO_KEEPALIVE`, with `TCP_KEEPIDLE`, `TCP_KEEPINTVL` and `TCP_KEEPCNT` | while no bytes are under way |
+/// | `TCP_USER_TIMEOUT` | while the peer does not acknowledge bytes; keepalive does not begin then |
+///
+/// The command sets both from its `--timeout`, also on the sockets that it accepts.
 #[must_use = "a channel carries nothing until a session has it"]
 pub struct Channel {
     stream: Box<dyn Stream>,
@@ -89,14 +92,18 @@ impl Channel {
         }
     }
 
-    /// A channel over a stream of the embedder's. `hangup` is called, from any thread and perhaps
-    /// twice, to make the stream's reads and writes return soon; they must. A stream's own time-out is an
-    /// error of kind `WouldBlock` or `TimedOut`; one that does not block says `WouldBlock` at once, and is
-    /// asked again every few milliseconds.
+    /// Makes a channel over a stream of the VMM's.
     ///
-    /// When all has been sent the stream is flushed. The peer reads the channel's end when the stream
-    /// is dropped, at the end of the source's [`Report`](crate::Report) or migration: one that can say
-    /// so before is given to [`Channel::from_stream_with_finish`].
+    /// The engine calls `hangup`, from any thread and perhaps twice, when the stream's reads and writes must
+    /// return soon. A stream's own time-out is an error of kind `WouldBlock` or `TimedOut`. A non-blocking
+    /// stream
+    /// returns `WouldBlock` at once, and the channel asks it again every few milliseconds.
+    ///
+    /// When all has been sent the channel flushes the stream. The peer reads the channel's end when the
+    /// stream is
+    /// dropped, at the end of the source's [`Report`](crate::Report) or migration. For a stream that can
+    /// end its
+    /// sending side earlier, use [`Channel::from_stream_with_finish`].
     pub fn from_stream(
         stream: impl Read + Write + Send + 'static,
         hangup: impl Fn() + Send + Sync + 'static,
@@ -104,15 +111,17 @@ impl Channel {
         Self::from_stream_with_finish(stream, Write::flush, hangup)
     }
 
-    /// As [`Channel::from_stream`], for a stream that can say that nothing more will be sent and still
-    /// be read from: a TLS session. `finish` says so, on the channel's thread: of the source when all
-    /// has been sent, of the destination when it has read the source's end. Where it says `WouldBlock` it
-    /// is called again.
+    /// As [`Channel::from_stream`], for a stream that can end its sending side and still be read, such as a TLS
+    /// session.
     ///
-    /// Before the stream is dropped, what the peer has written is read: to its end, but not more than
-    /// 1 MiB, and no longer than a second for all channels together, when `hangup` is called. A stream
-    /// that is dropped with bytes unread, such as a TLS 1.3 server's session tickets, resets its
-    /// connection, and the peer loses what it has not read yet.
+    /// The channel's thread calls `finish` to end the sending side: on the source when all has been sent,
+    /// on the
+    /// destination when it has read the source's end. If `finish` returns `WouldBlock` it is called again.
+    ///
+    /// Before the stream is dropped, the engine reads what the peer has written, to its end: 1 MiB at most, and
+    /// for a second at most for all channels together, after which it calls `hangup`. A stream that is dropped
+    /// with unread bytes, such as a TLS 1.3 server's session tickets, resets its connection, and the peer loses
+    /// what it has not read yet.
     ///
     /// ```no_run
     /// # use std::{io::{self, Read, Write}, net::{Shutdown, TcpStream}};
@@ -146,13 +155,13 @@ impl Channel {
         Self::new(Box::new(Custom::new(stream, finish, hangup)))
     }
 
-    /// A channel that is only received from, and whose reads never wait for long: a file, memory.
+    /// Makes a channel for receiving only, from a reader that never waits for long: a file, memory.
     pub fn from_reader(reader: impl Read + Send + 'static) -> Self {
         Self::from_stream(ReadOnly(reader), || {})
     }
 
-    /// Hands this channel's RAM and SYNC packets to `sink`. Without one a RAM packet is an error,
-    /// and a SYNC packet, with which every channel begins, is counted and passed over.
+    /// Hands this channel's RAM and SYNC packets to `sink`. Without a sink a RAM packet is an error, and a SYNC
+    /// packet is counted and skipped. (Every channel begins with a SYNC packet.)
     ///
     /// A sink may hold its channel at a SYNC until all channels reach it. A held channel may carry the packet
     /// that another one waits for, so device state on a channel with a sink is spilled instead of waiting for
@@ -162,11 +171,11 @@ impl Channel {
         self
     }
 
-    /// The target's page size, on which the size of RAM and SYNC packets depends. 4 KiB unless set.
+    /// Sets the target's page size, on which the size of RAM and SYNC packets depends. Default: 4 KiB.
     ///
     /// # Errors
     ///
-    /// Where `bytes` is no page size.
+    /// If `bytes` is not a page size.
     pub fn with_page_size(mut self, bytes: u32) -> Result<Self> {
         self.page_size = PageSize::new(bytes)?;
         Ok(self)

@@ -108,16 +108,17 @@ enum Failure {
     Panicked(Error),
 }
 
-/// A device under migration: what the VMM gave, the state as last known, and the session's data
-/// fd.
+/// A device under migration: the VMM's [`MigrationDevice`], the last known state, and the session's data fd.
 ///
-/// Every error names the device; an error of a change of state also both states
-/// ([`Error::states`]) and the errno. A device whose reset has failed is lost: that call and every
-/// later one says [`ErrorKind::Lost`]. One that has panicked in a change of state says
-/// [`ErrorKind::Panicked`] to everything until a reset, with which the next
-/// [`Device::set_state`] begins.
+/// Every error names the device. An error of a state change also has both states ([`Error::states`]) and the
+/// errno.
 ///
-/// Dropping it closes the data fd and leaves the device in the state that it is in.
+/// | after | every call returns | until |
+/// |---|---|---|
+/// | a reset that failed | [`ErrorKind::Lost`]: the device is lost | for good |
+/// | a panic in a state change | [`ErrorKind::Panicked`] | a reset; the next [`Device::set_state`] begins with one |
+///
+/// Dropping it closes the data fd and leaves the device in its state.
 ///
 /// ```
 /// use std::io::{self, Write};
@@ -199,14 +200,14 @@ impl Device {
         Ok(())
     }
 
-    /// Whether [`MigrationDevice::event`] is called. It is, unless set.
+    /// Sets whether the engine calls [`MigrationDevice::event`]. Default: yes.
     pub const fn set_events(&mut self, events: bool) {
         self.events = events;
     }
 
-    /// Load: whether this device's config waits for its notice on the main channel. Unless set, what
-    /// the session says of all ([`Settings::config_after_iterables`](crate::Settings)). Looked at once,
-    /// when a session takes the device. Both ends must agree.
+    /// Load: sets whether this device's config waits for its notice on the main channel. Default: the session's
+    /// [`Settings::config_after_iterables`](crate::Settings). Read once, when a session takes the device. Both
+    /// ends must agree.
     ///
     /// [`migration`](crate::migration) sets it from
     /// [`DeviceSettings`](crate::migration::DeviceSettings).
@@ -214,10 +215,9 @@ impl Device {
         self.config_after_iterables = waits;
     }
 
-    /// Has this device's changes of state run on threads of the embedder's, where several devices
-    /// change theirs at once ([`TaskKind::State`](crate::TaskKind::State)): see
-    /// [`SaveBuilder::spawn_with`](crate::SaveBuilder::spawn_with), of which a device keeps what its first
-    /// session has.
+    /// Runs this device's state changes on the VMM's threads, when several devices change their states at once
+    /// ([`TaskKind::State`](crate::TaskKind::State)). A device also keeps the spawner of its first session: see
+    /// [`SaveBuilder::spawn_with`](crate::SaveBuilder::spawn_with).
     pub fn spawn_with(&mut self, spawn: impl Fn(Task) -> io::Result<()> + Send + Sync + 'static) {
         self.spawner = Some(tasks::spawner(spawn));
     }
@@ -250,38 +250,40 @@ impl Device {
         self.flags
     }
 
-    /// The state as last known: what the last SET, GET or reset said. No system call. Of a device
-    /// that is lost, or whose callback has panicked, it says nothing.
+    /// Returns the last known state: the result of the last SET, GET or reset. Makes no system call. If the
+    /// device is lost, or its callback has panicked, the value means nothing.
     #[must_use]
     pub const fn state(&self) -> DeviceState {
         self.state
     }
 
-    /// Whether the device is lost: its reset has failed, and every call says so.
+    /// Whether the device is lost: its reset has failed, and every call returns [`ErrorKind::Lost`].
     #[must_use]
     pub const fn is_lost(&self) -> bool {
         matches!(self.health, Health::Lost(_))
     }
 
-    /// Changes the state, and recovers the device where it refuses.
+    /// Changes the state, and recovers the device if it refuses.
     ///
-    /// On success the device is in `new`. A data fd that came with it is held until the session
-    /// ends, and can be lent. Leaving the saving states, or RESUMING, closes the held fd: whoever
-    /// borrowed it must have given it back.
+    /// On success the device is in `new`. The device holds a data fd that came with the change until the
+    /// session
+    /// ends; the fd can be lent. Leaving the saving states, or RESUMING, closes the held fd, so every borrower
+    /// must have dropped it.
     ///
-    /// On failure the device has been taken to `recover` or, where that was refused too, reset;
-    /// [`Device::state`] says which. RESUMING is left in failure only by a reset, so a caller that
-    /// wants to go on with an incomplete load names RESUMING.
+    /// On failure the device is in `recover`, or, if it refused that too, it was reset. [`Device::state`] says
+    /// which. After a failure only a reset leaves RESUMING, so a caller that wants to go on with an incomplete
+    /// load names RESUMING as `recover`.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::State`] with the *first* errno; `EBADF` where a data fd came although one was
-    /// held (the state has changed then, the new fd is closed). [`ErrorKind::Lost`],
-    /// [`ErrorKind::Panicked`]. [`ErrorKind::Misuse`] for ERROR, which cannot be requested.
+    /// [`ErrorKind::State`] with the *first* errno. The errno is `EBADF` if a data fd came although one was
+    /// held;
+    /// the state has then changed, and the new fd is closed. [`ErrorKind::Lost`], [`ErrorKind::Panicked`].
+    /// [`ErrorKind::Misuse`] for ERROR, which cannot be requested.
     ///
     /// # Panics
     ///
-    /// In a debug build, where the session ends and its data fd is still lent.
+    /// In a debug build, if the session ends while its data fd is still lent.
     pub fn set_state(&mut self, new: DeviceState, recover: impl Into<Recover>) -> Result<()> {
         let recover = recover.into();
         let asked = recover.state().unwrap_or(DeviceState::Error);
@@ -322,15 +324,15 @@ impl Device {
         }
     }
 
-    /// Resets the device: RUNNING afterwards, whatever it held is lost, and its data fd closed.
+    /// Resets the device. Afterwards it is RUNNING, its content is lost, and its data fd is closed.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Lost`], now and from now on, where that fails.
+    /// [`ErrorKind::Lost`], now and from now on, if the reset fails.
     ///
     /// # Panics
     ///
-    /// In a debug build, where the data fd is still lent.
+    /// In a debug build, if the data fd is still lent.
     pub fn reset(&mut self) -> Result<()> {
         if let Health::Lost(error) = &self.health {
             return Err(error.clone());
@@ -348,13 +350,13 @@ impl Device {
         }
     }
 
-    /// Lends the session's data fd, for transfers on other threads. It must be dropped there
-    /// before the session ends.
+    /// Lends the session's data fd, for transfers on other threads. The borrower must drop the fd before the
+    /// session ends.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Device`] with `EBADF` where no data fd is held in this state;
-    /// [`ErrorKind::Lost`], [`ErrorKind::Panicked`].
+    /// [`ErrorKind::Device`] with `EBADF` if the device holds no data fd in this state; [`ErrorKind::Lost`],
+    /// [`ErrorKind::Panicked`].
     pub fn lend(&self) -> Result<Fd> {
         self.usable()?;
         self.held(Phase::State).map(Arc::clone)
@@ -376,7 +378,7 @@ impl Device {
         self.query(Phase::State, |inner| inner.data_size())
     }
 
-    /// What the data fd still has to give in PRE_COPY, by the driver's estimate.
+    /// Returns the driver's estimate of what the data fd still has to give in PRE_COPY.
     ///
     /// # Errors
     ///
@@ -387,7 +389,7 @@ impl Device {
         self.query(Phase::State, |inner| inner.precopy_info(fd.as_fd()))
     }
 
-    /// Opts in to [`PrecopyInfo::reinit`]. False where the kernel has no such thing.
+    /// Opts in to [`PrecopyInfo::reinit`]. Returns `false` if the kernel does not have it.
     ///
     /// # Errors
     ///
@@ -401,12 +403,12 @@ impl Device {
         })
     }
 
-    /// Reads once from the data fd in a PRE_COPY state, in the caller's thread. 0 is "nothing for
-    /// now", whether the driver says `ENOMSG` or returns 0. May block where the driver does.
+    /// Reads once from the data fd in a PRE_COPY state, on the caller's thread. 0 means "nothing for now": the
+    /// driver returned `ENOMSG`, or 0. May block for as long as the driver does.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Misuse`] outside the PRE_COPY states, where 0 would mean something else;
+    /// [`ErrorKind::Misuse`] outside of the PRE_COPY states, in which 0 would mean something else;
     /// [`ErrorKind::Device`], [`ErrorKind::Lost`], [`ErrorKind::Panicked`].
     pub fn read_precopy(&mut self, buffer: &mut [u8]) -> Result<usize> {
         let fd = self.lend()?;
@@ -427,8 +429,8 @@ impl Device {
         })
     }
 
-    /// Reads once from the data fd in STOP_COPY, in the caller's thread. 0 is the end of the state.
-    /// May block where the driver does.
+    /// Reads once from the data fd in STOP_COPY, on the caller's thread. 0 is the end of the state. May block
+    /// for as long as the driver does.
     ///
     /// # Errors
     ///
@@ -449,8 +451,8 @@ impl Device {
         }
     }
 
-    /// Writes all of `bytes` to the data fd in RESUMING, in the caller's thread. May block where
-    /// the driver does.
+    /// Writes all of `bytes` to the data fd in RESUMING, on the caller's thread. May block for as long as the
+    /// driver does.
     ///
     /// # Errors
     ///
@@ -464,12 +466,12 @@ impl Device {
         write_all(&fd, bytes).map_err(|error| self.error(Phase::Section).caused_by(error))
     }
 
-    /// Has the VMM write the device's config, and counts its bytes.
+    /// Writes the device's config through the VMM's callback. Returns the number of bytes.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Device`] with what the callback said, in [`Phase::Config`];
-    /// [`ErrorKind::Lost`], [`ErrorKind::Panicked`].
+    /// [`ErrorKind::Device`] with the callback's error, in [`Phase::Config`]; [`ErrorKind::Lost`],
+    /// [`ErrorKind::Panicked`].
     pub fn save_config(&mut self, writer: &mut dyn Write) -> Result<u64> {
         trace::save_device_config_state(&self.id);
         let mut writer = Counted::new(writer);
@@ -477,8 +479,8 @@ impl Device {
         Ok(writer.count)
     }
 
-    /// Has the VMM read the device's config, and counts the bytes that it took. Whether they were
-    /// all that there were is for the caller to judge.
+    /// Loads the device's config through the VMM's callback. Returns the number of bytes that the callback
+    /// took; the caller judges whether those were all.
     ///
     /// # Errors
     ///
@@ -491,7 +493,7 @@ impl Device {
         Ok(reader.count)
     }
 
-    /// Gives the VMM its device back, in the state that it is in. Closes the data fd.
+    /// Gives the VMM its device back, in its current state. Closes the data fd.
     #[must_use = "this is the VMM's device"]
     pub fn into_inner(self) -> Box<dyn MigrationDevice> {
         self.inner

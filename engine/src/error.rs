@@ -18,7 +18,7 @@ use crate::{
 /// The engine's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Why a load, a save, or a call of the embedder's failed, and where.
+/// Why a load, a save, or a call of the VMM's failed, and where.
 #[derive(Clone)]
 pub struct Error(Arc<Place>);
 
@@ -41,9 +41,9 @@ struct Place {
 #[derive(Clone, Debug, Eq, PartialEq)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// The embedder's own call or setting was wrong; nothing was done.
+    /// A call or a setting of the VMM's was wrong; nothing was done.
     Misuse(&'static str),
-    /// The peer broke the protocol; its stream cannot be trusted any further.
+    /// The peer broke the protocol; its stream cannot be trusted any more.
     Protocol(Violation),
     /// The input ended, or cannot go on, and a packet is missing: [`Error::index`] is the first.
     Missing,
@@ -54,28 +54,28 @@ pub enum ErrorKind {
     /// The device refused a change of its state: [`Error::states`] says which,
     /// [`Error::raw_os_error`] why. The device has been recovered to a state it may be used in.
     State,
-    /// The device could not even be reset: it is lost, and every later call on it says so.
+    /// The device could not even be reset: it is lost, and every later call on it returns this.
     Lost,
-    /// A callback of the embedder's panicked.
+    /// A callback of the VMM's panicked.
     Panicked,
     /// Nothing has moved for the time that the settings allow.
     Stalled,
-    /// The device's driver did not give a transfer back within the grace time. What the kernel
-    /// still holds has been leaked and the device must not be touched again.
+    /// The device's driver did not return a transfer within the grace time. The memory that the kernel still
+    /// holds has been leaked, and the device must not be touched again.
     Stuck,
-    /// The file that a packet was spilled to failed: [`Error::raw_os_error`] says how. The device
-    /// whose packet it was misses it.
+    /// The spill file failed: [`Error::raw_os_error`] says how. The device that the error names lacks the
+    /// packet.
     Spill,
-    /// The ring, a thread, or memory could not be had from the host.
+    /// The host could not give the ring, a thread, or memory.
     Host,
     /// The device, or this VM with it, cannot be migrated.
     Unmigratable(Refusal),
-    /// The device has new initial data, and asks for the switchover to wait, after it was decided.
+    /// The device has new initial data and asks the switchover to wait, but the switchover was already decided.
     LateRequest,
     /// The embedder cancelled. Of one device or packet: or the session has failed for a reason that is not its
     /// own.
     Cancelled,
-    /// This system's own mistake, caught before it could do harm.
+    /// A mistake of this engine's own, caught before it could do harm.
     Internal(&'static str),
 }
 
@@ -83,18 +83,19 @@ pub enum ErrorKind {
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 #[non_exhaustive]
 pub enum Refusal {
-    /// The VMM has switched it off for the device.
+    /// The VMM has switched migration off for the device.
     SwitchedOff,
     /// The kernel has no migration for any such device (`ENOTTY`).
     NoKernelSupport,
     /// The device has no migration, or not even STOP_COPY.
     NoDeviceSupport,
-    /// Nobody tells which memory the device writes to.
+    /// Nothing tracks the memory to which the device writes.
     NoDirtyTracking,
     /// The device's addresses are a vIOMMU's.
     Viommu,
-    /// The VM has several devices, and this one has no P2P state, in which it would leave the
-    /// others alone while they stop.
+    /// The VM has several devices, and this one has no P2P state. In a P2P state a device leaves the others
+    /// alone
+    /// while they stop.
     SeveralWithoutP2p,
 }
 
@@ -113,11 +114,11 @@ impl fmt::Display for Refusal {
     }
 }
 
-/// Where in a device's migration it was.
+/// The phase of a device's migration in which an error happened.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 #[non_exhaustive]
 pub enum Phase {
-    /// Before any packet: settings, threads, the device's state to RESUMING or STOP_COPY.
+    /// Before any packet: settings, threads, the state change to RESUMING or STOP_COPY.
     Setup,
     /// A channel, from its hello to the packet's publication.
     Receive,
@@ -127,7 +128,7 @@ pub enum Phase {
     Config,
     /// The ordered reads from the data fd.
     Save,
-    /// A channel, from the packet's taking to its last byte.
+    /// A channel, from taking a packet to sending its last byte.
     Send,
     /// The device's section of the main channel.
     Section,
@@ -372,31 +373,31 @@ impl Error {
         self.0.phase
     }
 
-    /// Which device, where it was one device's.
+    /// Returns the device, if the error is one device's.
     #[must_use]
     pub fn device(&self) -> Option<&DeviceId> {
         self.0.device.as_ref()
     }
 
-    /// Which channel, where it was one channel's.
+    /// Returns the channel, if the error is one channel's.
     #[must_use]
     pub fn channel(&self) -> Option<u32> {
         self.0.channel
     }
 
-    /// Which packet, where it was one packet's.
+    /// Returns the packet's idx, if the error is one packet's.
     #[must_use]
     pub fn index(&self) -> Option<u32> {
         self.0.index
     }
 
-    /// The state before and the state that was asked for, where it was a change of state.
+    /// Returns the old state and the requested state, if the error is a state change's.
     #[must_use]
     pub fn states(&self) -> Option<(DeviceState, DeviceState)> {
         self.0.states
     }
 
-    /// The kernel's errno, where one is behind it.
+    /// Returns the kernel's errno, if one is the cause.
     #[must_use]
     pub fn raw_os_error(&self) -> Option<i32> {
         let source = self.0.source.as_ref()?;
@@ -426,7 +427,7 @@ impl Error {
         self
     }
 
-    /// Whether somebody cancelled, rather than something failed.
+    /// Whether the cause is a cancellation, not a failure.
     #[must_use]
     pub fn is_cancelled(&self) -> bool {
         self.0.kind == ErrorKind::Cancelled
@@ -477,10 +478,9 @@ impl error::Error for Error {
     }
 }
 
-/// Something has failed, and what was handed over for it comes back.
+/// An error, together with the values that the caller had handed over.
 ///
-/// It converts into an [`Error`] and is `Send + Sync`, so `?` takes it to where an error goes; what was
-/// handed over is dropped then.
+/// It converts into an [`Error`] and is `Send + Sync`, so `?` works; the values are dropped then.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Failed<T> {
@@ -498,19 +498,19 @@ impl<T> Failed<T> {
         }
     }
 
-    /// What was handed over, put back. Each device says where it is and what must be done about it
-    /// ([`Device::duty`](crate::Device::duty)); one that is missing has a call stuck in it, and must not
-    /// be touched.
+    /// Returns the values that were handed over, put back. Each device says what must be done about it
+    /// ([`Device::duty`](crate::Device::duty)). A missing device has a call stuck in it, and must not be
+    /// touched.
     pub fn into_back(self) -> T {
         self.into_parts().1
     }
 
-    /// What was handed over, to look at.
+    /// Borrows the values that were handed over.
     pub fn back_mut(&mut self) -> &mut T {
         self.back.get_mut().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The error, and what was handed over: see [`Failed::into_back`].
+    /// Returns the error and the values that were handed over: see [`Failed::into_back`].
     pub fn into_parts(self) -> (Error, T) {
         let back = self
             .back

@@ -99,26 +99,26 @@ pub struct Latency {
     pub max: Duration,
 }
 
-/// Where one device's share of the downtime went. Phases of several devices run side by side, and
-/// so do some of one device's: the wire is at work while the data fd is read.
+/// Where one device's share of the downtime went. The phases of several devices overlap. So do some of one
+/// device's: the wire is at work while the data fd is read.
 ///
-/// `stop` and `resume` are measured where the VM's state changes are made through
-/// [`migration`](crate::migration).
+/// `stop` and `resume` are measured only if the VM's state changes go through [`migration`](crate::migration).
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Phases {
-    /// Source: the VM stops, with the P2P state first where the device has one.
+    /// Source: stopping the device, by way of its P2P state if it has one.
     pub stop: Duration,
     /// Setting STOP_COPY; on the destination, before the downtime, RESUMING.
     pub set_state: Duration,
-    /// Source: from STOP_COPY to the first packet's last byte out: what a switchover costs beside its bytes.
+    /// Source: from STOP_COPY to the last byte of the first packet sent: the switchover's cost beside its
+    /// bytes.
     pub first_out: Duration,
     /// Source: from STOP_COPY to the last byte from the data fd.
     pub read: Duration,
     /// Source: from the first packet's queueing to the last packet's last byte.
     pub wire: Duration,
-    /// Destination: from the switchover's start to the first packet, in the part of `wait` that comes first.
+    /// Destination: from the switchover's start to the first packet. This is the first part of `wait`.
     pub first_in: Duration,
-    /// Destination: from the switchover's start on, waiting for the packet that is next.
+    /// Destination: the time spent waiting for the next packet, from the switchover's start on.
     pub wait: Duration,
     /// Destination: from the switchover's start to the last byte into the data fd, without `wait`.
     pub write: Duration,
@@ -129,7 +129,7 @@ pub struct Phases {
 }
 
 impl Phases {
-    /// All phases with their names, in the order in which a migration passes them.
+    /// Returns all phases with their names, in the order of a migration.
     #[must_use]
     pub const fn named(&self) -> [(&'static str, Duration); 10] {
         [
@@ -155,17 +155,16 @@ pub struct DeviceStats {
     pub device: DeviceId,
     /// Bytes transferred, the 12-byte packet headers included, config included.
     pub bytes: u64,
-    /// Bytes of data on the main channel: what was read in PRE_COPY, or all where no multifd
-    /// channels are used.
+    /// Bytes of data on the main channel: those read in PRE_COPY, or all if no multifd channels are used.
     pub main_bytes: u64,
     /// Packets transferred, config included.
     pub packets: u64,
     /// Packets published and not yet taken.
     pub queued: u64,
-    /// The most packets that were.
+    /// The highest value of `queued`.
     pub queued_high: u64,
-    /// How long the data fd had nothing to do: on load because the next packet was not there, on
-    /// save because no memory was.
+    /// How long the data fd had nothing to do: on load because the next packet was missing, on save because
+    /// memory was.
     pub starved: Duration,
     /// The transfers on the data fd.
     pub transfers: Latency,
@@ -197,7 +196,7 @@ pub struct ChannelStats {
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 #[non_exhaustive]
 pub struct SpillStats {
-    /// The most that it may hold. 0 where there is none.
+    /// The most that the file may hold. 0 if there is no spill file.
     pub limit: u64,
     /// Packets written to it.
     pub packets: u64,
@@ -205,7 +204,7 @@ pub struct SpillStats {
     pub written: u64,
     /// Bytes of packets read back.
     pub read: u64,
-    /// Its space that is in use now, in whole chunks of 64 KiB.
+    /// The space in use now, in whole chunks of 64 KiB.
     pub held: u64,
     /// The most that was in use at one time.
     pub held_high: u64,
@@ -219,20 +218,20 @@ pub struct Stats {
     pub devices: Vec<DeviceStats>,
     /// By channel.
     pub channels: Vec<ChannelStats>,
-    /// The budget in bytes: all memory that packets are held in.
+    /// The budget in bytes: all memory in which packets are held.
     pub budget: u64,
-    /// How much of it, in whole buffers and without the devices' reserves, is in use. In a report:
-    /// what the kernel still holds.
+    /// How much of the budget is in use, in whole buffers and without the devices' reserves. In a report: what
+    /// the kernel still holds.
     pub held: u64,
-    /// How much of it, in whole buffers, was in use at most at one time.
+    /// The most of the budget that was in use at one time, in whole buffers.
     pub held_high: u64,
     /// Load: packets that went to a file.
     pub spill: SpillStats,
-    /// Load: packets that were read past, whole or in part: they came for devices that had been unplugged.
+    /// Load: packets for unplugged devices, skipped in whole or in part.
     pub dropped_packets: u64,
-    /// Load: the bytes of data of those that were read past.
+    /// Load: the bytes of data of the skipped packets.
     pub dropped_bytes: u64,
-    /// The backend in use: `uring` or `blocking`; `main channel` where no device uses the channels.
+    /// The backend in use: `uring` or `blocking`; `main channel` if no device uses the channels.
     pub backend: &'static str,
     /// Calls that the I/O thread made into its ring: each submits what is queued and waits.
     pub ring_calls: u64,

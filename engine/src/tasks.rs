@@ -36,16 +36,17 @@ use crate::{
 #[derive(Clone, Debug, Eq, PartialEq)]
 #[non_exhaustive]
 pub enum TaskKind {
-    /// Moves the bytes of all devices. One for each session. Sleeps in the ring; a relay's, which has
-    /// none, on a condition variable.
+    /// Moves the bytes of all devices. One per session. Sleeps in the ring. A relay has no ring: its task
+    /// sleeps
+    /// on a condition variable.
     Io,
-    /// Serves one channel, in the order given to the session. Sleeps in its socket. A relay has two
-    /// for each: one receives, one sends.
+    /// Serves one channel; the number is its place in the order given to the session. Sleeps in the channel's
+    /// socket. A relay has two such tasks per channel: one receives, one sends.
     Channel(u32),
     /// Sets one device's states and runs its callbacks.
     Device(DeviceId),
-    /// Changes one device's state outside of a session, while others' are changed too. Where it is
-    /// refused, dropped or late, the thread that waits for it does the work.
+    /// Changes one device's state outside of a session, while other devices' states change too. If the task is
+    /// refused, dropped or late, the waiting thread does its work.
     State(DeviceId),
 }
 
@@ -60,7 +61,7 @@ impl fmt::Display for TaskKind {
     }
 }
 
-/// A thread's work, to be run once, on a thread of its own. Dropping it unrun fails the session.
+/// The work of one thread: run it once, on a thread of its own. Dropping it unrun fails the session.
 #[must_use = "a task that is not run fails its session"]
 pub struct Task {
     kind: TaskKind,
@@ -75,13 +76,13 @@ impl Task {
         &self.kind
     }
 
-    /// A name for its thread, of 15 bytes at most.
+    /// Returns a name for the task's thread, of 15 bytes at most.
     #[must_use]
     pub fn thread_name(&self) -> &str {
         &self.name
     }
 
-    /// Does the work, on the calling thread. Returns when it is done; never panics.
+    /// Does the work on the calling thread. Returns when the work is done; never panics.
     pub fn run(self) {
         (self.body)();
     }

@@ -38,23 +38,23 @@ type ReadPrecopy = dyn FnMut(BorrowedFd<'_>, &mut [u8]) -> io::Result<usize> + S
 type Save = dyn FnMut(&mut dyn Write) -> io::Result<()> + Send;
 type Load = dyn FnMut(&mut dyn Read) -> io::Result<()> + Send;
 
-/// A device that is not the kernel's: its state comes out of an fd, and goes into one, that the VMM
-/// has made. A device model in a process of its own, a vhost-user back-end, a file, a test's pipe.
+/// A device that is not the kernel's. Its state comes out of an fd, and goes into an fd, that the VMM makes.
+/// Examples: a device model in a process of its own, a vhost-user back-end, a file, a test's pipe.
 ///
-/// It keeps the device's state in memory and makes the kernel's changes of it: from RUNNING to
-/// STOP_COPY at once, say. What the kernel refuses with `EINVAL` is refused so here: a state that the
-/// device does not have, ERROR, and PRE_COPY after STOP_COPY. At first it is RUNNING, has STOP_COPY and
-/// no other ability, and no config.
+/// It keeps the device's state (RUNNING, STOP_COPY, …) in memory and makes the same state changes as the
+/// kernel, for example from RUNNING to STOP_COPY at once. It refuses with `EINVAL` what the kernel refuses so:
+/// a state that the device does not have, ERROR, and PRE_COPY after STOP_COPY. A new one is RUNNING, has
+/// STOP_COPY and no other ability, and has no config.
 ///
 /// # Threads
 ///
-/// All closures are called on the device's own thread, one at a time (see [`MigrationDevice`]). They may
-/// block, and hold that thread up then.
+/// All closures are called on the device's own thread, one at a time (see [`MigrationDevice`]). A closure may
+/// block, which holds that thread up.
 ///
 /// # Errors
 ///
-/// An error of a closure's is the call's. A change of state that was refused leaves the device in the
-/// state it was in. A panic is caught as for every device.
+/// A closure's error is the call's error. A refused state change leaves the device in its old state. A panic
+/// is caught as for every device.
 ///
 /// ```
 /// use std::{fs::File, io, sync::{Arc, Mutex}};

@@ -25,14 +25,14 @@ use crate::{
 #[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
 #[non_exhaustive]
 pub enum Duty {
-    /// Nothing: the device is in the state in which it should be, with what it should hold.
+    /// Nothing: the device is in the right state, with the right content.
     #[default]
     Nothing,
-    /// The device was reset, and its VM is here: what it held is lost. The guest's driver has to set it
-    /// up anew, or the VMM unplugs it.
+    /// The device was reset, and its VM is here: its content is lost. The guest's driver must set the device up
+    /// again, or the VMM unplugs it.
     SetUpAnew,
-    /// The device is lost, or runs where it should stand and refuses to stop. Its file is to be closed,
-    /// so that the kernel ends what it does; no VM may use it before.
+    /// The device is lost, or it runs, should not run, and refuses to stop. The VMM must close the device's
+    /// file, so that the kernel stops the device; no VM may use the device before that.
     Close,
 }
 
@@ -86,13 +86,13 @@ impl Rest {
 }
 
 impl Device {
-    /// Whether it has been reset since its last migration was set up.
+    /// Whether the device has been reset since its last migration was set up.
     #[must_use]
     pub const fn was_reset(&self) -> bool {
         self.rest.reset
     }
 
-    /// What the VMM must do about it, once its last migration is over.
+    /// Returns what the VMM must do about the device, once its last migration is over.
     #[must_use]
     pub const fn duty(&self) -> Duty {
         self.rest.duty
