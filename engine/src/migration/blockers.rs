@@ -22,7 +22,7 @@ use crate::{
     trace,
 };
 
-/// What is around a device that its migration depends on.
+/// What a device's migration needs from its platform.
 #[derive(Clone, Copy, Debug, Default)]
 #[non_exhaustive]
 pub struct PlatformSupport {
@@ -40,7 +40,7 @@ pub struct PlatformSupport {
 pub enum Admitted {
     /// It can be migrated.
     Migratable(MigratableDevice),
-    /// It works, but is the reason why its VM cannot be migrated.
+    /// The device works, but its VM cannot be migrated because of it.
     Blocked(Box<dyn MigrationDevice>, Refusal),
 }
 
@@ -86,15 +86,18 @@ pub struct MigrationBlockers {
 type Block<'a> = &'a mut dyn FnMut(&DeviceId, Refusal) -> io::Result<()>;
 
 impl MigrationBlockers {
-    /// Takes a device in, or says why not. `block` is called where the device works and the VM
-    /// cannot be migrated for it, at most once; it should have the VM's migration refused until
-    /// [`MigrationBlockers::remove`] says that the reason is gone.
+    /// Admits a device, or returns why not. If the device works but blocks the VM's migration, `block` is
+    /// called, once at most. It should refuse the VM's migration until the device is gone
+    /// ([`MigrationBlockers::remove`]).
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Unmigratable`] where the setting is on and something speaks against it;
-    /// [`ErrorKind::Host`] where `block` fails; the device's, where it answers neither yes nor no;
-    /// [`ErrorKind::Misuse`] for a second device of one name.
+    /// | error | if |
+    /// |---|---|
+    /// | [`ErrorKind::Unmigratable`] | the setting is on and there is a blocker |
+    /// | [`ErrorKind::Host`] | `block` fails |
+    /// | [`ErrorKind::Misuse`] | there is a device of that name already |
+    /// | the device's | the device answers neither yes nor no |
     pub fn admit(
         &mut self,
         id: DeviceId,
@@ -148,8 +151,8 @@ impl MigrationBlockers {
         })
     }
 
-    /// Lets a device go: it was unplugged. Afterwards [`MigrationBlockers::blockers`] says what is left.
-    /// Returns whether it was here.
+    /// Removes a device that was unplugged. Returns whether it was here. [`MigrationBlockers::blockers`] then
+    /// returns the blockers that are left.
     pub fn remove(&mut self, id: &DeviceId) -> bool {
         let before = self.devices.len();
         self.devices.retain(|known| known.id != *id);
@@ -160,7 +163,7 @@ impl MigrationBlockers {
         self.devices.iter().filter(|known| known.refusal.is_none())
     }
 
-    /// Everything that speaks against migrating the VM now: each device with its reason.
+    /// Returns all blockers of the VM's migration now: each device with its reason.
     pub fn blockers(&self) -> impl Iterator<Item = (&DeviceId, Refusal)> {
         let several = self.migratable().count() > 1;
         self.devices.iter().filter_map(move |known| {

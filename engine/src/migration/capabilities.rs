@@ -14,9 +14,9 @@ pub enum OnOffAuto {
     /// By the rule.
     #[default]
     Auto,
-    /// Whatever the rule says; where that cannot be, it is an error.
+    /// On, whatever the rule says. An error if that is impossible.
     On,
-    /// Not.
+    /// Off.
     Off,
 }
 
@@ -27,21 +27,20 @@ pub struct DeviceSettings {
     /// Whether the device may be migrated. `Auto`: yes, unless there is a blocker. `On`: a blocker fails the
     /// device's realization; missing dirty tracking alone only logs a warning.
     pub enable: OnOffAuto,
-    /// Whether its state goes over the multifd channels. Auto: where they can carry it
-    /// ([`Capabilities::can_carry`]). Looked at once, when a migration is set up.
+    /// Whether the device's state goes over the multifd channels. `Auto`: yes, if they can carry it
+    /// ([`Capabilities::can_carry`]). Read once, when a migration is set up.
     pub transfer: OnOffAuto,
-    /// Whether the device's own dirty tracking may be used. On.
+    /// Whether the device's own dirty tracking may be used. Default: yes.
     pub dirty_tracking: bool,
     /// Whether the VMM is told of the device's states
-    /// ([`MigrationDevice::event`](crate::MigrationDevice::event)). Off.
+    /// ([`MigrationDevice::event`](crate::MigrationDevice::event)). Default: no.
     pub events: bool,
-    /// Source: the most bytes that are read at once, and so a packet's data. Unless set, the
-    /// device's estimate of its state, but not above 1 MiB nor below 64 KiB. Just below 16 MiB at most:
-    /// checked when a migration is set up, before the device changes its state.
+    /// Source: the most bytes that one read takes, and so the most data in a packet. Default: the device's
+    /// estimate of its state, at most 1 MiB and at least 64 KiB. The maximum is just below 16 MiB. Checked when
+    /// a migration is set up, before the device changes its state.
     pub buffer_len: Option<usize>,
-    /// Whether its config, where that comes over the channels, waits for its notice on the main
-    /// channel. Unless set, what was agreed on for the VM ([`Capabilities::config_after_iterables`]). Both ends
-    /// must set the same.
+    /// Whether a config that comes over the channels waits for its notice on the main channel. Default: the
+    /// VM's [`Capabilities::config_after_iterables`]. Both ends must set the same.
     pub config_after_iterables: Option<OnOffAuto>,
 }
 
@@ -70,13 +69,12 @@ impl DeviceSettings {
 /// How a switchover waits until the destination has loaded the devices' initial data.
 #[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
 pub enum SwitchoverAck {
-    /// It does not.
+    /// The switchover does not wait.
     #[default]
     Off,
     /// The destination approves once, when every device that asks has its initial data.
     Once,
-    /// The destination approves each request by itself, and a device may ask again when new initial
-    /// data has appeared.
+    /// The destination approves each request separately. A device may ask again when it has new initial data.
     Reusable,
 }
 
@@ -92,25 +90,26 @@ pub enum SwitchoverAck {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Capabilities {
-    /// There are multifd channels. Yes, by default.
+    /// There are multifd channels. Default: yes.
     pub multifd: bool,
-    /// They are compressed.
+    /// The channels are compressed. Default: no.
     pub compression: bool,
-    /// The target is a file.
+    /// The target is a file. Default: no.
     pub to_file: bool,
-    /// The source says on the main channel when the switchover starts. Yes, by default.
+    /// The source announces the switchover's start on the main channel. Default: yes.
     pub switchover_start: bool,
-    /// Whether the switchover waits for the destination.
+    /// Whether the switchover waits for the destination. Default: no.
     pub switchover_ack: SwitchoverAck,
-    /// Whether a config that came over the channels waits for its notice on the main channel, of
-    /// devices for which nothing else is set ([`DeviceSettings::config_after_iterables`]). Auto: where
-    /// the architecture wants it, which is 64-bit Arm: its interrupt controller must be restored first.
+    /// Whether a config that comes over the channels waits for its notice on the main channel. A device can
+    /// override this ([`DeviceSettings::config_after_iterables`]). `Auto`: yes on 64-bit Arm, whose interrupt
+    /// controller must be restored first.
     pub config_after_iterables: OnOffAuto,
-    /// What a device gives in PRE_COPY goes over the multifd channels too, of devices whose state
-    /// does. No, by default: no other source or destination can, and one that does not agree is
-    /// refused at the device's set-up. The source iterates over its channels
-    /// ([`OutgoingDevice::iterate_over`](super::OutgoingDevice::iterate_over)), and the destination loads what comes
-    /// over them from the set-up on.
+    /// PRE_COPY data also goes over the multifd channels, for the devices whose state does. Default: no,
+    /// because
+    /// no other program can send or receive it so. A peer that does not agree is refused at the device's
+    /// set-up.
+    /// The source iterates with [`OutgoingDevice::iterate_over`](super::OutgoingDevice::iterate_over). The
+    /// destination loads packets from the set-up on.
     pub precopy_over_channels: bool,
     /// The VM may run on the destination before all of its memory is there.
     pub postcopy: bool,
@@ -135,14 +134,14 @@ impl Default for Capabilities {
 }
 
 impl Capabilities {
-    /// Whether the multifd channels can carry devices' states: they are in use, neither compressed
-    /// nor a file, and the switchover's start is announced.
+    /// Whether the multifd channels can carry device state: they are in use, they are neither compressed nor a
+    /// file, and the switchover's start is announced.
     #[must_use]
     pub const fn can_carry(&self) -> bool {
         self.multifd && !self.compression && !self.to_file && self.switchover_start
     }
 
-    /// Whether configs wait for their notice, of devices for which nothing else is set.
+    /// Whether a config waits for its notice, unless its device overrides it.
     #[must_use]
     pub const fn config_waits(&self) -> bool {
         waits(self.config_after_iterables)

@@ -69,7 +69,7 @@ pub(super) struct PendingAcks {
 
 /// All devices of a VM on the destination, while its migration comes in.
 ///
-/// Dropping it cancels; the devices are reset then, put back to the state at set-up, and dropped.
+/// Dropping it cancels the migration: the devices are reset, put back to the state at set-up, and dropped.
 #[must_use = "a migration that comes in: finish or abort it"]
 pub struct Incoming {
     pub(super) members: Vec<Member>,
@@ -219,14 +219,14 @@ impl Incoming {
             .collect()
     }
 
-    /// The session that receives, where any device uses the channels: an event loop waits on it, it
-    /// has the progress, and channels and packets may be added.
+    /// Returns the session that receives, if any device uses the channels. An event loop can wait on it. It has
+    /// the progress, and takes further channels and packets.
     #[must_use]
     pub const fn session(&self) -> Option<&LoadSession> {
         self.session.as_ref()
     }
 
-    /// Adds a channel. Without effect, and the channel is closed, where no device uses any.
+    /// Adds a channel. If no device uses the channels, this only closes the channel.
     ///
     /// # Errors
     ///
@@ -238,13 +238,15 @@ impl Incoming {
             .map_or(Ok(()), |session| session.add_channel(channel))
     }
 
-    /// The main channel says that the switchover starts: all iterable data of the devices that use
-    /// the channels is in them, and what has come over those is written.
+    /// Starts the switchover. Call this for the main channel's command SWITCHOVER_START: all iterable data
+    /// is in
+    /// the devices that use the channels, and from now on the packets of the channels are written to them.
     ///
     /// # Errors
     ///
-    /// [`Violation::Section`] the second time, and before a device's SETUP where PRE_COPY data is to
-    /// come over the channels. The migration has failed then.
+    /// [`Violation::Section`] on a second call; or, if PRE_COPY data comes over the channels, on a call
+    /// before a
+    /// device's SETUP. The migration has then failed.
     pub fn switchover_start(&self) -> Result<()> {
         let refused = {
             let mut pending_acks = lock(&self.pending_acks);
@@ -299,12 +301,13 @@ impl Incoming {
         Ok(true)
     }
 
-    /// Cancels. Returns at once; [`Incoming::finish`] puts the devices back.
+    /// Cancels the migration. Returns at once; [`Incoming::finish`] puts the devices back.
     pub fn cancel(&self) {
         self.fail(Error::cancelled(Phase::Load));
     }
 
-    /// Fails it for a reason of the embedder's: its main channel's, say. The first reason counts.
+    /// Fails the migration for a reason of the VMM's, for example a broken main channel. The first reason
+    /// counts.
     pub fn fail(&self, error: Error) {
         // One place for the first reason: the session's, where there is one.
         match &self.session {
@@ -315,7 +318,7 @@ impl Incoming {
         }
     }
 
-    /// Why it has failed, once it has.
+    /// Returns why the migration has failed, if it has.
     #[must_use]
     pub fn failure(&self) -> Option<Error> {
         match &self.session {
@@ -324,7 +327,7 @@ impl Incoming {
         }
     }
 
-    /// Whether every device is loaded, or it has failed and its threads have ended.
+    /// Whether every device is loaded, or the migration has failed and its threads have ended.
     #[must_use]
     pub fn is_finished(&self) -> bool {
         let direct = self.failure().is_some() || self.missing().is_none();
@@ -339,19 +342,20 @@ impl Incoming {
         })
     }
 
-    /// The counters as they are, of all devices.
+    /// Returns the counters of all devices, as they are now.
     #[must_use]
     pub fn stats(&self) -> Stats {
         merge(&self.members, self.session.as_ref(), &[])
     }
 
-    /// Waits until every device is loaded: what downtime waits for. The main channel has been read.
-    /// Ends with the last device, a failure, or the session's time without progress.
+    /// Waits until every device is loaded. This is what the downtime waits for. Call it when the main channel
+    /// has been read to its end. The wait ends with the last device, a failure, or the session's time without
+    /// progress.
     ///
     /// # Errors
     ///
-    /// What has failed; [`ErrorKind::Missing`] for a device whose config has not come. The devices
-    /// are given back, reset, in the state at set-up. The verdict to the source is that it has failed.
+    /// The failure; [`ErrorKind::Missing`] for a device whose config has not come. The devices are given back,
+    /// reset, in the state at set-up. The verdict to the source is a failure.
     pub fn finish(mut self) -> Result<Loaded, Failed<Vec<MigratableDevice>>> {
         if self.failure().is_none()
             && let Some(member) = self.missing()
@@ -389,8 +393,9 @@ impl Incoming {
         }
     }
 
-    /// The migration is off: cleans up, within the grace time, and gives the devices back, reset, in
-    /// the state at set-up.
+    /// Aborts the migration: cleans up, within the grace time, and gives the devices back, reset, in the
+    /// state at
+    /// set-up.
     #[must_use = "these are the VM's devices"]
     pub fn abort(mut self) -> Vec<MigratableDevice> {
         self.cancel();

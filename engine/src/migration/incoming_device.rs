@@ -34,8 +34,8 @@ use crate::{
 };
 
 impl Incoming {
-    /// One of its devices, to whom a section of the main channel belongs. Whether the section may
-    /// stand there is for [`MainChannelOrder`](crate::stream::MainChannelOrder) to say.
+    /// Returns the device to which a section of the main channel belongs.
+    /// [`MainChannelOrder`](crate::stream::MainChannelOrder) checks whether the section may stand there.
     ///
     /// # Errors
     ///
@@ -76,13 +76,14 @@ impl IncomingDevice<'_> {
         matches!(self.member.way, Way::Channels)
     }
 
-    /// Loads the body of one of the device's sections, up to the tag that ends it and not a byte
-    /// more. Blocks as `body` and the device's driver do.
+    /// Loads the body of one of the device's sections, up to the tag that ends it and not a byte more.
+    /// Blocks for
+    /// as long as `body` and the device's driver do.
     ///
     /// # Errors
     ///
-    /// As for [`load_state`]; the device's. The migration has failed then. Where it had failed
-    /// before, that reason, whichever device's it is.
+    /// As for [`load_state`], and the device's. The migration has then failed. If it had failed before, the
+    /// error is that first reason, of whichever device.
     pub fn load_state<R: Read + ?Sized>(&self, body: &mut R) -> Result<Piece> {
         let loaded = self.load(body);
         loaded.map_err(|error| {

@@ -23,12 +23,14 @@ use crate::{
 
 /// All devices of a VM on the destination, loaded, in RESUMING: the VM may start.
 ///
-/// The first step of [`vm::start`](super::vm::start) has each driver check what was loaded, unless
-/// [`Settings::stop_after_load`](crate::Settings) had it check before: then the devices are in STOP.
-/// So the source is told that all is loaded after the start, and told that it failed where the start
-/// does: every device is reset and stopped then. A VM that stands is not started: there the drivers
-/// check before, the source is told after [`Incoming::finish`](super::Incoming::finish), and
-/// [`Loaded::join`] comes next.
+/// In the first step of [`vm::start`](super::vm::start) each driver checks the loaded state. With
+/// [`Settings::stop_after_load`](crate::Settings) the driver has checked it earlier, and the devices are in
+/// STOP.
+///
+/// | the VM | the drivers check | the source hears the verdict |
+/// |---|---|---|
+/// | is to run | in [`vm::start`](super::vm::start) | after `vm::start`; if that fails, every device is reset and stopped, and the verdict is a failure |
+/// | stays stopped | before, with `stop_after_load` | after [`Incoming::finish`](super::Incoming::finish); then comes [`Loaded::join`] |
 ///
 /// Dropping it before the VM has started resets and stops the devices, as [`Loaded::abort`] does.
 #[must_use = "it holds the VM's devices"]
@@ -39,27 +41,28 @@ pub struct Loaded {
 }
 
 impl Loaded {
-    /// The devices, for [`vm::start`](super::vm::start).
+    /// Borrows the devices, for [`vm::start`](super::vm::start).
     pub fn devices_mut(&mut self) -> &mut [MigratableDevice] {
         &mut self.devices
     }
 
-    /// The counters as they are; with what the VM's start has taken, once it has been.
+    /// Returns the counters as they are now. After the VM's start they include the time that it took.
     #[must_use]
     pub fn stats(&self) -> Stats {
         merge(&self.members, self.session.as_ref(), &self.devices)
     }
 
-    /// Waits for the channels' end, which a source may make only when it knows that all is loaded,
-    /// and gives the devices back. Ends with that, or with the session's time without progress.
+    /// Waits for the channels' end, and gives the devices back. A source may end its channels only when it
+    /// knows
+    /// that all is loaded. The wait ends with the channels, or after the session's time without progress.
     ///
-    /// Devices in STOP, of a VM that stands, are the VM's from then on as if it had started: their
-    /// drivers have checked them, and nobody else has its state. A later start that fails resets
-    /// those that refuse, and no other.
+    /// The devices of a stopped VM, in STOP, then belong to the VM as if it had started: their drivers have
+    /// checked the state, and no other device has it. A later start that fails resets only the devices that
+    /// refuse.
     ///
     /// # Errors
     ///
-    /// What a channel has failed with since. The devices are loaded nevertheless, and come along.
+    /// A channel's failure since. The devices are loaded nevertheless, and are given back.
     pub fn join(mut self) -> Result<Vec<MigratableDevice>, Failed<Vec<MigratableDevice>>> {
         let result = self
             .session
@@ -77,9 +80,8 @@ impl Loaded {
         }
     }
 
-    /// The VM does not run here after all: the devices are reset and stopped, those that have started
-    /// too, so that nothing of what was loaded is left in them. The verdict to the source is that it
-    /// has failed.
+    /// Aborts the migration, if the VM does not run here after all. Every device is reset and stopped, also one
+    /// that has started, so that nothing of the loaded state is left. The verdict to the source is a failure.
     #[must_use = "these are the VM's devices"]
     pub fn abort(mut self) -> Vec<MigratableDevice> {
         for migratable in &mut self.devices {

@@ -65,7 +65,7 @@ impl Member {
 
 /// All devices of a VM on the source, once it has stopped.
 ///
-/// Dropping it cancels; the devices are put back to the state at set-up then, and dropped.
+/// Dropping it cancels the switchover: the devices are put back to the state at set-up, and dropped.
 #[must_use = "a switchover under way: finish or abort it"]
 pub struct Outgoing {
     members: Vec<Member>,
@@ -197,13 +197,13 @@ impl Outgoing {
             .collect()
     }
 
-    /// Writes the body of a device's END section: the end alone where its data goes over the
-    /// channels; otherwise all that STOP_COPY gives, read and written by the caller's thread.
+    /// Writes the body of a device's END section. If the device's data goes over the channels, the body is only
+    /// the end tag. Otherwise the caller's thread reads all of the STOP_COPY data and writes it.
     ///
     /// # Errors
     ///
-    /// The device's; [`ErrorKind::Channel`]; [`ErrorKind::Misuse`] for a device that is not here,
-    /// or the second time. The switchover has failed then.
+    /// The device's; [`ErrorKind::Channel`]; [`ErrorKind::Misuse`] for a device that is not here, or a second
+    /// call. The switchover has then failed.
     pub fn write_state<W: Write>(&mut self, id: &DeviceId, body: W) -> Result<()> {
         self.section(id, Step::Begun, |member, _| {
             let mut writer = section::Writer::new(body);
@@ -228,12 +228,13 @@ impl Outgoing {
         })
     }
 
-    /// Writes the body of a device's FULL section, its config: all of it where the channels do not
-    /// carry it; otherwise the end alone or, where configs wait for it, the notice.
+    /// Writes the body of a device's FULL section: its config. If the channels carry the config, the body
+    /// is only
+    /// the end tag, or the notice if configs wait for it. Call [`Outgoing::write_state`] first.
     ///
     /// # Errors
     ///
-    /// As for [`Outgoing::write_state`], which comes first; and the config callback's.
+    /// As for [`Outgoing::write_state`], and the config callback's.
     pub fn write_config<W: Write>(&mut self, id: &DeviceId, body: W) -> Result<()> {
         self.section(id, Step::Completed, |member, failure| {
             let mut writer = section::Writer::new(body);
@@ -291,26 +292,27 @@ impl Outgoing {
         })
     }
 
-    /// The session that sends, where any device uses the channels: an event loop waits on it, and it
-    /// has the progress.
+    /// Returns the session that sends, if any device uses the channels. An event loop can wait on it, and
+    /// it has
+    /// the progress.
     #[must_use]
     pub const fn session(&self) -> Option<&SaveSession> {
         self.session.as_ref()
     }
 
-    /// Whether all that the channels carry has been sent, or has failed.
+    /// Whether everything that the channels carry has been sent, or the switchover has failed.
     #[must_use]
     pub fn is_finished(&self) -> bool {
         self.session.as_ref().is_none_or(SaveSession::is_finished)
     }
 
-    /// Cancels. Returns at once; [`Outgoing::finish`] puts the devices back. For the thread that owns this;
+    /// Cancels the switchover. Returns at once; [`Outgoing::finish`] puts the devices back. For the thread that owns this;
     /// any other has the session's [`canceller`](SaveSession::canceller), where there is a session.
     pub fn cancel(&self) {
         self.fail(Error::cancelled(Phase::Save));
     }
 
-    /// Fails it for a reason of the embedder's. The first reason counts.
+    /// Fails the switchover for a reason of the VMM's. The first reason counts.
     pub fn fail(&self, error: Error) {
         // One place for the first reason: the session's, where there is one.
         match &self.session {
@@ -321,7 +323,7 @@ impl Outgoing {
         }
     }
 
-    /// Why it has failed, once it has.
+    /// Returns why the switchover has failed, if it has.
     #[must_use]
     pub fn failure(&self) -> Option<Error> {
         match &self.session {
@@ -330,7 +332,7 @@ impl Outgoing {
         }
     }
 
-    /// The counters as they are, of all devices.
+    /// Returns the counters of all devices, as they are now.
     #[must_use]
     pub fn stats(&self) -> Stats {
         let session = self.session.as_ref().map(SaveSession::stats);
@@ -362,16 +364,17 @@ impl Outgoing {
         stats
     }
 
-    /// Waits until everything is sent. The devices are in STOP_COPY then, until the VMM knows what
-    /// has become of the migration ([`Saved`]).
+    /// Waits until everything is sent. The devices then stay in STOP_COPY until the VMM knows what has
+    /// become of
+    /// the migration ([`Saved`]).
     ///
-    /// The main channel's end is written after this, never before: the destination may start its VM
-    /// then, and where this fails the VM goes on here.
+    /// Write the main channel's end after this, never before. With the end the destination may start its VM; if
+    /// this call fails, the VM goes on here.
     ///
     /// # Errors
     ///
-    /// What has failed. [`ErrorKind::Misuse`] where a device's sections have not been written. The
-    /// devices are given back in the state at set-up.
+    /// The failure; [`ErrorKind::Misuse`] if a device's sections have not been written. The devices are given
+    /// back in the state at set-up.
     pub fn finish(mut self) -> Result<Saved, Failed<Vec<MigratableDevice>>> {
         let left = self.members.iter();
         let left = left.filter(|member| matches!(member.way, Way::Main(_)));
@@ -408,8 +411,8 @@ impl Outgoing {
         }
     }
 
-    /// The migration is off: ends what is under way, within the grace time, and gives the devices
-    /// back in the state at set-up.
+    /// Aborts the migration: ends what is under way, within the grace time, and gives the devices back in the
+    /// state at set-up.
     #[must_use = "these are the VM's devices"]
     pub fn abort(self) -> Vec<MigratableDevice> {
         self.cancel();

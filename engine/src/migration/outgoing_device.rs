@@ -45,7 +45,7 @@ use crate::{
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[non_exhaustive]
 pub struct Iteration {
-    /// Bytes of the device's data that were written; 0 where it had nothing for now.
+    /// Bytes of the device's data that were written; 0 if the device had nothing for now.
     pub bytes: usize,
     /// Whether the destination was told that it has the initial data.
     pub init_data_sent: bool,
@@ -60,29 +60,29 @@ pub struct Iteration {
 /// | [`precopy`](Self::precopy) | 0: there is nothing more to be sent while the VM runs |
 /// | `initial` | 0: the destination has what it should have before the switchover |
 ///
-/// The I/O thread's own number for a stop now (`VFIO_DEVICE_FEATURE_MIG_DATA_SIZE`) contains what can be
-/// read in PRE_COPY. It is not here: `stop_copy` is what it has beyond that.
+/// The driver's own number for a stop now (`VFIO_DEVICE_FEATURE_MIG_DATA_SIZE`) includes what can be read in
+/// PRE_COPY. It is not here: `stop_copy` is that number without the PRE_COPY parts.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 #[non_exhaustive]
 pub struct Pending {
-    /// In PRE_COPY: what the destination should have before the switchover.
+    /// In PRE_COPY: the data that the destination should have before the switchover.
     pub initial: u64,
-    /// In PRE_COPY: what has changed since it was read.
+    /// In PRE_COPY: the data that has changed since it was read.
     pub dirty: u64,
-    /// What only STOP_COPY gives: all that a stop now would have to send, less the parts above. 0
-    /// before the first [`OutgoingDevice::pending_exact`]; of a device that cannot tell, all is thought to
-    /// be 100 GiB.
+    /// The data that only STOP_COPY gives: everything that a stop now would have to send, without the two parts
+    /// above. 0 before the first [`OutgoingDevice::pending_exact`]. If a device cannot tell, its total is taken
+    /// as 100 GiB.
     pub stop_copy: u64,
 }
 
 impl Pending {
-    /// All of it: what a stop now would have to send.
+    /// Returns the sum of all parts: what a stop now would have to send.
     #[must_use]
     pub const fn total(&self) -> u64 {
         self.initial + self.dirty + self.stop_copy
     }
 
-    /// What can be sent while the VM runs.
+    /// Returns what can be sent while the VM runs.
     #[must_use]
     pub const fn precopy(&self) -> u64 {
         self.initial + self.dirty
@@ -91,7 +91,7 @@ impl Pending {
 
 /// One device's migration on the source, while the VM runs.
 ///
-/// Dropping it puts the device back, as [`OutgoingDevice::abort`] does, which also gives it back.
+/// Dropping it puts the device back, as [`OutgoingDevice::abort`] does; only `abort` also returns the device.
 #[derive(Debug)]
 #[must_use = "the migration of a device under way: complete or abort it"]
 pub struct OutgoingDevice {
@@ -123,8 +123,8 @@ pub struct OutgoingDevice {
 impl OutgoingDevice {
     /// Sets a device's migration up, and writes the body of its START section.
     ///
-    /// A device with PRE_COPY whose VM runs goes to that state. Whether its data will go over the
-    /// multifd channels is decided here, and not changed any more.
+    /// A device with PRE_COPY whose VM runs goes to that state. This call also decides, for good, whether the
+    /// device's data will go over the multifd channels.
     ///
     /// # Errors
     ///
@@ -236,9 +236,12 @@ impl OutgoingDevice {
         self.device.state().is_precopy()
     }
 
-    /// Whether the device lets the switchover happen: it has not asked to wait, or was answered
-    /// with all others ([`SwitchoverAcks::is_open`]), or its VM does not run ([`vm::stop`](super::vm::stop)
-    /// with another reason than the migration's end): there is no downtime to be kept short then.
+    /// Whether the device lets the switchover happen. It does if one of these holds:
+    ///
+    /// - The device has not asked to wait.
+    /// - All requests have been answered ([`SwitchoverAcks::is_open`]).
+    /// - The VM does not run ([`vm::stop`](super::vm::stop) with another reason than the migration's end), so
+    ///   there is no downtime to keep short.
     #[must_use]
     pub fn is_switchover_ready(&self) -> bool {
         !self.asks || !self.vm_runs() || self.init_sent && self.acks.is_open()
@@ -249,16 +252,15 @@ impl OutgoingDevice {
         self.device.home() != DeviceState::Stop
     }
 
-    /// Writes the body of a PART section: at most one block of data, and its end, which says once
+    /// Writes the body of a PART section: at most one block of data, and the end tag. One such tag, once, says
     /// that the initial data has been sent.
     ///
-    /// Reads once, up to a buffer, and never waits for more, so that it holds up no other device.
+    /// Reads once, up to a buffer, and never waits for more, so it holds up no other device.
     ///
     /// # Errors
     ///
-    /// The device's, where it does not let itself be read; [`ErrorKind::Channel`]. Nothing of the
-    /// body can be taken back: the migration has failed. [`ErrorKind::Misuse`] where the data is to
-    /// go over the channels.
+    /// The device's, if the read fails; [`ErrorKind::Channel`]. Nothing of the body can be taken back, so the
+    /// migration has failed. [`ErrorKind::Misuse`] if the data is to go over the channels.
     pub fn iterate<W: Write>(&mut self, body: W) -> Result<Iteration> {
         if self.over_channels {
             return Err(
@@ -275,16 +277,16 @@ impl OutgoingDevice {
         Ok(self.iterated(count, all))
     }
 
-    /// As [`OutgoingDevice::iterate`], of a VM that has channels: of a device that uses them it fails where
-    /// they have been ended ([`SourceChannels::failure`]). Where [`Capabilities::precopy_over_channels`]
-    /// says that the device's PRE_COPY data goes over them, what was read is sent as a packet, and
-    /// the body has the end alone.
+    /// As [`OutgoingDevice::iterate`], for a VM that has channels. If the device uses the channels, this fails
+    /// when they have ended ([`SourceChannels::failure`]). With [`Capabilities::precopy_over_channels`] the
+    /// data
+    /// is sent as a packet over the channels, and the body is only the end tag.
     ///
-    /// Blocks while the destination takes nothing; a cancellation of `channels` ends that.
+    /// Blocks while the destination takes nothing. A cancellation of `channels` ends the wait.
     ///
     /// # Errors
     ///
-    /// As for [`OutgoingDevice::iterate`]; what has ended `channels`.
+    /// As for [`OutgoingDevice::iterate`], and the failure of `channels`.
     pub fn iterate_over<W: Write>(
         &mut self,
         channels: &mut SourceChannels,
@@ -359,10 +361,10 @@ impl OutgoingDevice {
         self.dirty = self.dirty.saturating_sub(count - of_initial);
     }
 
-    /// What is left, by what is known already. Cheap: the device is not asked.
+    /// Returns an estimate of what is left. Cheap: it does not ask the device.
     ///
-    /// What [`OutgoingDevice::pending_exact`] has found last counts on, less what has been read since; what
-    /// has changed in the device since is not in it.
+    /// The estimate is the last result of [`OutgoingDevice::pending_exact`], less the bytes read since. It does
+    /// not include what has changed in the device since.
     #[must_use]
     pub fn pending_estimate(&self) -> Pending {
         let pending = self.pending();
@@ -379,13 +381,13 @@ impl OutgoingDevice {
         pending
     }
 
-    /// What is left, by what the device says now.
+    /// Asks the device what is left.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::LateRequest`] where it has new initial data, and asks again for the switchover
-    /// to wait, which was decided before. [`ErrorKind::Lost`], [`ErrorKind::Panicked`]. A device
-    /// that does not know is no error.
+    /// [`ErrorKind::LateRequest`] if the device has new initial data and asks the switchover to wait again, but
+    /// the switchover was already decided. [`ErrorKind::Lost`], [`ErrorKind::Panicked`]. A device that cannot
+    /// tell is not an error.
     pub fn pending_exact(&mut self) -> Result<Pending> {
         let size = self.device.data_size();
         let ret = Error::trace_errno(&size);
@@ -485,8 +487,8 @@ impl OutgoingDevice {
         Ok(())
     }
 
-    /// The migration is off: puts the device back to the state at set-up, RUNNING or STOP; or to STOP
-    /// where its VM was paused since, and RUNNING where it was started.
+    /// Aborts the migration: puts the device back to the state at set-up, RUNNING or STOP. If the VM was paused
+    /// since, the device goes to STOP; if it was started since, to RUNNING.
     pub fn abort(self) -> MigratableDevice {
         if self.asks && !self.init_sent {
             self.acks.withdraw();

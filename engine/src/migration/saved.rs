@@ -20,12 +20,14 @@ use crate::{
     trace,
 };
 
-/// All devices of a VM on the source, saved, in STOP_COPY: they stand, and keep what they hold; and
-/// the channels, which are closed with it.
+/// All devices of a VM on the source, saved, in STOP_COPY: they do not run, and keep their content. Also the
+/// channels, which are closed with this.
 ///
-/// Where the VM runs is the destination's to say from now on, for it may have all that it needs. So
-/// this is kept until it has said so, and the VM must not run here meanwhile, nor where no verdict
-/// comes. Dropping it is [`Saved::in_doubt`].
+/// From now on the destination decides where the VM runs, because it may have everything that it needs.
+/// Keep this
+/// value until the verdict comes. Until then, and also if no verdict comes, the VM must not run here.
+/// Dropping the
+/// value is [`Saved::in_doubt`].
 #[derive(Debug)]
 #[must_use = "the devices are in STOP_COPY: clean up, abort, or leave them in doubt"]
 pub struct Saved {
@@ -47,20 +49,21 @@ impl Saved {
         }
     }
 
-    /// The counters at the end.
+    /// Returns the counters at the end.
     #[must_use]
     pub const fn stats(&self) -> &Stats {
         &self.stats
     }
 
-    /// The verdict: the VM runs on the destination. Takes the devices to STOP, which can be slow, and
-    /// belongs here, out of downtime. Their data fds are closed, and so are the channels, which may
-    /// take a second where the destination keeps its side open.
+    /// Cleans up after the verdict that the VM runs on the destination. Takes the devices to STOP, which can be
+    /// slow and is outside of the downtime here. Closes their data fds and the channels. Closing the
+    /// channels may
+    /// take a second if the destination keeps its side open.
     ///
     /// # Errors
     ///
-    /// The first device's that refused: it was reset, which makes it RUNNING, and then stopped.
-    /// [`MigratableDevice::duty`] says where that failed too.
+    /// The error of the first device that refused. That device was reset, which makes it RUNNING, and then
+    /// stopped. If that failed too, [`MigratableDevice::duty`] says so.
     pub fn cleanup(mut self) -> Result<Vec<MigratableDevice>, Failed<Vec<MigratableDevice>>> {
         let mut devices = mem::take(&mut self.devices);
         let stopped = at_once(&mut devices, |migratable| {
@@ -75,10 +78,10 @@ impl Saved {
         }
     }
 
-    /// The verdict: the destination has failed, and the VM goes on here. Puts the devices back to the
-    /// state at set-up, or resets them.
+    /// Aborts after the verdict that the destination has failed: the VM goes on here. Puts the devices back to
+    /// the state at set-up, or resets them.
     ///
-    /// Only where the destination has said so, or the main channel's end was never written to it.
+    /// Call this only if the destination has said so, or the main channel's end was never written to it.
     #[must_use = "these are the VM's devices"]
     pub fn abort(mut self) -> Vec<MigratableDevice> {
         let mut devices = mem::take(&mut self.devices);
@@ -87,11 +90,11 @@ impl Saved {
         devices
     }
 
-    /// No verdict was heard, and none will be: the VM may run on the destination. Takes the devices
-    /// to STOP, in which they keep what they hold; one that refuses stays in STOP_COPY.
+    /// Ends the migration without a verdict: none was heard and none will be, so the VM may run on the
+    /// destination. Takes the devices to STOP, in which they keep their content. A device that refuses stays in
+    /// STOP_COPY.
     ///
-    /// Once it is known that the VM does not run there, [`vm::start`](super::vm::start) lets it go on
-    /// here.
+    /// Once it is known that the VM does not run there, [`vm::start`](super::vm::start) lets the VM go on here.
     #[must_use = "these are the VM's devices"]
     pub fn in_doubt(mut self) -> Vec<MigratableDevice> {
         self.hold();

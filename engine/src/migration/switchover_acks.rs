@@ -18,7 +18,7 @@ struct Count {
     decided: bool,
 }
 
-/// The switchover acks of one migration, on the source. Clones count the same.
+/// The switchover acks of one migration, on the source. All clones share one count.
 ///
 /// ```
 /// use vfio_migration::migration::{SwitchoverAck, SwitchoverAcks};
@@ -35,7 +35,7 @@ pub struct SwitchoverAcks {
 }
 
 impl SwitchoverAcks {
-    /// For a migration on these terms.
+    /// Makes the count for a migration with this mode.
     #[must_use]
     pub fn new(mode: SwitchoverAck) -> Self {
         Self {
@@ -64,8 +64,9 @@ impl SwitchoverAcks {
         count.pending = count.pending.saturating_sub(1);
     }
 
-    /// An ack has come. Some destinations send one for all devices, some one for each: what comes
-    /// on top is ignored.
+    /// Counts an ack that has come. Some destinations send one for all devices, some one per device;
+    /// surplus acks
+    /// are ignored.
     pub fn received(&self) {
         let mut count = lock(&self.count);
         count.pending = match self.mode {
@@ -74,8 +75,8 @@ impl SwitchoverAcks {
         };
     }
 
-    /// Whether no ack is missing. A VM that does not run needs none:
-    /// [`OutgoingDevice::is_switchover_ready`](super::OutgoingDevice::is_switchover_ready) knows of that too.
+    /// Whether no ack is missing. A VM that does not run needs none, which only
+    /// [`OutgoingDevice::is_switchover_ready`](super::OutgoingDevice::is_switchover_ready) takes into account.
     #[must_use]
     pub fn is_open(&self) -> bool {
         lock(&self.count).pending == 0

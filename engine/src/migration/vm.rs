@@ -155,11 +155,11 @@ impl<M: Member + ?Sized> Member for &mut M {
     }
 }
 
-/// The VM's processors have stopped: stops the devices. Returns when all of them have been asked
-/// for both columns, whatever some of them said.
+/// Stops the devices, after the VM's processors have stopped. Returns when all devices have been asked for both
+/// columns, whatever some of them answered.
 ///
-/// With another reason than the migration's end the VM is paused: a migration that is off leaves its
-/// devices in STOP from then on, until [`start`], and a switchover waits for no ack.
+/// With another reason than the migration's end the VM is paused. From then on, until [`start`], a migration
+/// that fails leaves its devices in STOP, and a switchover waits for no ack.
 ///
 /// ```
 /// # #[cfg(feature = "sim")] {
@@ -252,12 +252,13 @@ pub fn stop<M: Member>(devices: &mut [M], reason: Reason) -> Result<()> {
     first
 }
 
-/// The VM's processors are about to start: starts the devices. Returns when all of them have been
-/// asked for both columns, or some have refused the first.
+/// Starts the devices, just before the VM's processors start. Returns when all devices have been asked for both
+/// columns, or some have refused the first.
 ///
-/// A session that a device has is over with that. Of a device in RESUMING its driver checks the
-/// state now: in the first column where it has P2P, otherwise in the second. So a destination tells
-/// its source that all is loaded when this has succeeded.
+/// This ends a device's session. If a device is in RESUMING its driver now checks the state: in the first
+/// column
+/// if it has P2P, otherwise in the second. So a destination tells its source that all is loaded only when this
+/// has succeeded.
 ///
 /// # Errors
 ///
