@@ -6,32 +6,30 @@
 #![cfg(feature = "sim")]
 #![allow(missing_docs, reason = "a test")]
 
+#[path = "support/around.rs"]
+mod around;
 #[path = "support/names.rs"]
 mod names;
 #[path = "support/watchdog.rs"]
 mod watchdog;
 
 use std::{
-    fs,
-    io::{self, Read, Write},
-    os::{
-        fd::{BorrowedFd, OwnedFd},
-        unix::net::UnixStream,
-    },
+    fs, io,
+    os::unix::net::UnixStream,
     sync::{Arc, Mutex},
     thread,
     time::Duration,
 };
 
+use around::Around;
 use nix::sys::signal::{SigSet, Signal};
 use vfio_migration::{
-    Device, DeviceState, LoadSession, MigrationDevice, MigrationFlags, PrecopyInfo, SaveSession,
-    StateEvent, Task, TaskKind,
+    Device, DeviceState, LoadSession, SaveSession, Task, TaskKind,
     migration::{
         Capabilities, DeviceSettings, Incoming, MigratableDevice, OnOffAuto, Outgoing,
         OutgoingDevice, SwitchoverAck, SwitchoverAcks, vm,
     },
-    sim::{SimConfig, SimDevice},
+    sim::{Callback, SimConfig, SimDevice},
 };
 
 use crate::{names::id, watchdog::Watchdog};
@@ -80,64 +78,21 @@ fn own_threads() -> Vec<(String, bool)> {
 }
 
 /// A simulated device that says who touches it.
-struct Watched(SimDevice, Log);
-
-impl Watched {
-    fn note(&self) {
-        // So that others' threads are there at the same time.
-        thread::sleep(Duration::from_millis(2));
-        self.1.lock().unwrap().push(Seen {
-            thread: thread::current().name().unwrap_or_default().to_owned(),
-            blocked: SigSet::thread_get_mask().unwrap(),
-            own: own_threads(),
-        });
-    }
-}
-
-impl MigrationDevice for Watched {
-    fn flags(&self) -> io::Result<MigrationFlags> {
-        self.0.flags()
-    }
-
-    fn state(&self) -> io::Result<DeviceState> {
-        self.0.state()
-    }
-
-    fn set_state(&mut self, new: DeviceState) -> io::Result<Option<OwnedFd>> {
-        self.note();
-        self.0.set_state(new)
-    }
-
-    fn reset(&mut self) -> io::Result<()> {
-        self.note();
-        self.0.reset()
-    }
-
-    fn data_size(&self) -> io::Result<u64> {
-        self.0.data_size()
-    }
-
-    fn precopy_info(&self, fd: BorrowedFd<'_>) -> io::Result<PrecopyInfo> {
-        self.0.precopy_info(fd)
-    }
-
-    fn read_precopy(&mut self, fd: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
-        self.0.read_precopy(fd, buffer)
-    }
-
-    fn save_config(&mut self, writer: &mut dyn Write) -> io::Result<()> {
-        self.note();
-        self.0.save_config(writer)
-    }
-
-    fn load_config(&mut self, reader: &mut dyn Read) -> io::Result<()> {
-        self.note();
-        self.0.load_config(reader)
-    }
-
-    fn event(&mut self, event: StateEvent) {
-        self.0.event(event);
-    }
+fn watched(log: Log) -> Around {
+    let device = SimDevice::new(SimConfig::default()).unwrap();
+    Around::new(device, move |callback, call| {
+        use Callback::{LoadConfig, Reset, SaveConfig, SetState};
+        if matches!(callback, SetState | Reset | SaveConfig | LoadConfig) {
+            // So that others' threads are there at the same time.
+            thread::sleep(Duration::from_millis(2));
+            log.lock().unwrap().push(Seen {
+                thread: thread::current().name().unwrap_or_default().to_owned(),
+                blocked: SigSet::thread_get_mask().unwrap(),
+                own: own_threads(),
+            });
+        }
+        call()
+    })
 }
 
 const DEVICES: u32 = 3;
@@ -148,9 +103,7 @@ type Spawn = Arc<dyn Fn(Task) -> io::Result<()> + Send + Sync>;
 fn everything(spawn: Option<&Spawn>) -> Vec<Seen> {
     let log = Log::default();
     let device = |number| {
-        let device = SimDevice::new(SimConfig::default()).unwrap();
-        let device = Device::new(id(number), Box::new(Watched(device, log.clone())));
-        let mut device = device.unwrap();
+        let mut device = Device::new(id(number), Box::new(watched(log.clone()))).unwrap();
         if let Some(spawn) = spawn.cloned() {
             device.spawn_with(move |task| spawn(task));
         }

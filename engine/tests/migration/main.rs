@@ -14,6 +14,8 @@ mod vm_state;
 mod what_comes_back;
 mod which_side_runs;
 
+#[path = "../support/around.rs"]
+mod around;
 #[path = "../support/barrier.rs"]
 mod barrier;
 #[path = "../support/mock.rs"]

@@ -1,19 +1,16 @@
 //! The k-th callback of the devices: those that change states, and the others.
 
-use std::{
-    io::{self, Read, Write},
-    os::fd::{BorrowedFd, OwnedFd},
-    panic::resume_unwind,
-};
+use std::{io, panic::resume_unwind};
 
 use vfio_migration::{
-    DeviceState, MigrationDevice, MigrationFlags, PrecopyInfo, StateEvent,
+    DeviceState,
     sim::{
         CallFault as SimFault, Callback, Fault, On, SimConfig, SimDevice, TransitionFault, Which,
     },
 };
 
 use crate::{
+    around::Around,
     kth::Kth,
     run::{ERRNOS, Expect, Scene, judged, name},
     tally::{Sweep, numbers},
@@ -31,71 +28,17 @@ pub enum CallFault {
 }
 
 /// A simulated device whose callbacks are counted, with all other devices' of the run.
-pub struct Called {
-    inner: SimDevice,
-    kth: Kth<CallFault>,
-}
-
-impl Called {
-    pub fn new(inner: SimDevice, kth: Kth<CallFault>) -> Self {
-        Self { inner, kth }
-    }
-
-    fn pass<R>(kth: &Kth<CallFault>, call: impl FnOnce() -> io::Result<R>) -> io::Result<R> {
-        match kth.next() {
-            None => call(),
-            Some(CallFault::Before(errno)) => Err(io::Error::from_raw_os_error(errno)),
-            Some(CallFault::After(errno)) => {
-                drop(call());
-                Err(io::Error::from_raw_os_error(errno))
-            }
-            // Without the hook's message: it is no mistake.
-            Some(CallFault::Panic) => resume_unwind(Box::new("as told")),
+pub fn called(device: SimDevice, kth: Kth<CallFault>) -> Around {
+    Around::new(device, move |_callback, call| match kth.next() {
+        None => call(),
+        Some(CallFault::Before(errno)) => Err(io::Error::from_raw_os_error(errno)),
+        Some(CallFault::After(errno)) => {
+            drop(call());
+            Err(io::Error::from_raw_os_error(errno))
         }
-    }
-}
-
-impl MigrationDevice for Called {
-    fn flags(&self) -> io::Result<MigrationFlags> {
-        Self::pass(&self.kth, || self.inner.flags())
-    }
-
-    fn state(&self) -> io::Result<DeviceState> {
-        Self::pass(&self.kth, || self.inner.state())
-    }
-
-    fn set_state(&mut self, new: DeviceState) -> io::Result<Option<OwnedFd>> {
-        Self::pass(&self.kth, || self.inner.set_state(new))
-    }
-
-    fn reset(&mut self) -> io::Result<()> {
-        Self::pass(&self.kth, || self.inner.reset())
-    }
-
-    fn data_size(&self) -> io::Result<u64> {
-        Self::pass(&self.kth, || self.inner.data_size())
-    }
-
-    fn precopy_info(&self, fd: BorrowedFd<'_>) -> io::Result<PrecopyInfo> {
-        Self::pass(&self.kth, || self.inner.precopy_info(fd))
-    }
-
-    fn save_config(&mut self, writer: &mut dyn Write) -> io::Result<()> {
-        Self::pass(&self.kth, || self.inner.save_config(writer))
-    }
-
-    fn load_config(&mut self, reader: &mut dyn Read) -> io::Result<()> {
-        Self::pass(&self.kth, || self.inner.load_config(reader))
-    }
-
-    fn event(&mut self, event: StateEvent) {
-        let told = Self::pass(&self.kth, || {
-            self.inner.event(event);
-            Ok(())
-        });
-        // An event cannot fail.
-        drop(told);
-    }
+        // Without the hook's message: it is no mistake.
+        Some(CallFault::Panic) => resume_unwind(Box::new("as told")),
+    })
 }
 
 /// A destination device that refuses its config: so that the run has the calls of a failure, too.

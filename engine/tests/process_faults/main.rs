@@ -26,6 +26,8 @@
 #![cfg(feature = "faults")]
 #![allow(missing_docs, reason = "a test")]
 
+#[path = "../support/around.rs"]
+mod around;
 mod calls;
 mod kernel;
 mod kth;

@@ -11,14 +11,14 @@ use std::{
 };
 
 use vfio_migration::{
-    Backend, Channel, Device, DeviceState, Error, ErrorKind, LoadSession, MigrationDevice, Phase,
-    Report, SaveSession, Settings,
+    Backend, Channel, Device, DeviceState, Error, ErrorKind, LoadSession, Phase, Report,
+    SaveSession, Settings,
     sim::{SimConfig, SimDevice, SimHandle, Stream},
 };
 use vfio_migration_uring::sim::SimConfig as RingConfig;
 
 use crate::{
-    calls::{CallFault, Called},
+    calls::{CallFault, called},
     kernel::Supervisor,
     kth::Kth,
     leases,
@@ -154,8 +154,8 @@ fn settings(scene: &Scene) -> Settings {
 fn device(number: u32, config: SimConfig, calls: &Kth<CallFault>) -> (Option<Device>, SimHandle) {
     let sim = SimDevice::new(config).unwrap();
     let handle = sim.handle();
-    let called: Box<dyn MigrationDevice> = Box::new(Called::new(sim, calls.clone()));
-    (Device::new(id(number), called).ok(), handle)
+    let called = called(sim, calls.clone());
+    (Device::new(id(number), Box::new(called)).ok(), handle)
 }
 
 fn channels(scene: &Scene) -> (Vec<Channel>, Vec<Channel>) {

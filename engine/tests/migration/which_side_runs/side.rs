@@ -1,14 +1,10 @@
 //! One side's devices, and what is really in them.
 
-use std::{
-    io::{self, Read, Write},
-    os::fd::{BorrowedFd, OwnedFd},
-    sync::{Arc, Mutex},
-};
+use std::sync::{Arc, Mutex};
 
 use nix::errno::Errno;
 use vfio_migration::{
-    Device, DeviceState, MigrationDevice, MigrationFlags, PrecopyInfo, StateEvent,
+    Device, DeviceState, MigrationFlags,
     migration::{DeviceSettings, MigratableDevice, OnOffAuto},
     sim::{
         CallFault, Callback, Fault, Faults, On, SimConfig, SimDevice, SimHandle, Stream,
@@ -16,7 +12,7 @@ use vfio_migration::{
     },
 };
 
-use crate::vm::id;
+use crate::{around::Around, vm::id};
 
 /// What is in a device.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -30,57 +26,18 @@ pub enum Holds {
 }
 
 /// A simulated device that remembers what is in it.
-struct Watched {
-    device: SimDevice,
-    holds: Arc<Mutex<Holds>>,
-}
-
-impl MigrationDevice for Watched {
-    fn flags(&self) -> io::Result<MigrationFlags> {
-        self.device.flags()
-    }
-
-    fn state(&self) -> io::Result<DeviceState> {
-        self.device.state()
-    }
-
-    fn set_state(&mut self, new: DeviceState) -> io::Result<Option<OwnedFd>> {
-        let fd = self.device.set_state(new);
-        if self.device.handle().state() == DeviceState::Resuming {
-            *self.holds.lock().unwrap() = Holds::Arrived;
+fn watched(device: SimDevice, holds: Arc<Mutex<Holds>>) -> Around {
+    let handle = device.handle();
+    Around::new(device, move |callback, call| {
+        let result = call();
+        if callback == Callback::SetState && handle.state() == DeviceState::Resuming {
+            *holds.lock().unwrap() = Holds::Arrived;
         }
-        fd
-    }
-
-    fn reset(&mut self) -> io::Result<()> {
-        self.device.reset()?;
-        *self.holds.lock().unwrap() = Holds::Nothing;
-        Ok(())
-    }
-
-    fn data_size(&self) -> io::Result<u64> {
-        self.device.data_size()
-    }
-
-    fn precopy_info(&self, fd: BorrowedFd<'_>) -> io::Result<PrecopyInfo> {
-        self.device.precopy_info(fd)
-    }
-
-    fn read_precopy(&mut self, fd: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
-        self.device.read_precopy(fd, buffer)
-    }
-
-    fn save_config(&mut self, writer: &mut dyn Write) -> io::Result<()> {
-        self.device.save_config(writer)
-    }
-
-    fn load_config(&mut self, reader: &mut dyn Read) -> io::Result<()> {
-        self.device.load_config(reader)
-    }
-
-    fn event(&mut self, event: StateEvent) {
-        self.device.event(event);
-    }
+        if callback == Callback::Reset && result.is_ok() {
+            *holds.lock().unwrap() = Holds::Nothing;
+        }
+        result
+    })
 }
 
 /// Looks at a device from outside, also when it was dropped.
@@ -205,7 +162,7 @@ pub fn device(kind: &Kind) -> (MigratableDevice, Truth) {
         home: kind.home,
         own: device.handle().digest(),
     };
-    let device = Box::new(Watched { device, holds });
+    let device = Box::new(watched(device, holds));
     let device = Device::new(id(kind.number), device).unwrap();
     let mut settings = DeviceSettings::default();
     settings.transfer = kind.transfer;
