@@ -4,13 +4,15 @@
 
 #[cfg(feature = "internals")]
 mod back_pressure;
-mod bounds;
 mod memory;
+mod memory_bounds;
 #[cfg(feature = "sim")]
 mod orders;
 mod refusals;
+mod short;
 #[cfg(feature = "sim")]
 mod spill;
+mod time_bounds;
 #[cfg(feature = "sim")]
 mod unplug;
 
