@@ -32,7 +32,7 @@ pub(crate) use self::{
     sender::Sender,
     stream::Finished,
 };
-use crate::{error::Result, first_failure::Hangup, wire::PageSize};
+use crate::{error::Result, first_failure::Hangup, settings::Settings, wire::PageSize};
 
 /// Takes the packets on a shared channel that are not device state.
 ///
@@ -209,6 +209,20 @@ pub(crate) struct ChannelLimits {
     pub(crate) hello_timeout: Duration,
     pub(crate) no_progress: Duration,
     pub(crate) packet_timeout: Duration,
+}
+
+impl ChannelLimits {
+    /// Those of a session with so many channels.
+    pub(crate) const fn new(settings: &Settings, channels: u32) -> Self {
+        Self {
+            uuid: settings.uuid,
+            channels,
+            max_packet: settings.max_packet,
+            hello_timeout: settings.hello_timeout,
+            no_progress: settings.no_progress,
+            packet_timeout: settings.packet_timeout,
+        }
+    }
 }
 
 /// Whether a stream has run out of its time.

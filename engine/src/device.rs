@@ -152,7 +152,6 @@ pub struct Device {
     fd: Option<Fd>,
     health: Health,
     events: bool,
-    config_after_iterables: Option<bool>,
     spawner: Option<Spawner>,
     rest: Rest,
 }
@@ -181,7 +180,6 @@ impl Device {
             fd: None,
             health: Health::Good,
             events: true,
-            config_after_iterables: None,
             spawner: None,
             rest: Rest::new(),
         };
@@ -205,16 +203,6 @@ impl Device {
         self.events = events;
     }
 
-    /// Load: sets whether this device's config waits for its notice on the main channel. Default: the session's
-    /// [`Settings::config_after_iterables`](crate::Settings). Read once, when a session takes the device. Both
-    /// ends must agree.
-    ///
-    /// [`migration`](crate::migration) sets it from
-    /// [`DeviceSettings`](crate::migration::DeviceSettings).
-    pub const fn set_config_after_iterables(&mut self, waits: Option<bool>) {
-        self.config_after_iterables = waits;
-    }
-
     /// Runs this device's state changes on the VMM's threads, when several devices change their states at once
     /// ([`TaskKind::State`](crate::TaskKind::State)). A device also keeps the spawner of its first session: see
     /// [`SaveBuilder::spawn_with`](crate::SaveBuilder::spawn_with).
@@ -231,11 +219,6 @@ impl Device {
 
     pub(crate) const fn spawner(&self) -> Option<&Spawner> {
         self.spawner.as_ref()
-    }
-
-    /// See [`Device::set_config_after_iterables`].
-    pub(crate) const fn config_after_iterables(&self) -> Option<bool> {
-        self.config_after_iterables
     }
 
     /// The device's name.

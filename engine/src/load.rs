@@ -27,7 +27,7 @@
 //! | a device's thread | the notice that the config may be loaded | the notice; a stop; `config_ready_timeout` |
 //! | the thread that cleans up | a device's end | the end; the grace time |
 
-use std::{fmt, path::PathBuf, time::Duration};
+use std::fmt;
 
 use crossbeam_epoch::Collector;
 use vfio_migration_uring::{Fd, deadline};
@@ -64,6 +64,8 @@ use crate::{
         waiters::Waiters,
     },
     router::Router,
+    session::DeviceSpec,
+    settings::{ConfigGate, Settings, Spill},
     spill::{SpillExtent, SpillFile},
     stats::{Counter, DeviceCounters, SpillStats, Stats},
     sync::{
@@ -86,8 +88,10 @@ pub(crate) struct LoadDevice {
     counters: DeviceCounters,
     /// For iterable data: from setup to the switchover's start, or an earlier one of the loader's.
     iterable: Mutex<Option<Fd>>,
-    /// Whether its config waits for a notice.
-    config_waits: bool,
+    /// When its config may be loaded.
+    config_gate: ConfigGate,
+    /// Whether it goes to STOP then.
+    stops: bool,
     drained: Mutex<Option<TransferResult>>,
     /// How many packets are in the device, as far as that is told: before the switchover.
     written: AtomicU32,
@@ -145,7 +149,7 @@ pub(crate) struct Load {
     pool: Arc<Pool>,
     staging: Arc<Pool>,
     io: Arc<IoHandle<LoadTransfer>>,
-    settings: LoadSettings,
+    settings: Arc<Settings>,
     /// Channels that wait for room.
     backpressure: Backpressure,
     /// Where packets go that must not wait for it, once somebody may need that.
@@ -166,36 +170,12 @@ struct Dropped {
     bytes: Counter,
 }
 
-/// Who may spill, and where to.
-#[derive(Clone, Debug)]
-pub(crate) enum Spilling {
-    /// Nobody.
-    Never,
-    /// Channels that barriers share, to memory.
-    WhereShared,
-    /// All, to a file in this directory or to memory.
-    Always(Option<PathBuf>),
-}
-
-/// The settings that the threads of a load look at.
-#[derive(Clone, Debug)]
-pub(crate) struct LoadSettings {
-    max_packet: u32,
-    window: u32,
-    spill: Spilling,
-    spill_limit: u64,
-    config_after_iterables: bool,
-    stop_after_load: bool,
-    grace: Duration,
-    config_ready_timeout: Duration,
-}
-
 impl Load {
     pub(crate) fn new(
         pool: PoolLayout,
         staging: PoolLayout,
         io: Arc<IoHandle<LoadTransfer>>,
-        settings: LoadSettings,
+        settings: Arc<Settings>,
     ) -> Result<Self, NoMemory> {
         let collector = Collector::new();
         let pool = Arc::new(Pool::new(pool)?);
@@ -226,13 +206,9 @@ impl Load {
         routes.iter().filter_map(device).collect()
     }
 
-    /// Adds a device under its name. `config_waits`: what is set of this one alone, if anything is.
-    pub(crate) fn add(
-        &self,
-        id: &DeviceId,
-        ordinal: u32,
-        config_waits: Option<bool>,
-    ) -> Result<Arc<LoadDevice>> {
+    /// Adds a device under its name.
+    pub(crate) fn add(&self, spec: &DeviceSpec, ordinal: u32) -> Result<Arc<LoadDevice>> {
+        let id = spec.device.id();
         let device = Arc::new(LoadDevice {
             id: id.clone(),
             ordinal,
@@ -240,7 +216,8 @@ impl Load {
             flags: DeviceFlags::new(),
             counters: DeviceCounters::default(),
             iterable: Mutex::new(None),
-            config_waits: config_waits.unwrap_or(self.settings.config_after_iterables),
+            config_gate: spec.gate(&self.settings),
+            stops: spec.stops(&self.settings),
             drained: Mutex::new(None),
             written: AtomicU32::new(0),
             progress: Waiters::new(),
@@ -293,10 +270,11 @@ impl Load {
     /// may has it made. `shared` says that barriers share the channel.
     pub(crate) fn spill_for(&self, shared: bool) -> Result<Option<Arc<SpillFile>>> {
         let directory = match &self.settings.spill {
-            Spilling::Never => return Ok(None),
-            Spilling::WhereShared if !shared => return Ok(None),
-            Spilling::WhereShared => None,
-            Spilling::Always(directory) => directory.as_deref(),
+            Spill::Off => return Ok(None),
+            // Barriers share the channel, or nobody may spill.
+            Spill::Auto if !shared => return Ok(None),
+            Spill::Auto | Spill::Memfd => None,
+            Spill::Directory(directory) => Some(directory.as_path()),
         };
         let mut spill = lock(&self.spill);
         if spill.is_none() {

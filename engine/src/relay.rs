@@ -84,7 +84,6 @@
 use std::{
     fmt, io,
     os::fd::{AsFd, BorrowedFd},
-    time::Duration,
 };
 
 use crossbeam_epoch::{Collector, Guard};
@@ -143,10 +142,7 @@ struct Shared {
     /// By ordinal. Its lock is taken for a device's first packet, and to look for new ones.
     devices: Mutex<Vec<Arc<RelayDevice>>>,
     max_devices: u32,
-    window: u32,
-    no_progress: Duration,
-    /// Whether a device may be incomplete for as long as its source likes.
-    patient: bool,
+    settings: Settings,
     pool: Arc<Pool>,
     queue: SendQueue,
     channels: Mutex<Vec<Arc<ChannelCounters>>>,
@@ -218,7 +214,7 @@ impl Shared {
             key: wire::DeviceKey::new(&id),
             id,
             ordinal,
-            reorder: ReorderBuffer::new(self.collector.clone(), self.window),
+            reorder: ReorderBuffer::new(self.collector.clone(), self.settings.window),
             counters: DeviceCounters::default(),
         });
         let added = self.router.insert(idstr, instance, device.clone(), guard);
@@ -366,7 +362,6 @@ pub struct Relay {
     greeted: Arc<Mutex<Vec<u8>>>,
     complete: AtomicBool,
     budget: usize,
-    grace: Duration,
     joined: bool,
 }
 
@@ -413,9 +408,7 @@ impl Relay {
             router: Router::new(Collector::new()),
             devices: Mutex::new(Vec::new()),
             max_devices,
-            window: settings.window,
-            no_progress: settings.no_progress,
-            patient: settings.precopy_over_channels,
+            settings: settings.clone(),
             pool: Arc::new(Pool::new(pool).map_err(no_budget)?),
             queue: SendQueue::new(collector.clone()),
             collector,
@@ -433,18 +426,10 @@ impl Relay {
         let relay = Self {
             shared: shared.clone(),
             tasks: Arc::new(Tasks::new(spawner)?),
-            limits: ChannelLimits {
-                uuid: settings.uuid,
-                channels: settings.channels,
-                max_packet: settings.max_packet,
-                hello_timeout: settings.hello_timeout,
-                no_progress: settings.no_progress,
-                packet_timeout: settings.packet_timeout,
-            },
+            limits: ChannelLimits::new(&shared.settings, settings.channels),
             greeted: Arc::default(),
             complete: AtomicBool::new(false),
             budget,
-            grace: settings.grace,
             joined: false,
         };
         let tasks = relay.tasks.clone();
@@ -652,7 +637,7 @@ impl Relay {
         self.no_more_channels();
         loop {
             let failed_at = self.shared.first_failure.failed_at();
-            let deadline = failed_at.map(|at| later(later(at, self.grace), SLACK));
+            let deadline = failed_at.map(|at| later(later(at, self.shared.settings.grace), SLACK));
             let look = || {
                 let news = self.shared.first_failure.failed_at().is_some() != failed_at.is_some();
                 (self.tasks.is_idle() || news).then_some(())

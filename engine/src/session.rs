@@ -37,24 +37,20 @@
 //! | the engine's | the engine leaves the thread behind: [`Report::abandoned_threads`] |
 //! | the VMM's | the thread blocks at its exit, and so does the exit of the whole process, also by a signal |
 
-use std::{
-    collections::BTreeMap,
-    fmt, io,
-    sync::mpsc,
-    time::{Duration, Instant},
-};
+use std::{collections::BTreeMap, fmt, io, sync::mpsc, time::Instant};
 
 #[cfg(feature = "sim")]
 use vfio_migration_uring::sim::{SimConfig, SimRing};
 use vfio_migration_uring::{Backend, Ring, Waker, deadline, later};
 
 mod canceller;
+mod device_spec;
 
-pub use self::canceller::Canceller;
+pub use self::{canceller::Canceller, device_spec::DeviceSpec};
 #[cfg(feature = "faults")]
 use crate::reorder::refusals::LeasePlan;
 use crate::{
-    channel::{Channel, ChannelLimits, Finished},
+    channel::{Channel, Finished},
     device::{Device, set::for_all},
     error::{Error, ErrorKind, Phase, Result},
     first_failure::FirstFailure,
@@ -98,7 +94,7 @@ pub(crate) struct Prepared {
 #[derive(Default)]
 pub(crate) struct Parts {
     pub(crate) settings: Settings,
-    pub(crate) devices: Vec<Device>,
+    pub(crate) devices: Vec<DeviceSpec>,
     pub(crate) channels: Vec<Channel>,
     pub(crate) spawner: Option<Spawner>,
     /// Save. Gone where what it was made from has changed since.
@@ -133,17 +129,6 @@ impl Parts {
             _ => "uring",
         };
         Ok((ring, name))
-    }
-
-    pub(crate) fn limits(&self, channels: u32) -> ChannelLimits {
-        ChannelLimits {
-            uuid: self.settings.uuid,
-            channels,
-            max_packet: self.settings.max_packet,
-            hello_timeout: self.settings.hello_timeout,
-            no_progress: self.settings.no_progress,
-            packet_timeout: self.settings.packet_timeout,
-        }
     }
 
     pub(crate) const fn io_limits(&self) -> Limits {
@@ -193,16 +178,16 @@ macro_rules! builder_methods {
             self.parts.devices.len()
         }
 
-        /// Adds a device. The session owns the device until its report. If the session fails, the device goes
-        /// back to the state in which it is now: RUNNING, or STOP if the VM does not run.
-        pub fn device(mut self, mut device: Device) -> Self {
-            device.set_off();
-            self.parts.devices.push(device);
+        /// Adds a device, and what is set for it alone. The session owns the device until its report. If the
+        /// session fails, the device goes back to the state in which it is now: RUNNING, or STOP if the VM does
+        /// not run.
+        pub fn device(mut self, device: impl Into<DeviceSpec>) -> Self {
+            self.parts.devices.push(device.into());
             self
         }
 
         /// Adds devices: see [`device`](Self::device).
-        pub fn devices(self, devices: impl IntoIterator<Item = Device>) -> Self {
+        pub fn devices(self, devices: impl IntoIterator<Item: Into<DeviceSpec>>) -> Self {
             devices.into_iter().fold(self, Self::device)
         }
 
@@ -367,8 +352,7 @@ pub(crate) struct Common {
     pub(crate) channels: Mutex<Vec<Arc<ChannelCounters>>>,
     pub(crate) backend: &'static str,
     pub(crate) budget: usize,
-    pub(crate) grace: Duration,
-    pub(crate) no_progress: Duration,
+    pub(crate) settings: Arc<Settings>,
 }
 
 impl Common {
@@ -395,7 +379,7 @@ impl Common {
         results: &mpsc::Receiver<(DeviceId, Result<()>)>,
         mut names: Vec<DeviceId>,
     ) -> Result<()> {
-        let deadline = deadline(self.no_progress);
+        let deadline = deadline(self.settings.no_progress);
         while let Some(first) = names.first() {
             let left = deadline.saturating_duration_since(Instant::now());
             match results.recv_timeout(left) {
@@ -419,7 +403,7 @@ impl Common {
     /// When a device that has failed at `at` must have come back: the grace time for its transfer, and
     /// for what puts it back.
     pub(crate) fn end_of_grace(&self, at: Instant) -> Instant {
-        let grace = self.grace.saturating_add(SLACK);
+        let grace = self.settings.grace.saturating_add(SLACK);
         later(later(at, grace), grace)
     }
 

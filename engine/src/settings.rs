@@ -29,6 +29,23 @@ pub enum Spill {
     Directory(PathBuf),
 }
 
+/// When a device's config, which came over the channels, may be loaded. Both ends must agree.
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
+pub enum ConfigGate {
+    /// When the rest of its state is in the device.
+    #[default]
+    AtOnce,
+    /// When its notice has come too, on the main channel.
+    OnNotice,
+}
+
+impl ConfigGate {
+    /// As the setting config-after-iterables says.
+    pub(crate) const fn after_iterables(set: bool) -> Self {
+        if set { Self::OnNotice } else { Self::AtOnce }
+    }
+}
+
 /// A session's settings. Sizes are in bytes. A time of [`Duration::MAX`] is no limit.
 ///
 /// The start of a session checks every setting before a device changes its state. The error
@@ -37,9 +54,8 @@ pub enum Spill {
 /// ```
 /// use vfio_migration::Settings;
 ///
-/// let mut settings = Settings::default();
-/// settings.budget = Some(64 << 20);
-/// settings.channels = 8;
+/// let settings = Settings::default().budget(64 << 20).channels(8);
+/// assert_eq!(settings.budget, Some(64 << 20));
 /// ```
 #[derive(Clone, Debug)]
 #[non_exhaustive]
@@ -93,7 +109,7 @@ pub struct Settings {
     /// builder; 64 for a relay, which is given none.
     pub max_devices: Option<u32>,
     /// Load: whether each device's config waits for its notice on the main channel. A device can override this
-    /// ([`Device::set_config_after_iterables`](crate::Device)). Both ends must agree. Default: off.
+    /// ([`DeviceSpec::config_gate`](crate::DeviceSpec::config_gate)). Both ends must agree. Default: off.
     pub config_after_iterables: bool,
     /// Load: whether a loaded device is set to STOP. Its driver then checks the state, and a refusal fails the
     /// load. Default:
@@ -150,6 +166,46 @@ impl Default for Settings {
             config_ready_timeout: Duration::from_secs(600),
         }
     }
+}
+
+/// A method for each field, to set it in a chain.
+macro_rules! setters {
+    ($($field:ident: $type:ty $(=> $wrap:ident)?),* $(,)?) => {
+        impl Settings {
+            $(
+                #[doc = concat!("Sets [`", stringify!($field), "`](#structfield.", stringify!($field), ").")]
+                #[must_use]
+                pub fn $field(mut self, $field: $type) -> Self {
+                    self.$field = setters!(@ $field $($wrap)?);
+                    self
+                }
+            )*
+        }
+    };
+    (@ $field:ident) => { $field };
+    (@ $field:ident $wrap:ident) => { $wrap($field) };
+}
+
+setters! {
+    backend: Backend,
+    budget: usize => Some,
+    buffer_len: usize,
+    data_len: usize => Some,
+    precopy_over_channels: bool,
+    window: u32,
+    max_packet: u32,
+    spill: Spill,
+    spill_limit: u64,
+    channels: u32,
+    uuid: [u8; 16],
+    max_devices: u32 => Some,
+    config_after_iterables: bool,
+    stop_after_load: bool => Some,
+    grace: Duration,
+    no_progress: Duration,
+    hello_timeout: Duration,
+    packet_timeout: Duration,
+    config_ready_timeout: Duration,
 }
 
 /// The smallest reserve: below it there is no sense in going on.

@@ -13,6 +13,7 @@ use crate::{
     device::{Device, Recover},
     error::{Error, ErrorKind, Phase, Result, Violation},
     reorder::flags::SLACK,
+    settings::ConfigGate,
     state::DeviceState,
     sync::{Arc, lock},
     trace, wire,
@@ -60,7 +61,7 @@ fn finish_load(load: &Load, shared: &LoadDevice, device: &mut Device) -> Result<
     let aborted = |_stop| Error::aborted(Phase::Config).on_device(&shared.id);
     let config = wait_for_transfer(load, shared)?;
     let body = wire::config_body(&config).map_err(|error| error.on_device(&shared.id))?;
-    if shared.config_waits {
+    if shared.config_gate == ConfigGate::OnNotice {
         // A time beyond the clock's end is none.
         let until = Some(deadline(load.settings.config_ready_timeout));
         match shared.flags.wait_config_ready(until) {
@@ -83,7 +84,7 @@ fn finish_load(load: &Load, shared: &LoadDevice, device: &mut Device) -> Result<
             .in_phase(Phase::Config)
             .on_device(&shared.id));
     }
-    if load.settings.stop_after_load {
+    if shared.stops {
         let since = Instant::now();
         device.set_state(DeviceState::Stop, Recover::Reset)?;
         shared.counters.phases.resume.add_time(since.elapsed());

@@ -16,6 +16,7 @@ use super::{Load, LoadDevice};
 use crate::{
     device::write_all,
     error::{Error, ErrorKind, Phase, Result, Violation},
+    settings::ConfigGate,
     sync::{atomic::Ordering, lock},
     wire,
 };
@@ -82,7 +83,7 @@ impl Load {
     /// The device's config may be loaded. Refuses the notice where none is awaited, or a second one, which
     /// fails the load.
     pub(super) fn config_load_ready(&self, device: &LoadDevice) -> Result<()> {
-        if device.config_waits && device.flags.config_ready() {
+        if device.config_gate == ConfigGate::OnNotice && device.flags.config_ready() {
             return Ok(());
         }
         let tag = wire::Tag::ConfigLoadReady.value();

@@ -10,10 +10,7 @@ use std::{
 
 use vfio_migration_uring::{Waker, deadline};
 
-use super::{
-    Load, LoadDevice, LoadSettings, LoadSink, LoadTransfer, Publisher, Route, Spilling,
-    serve_device,
-};
+use super::{Load, LoadDevice, LoadSink, LoadTransfer, Publisher, Route, serve_device};
 use crate::{
     channel::{Channel, ChannelLimits, Receiver},
     device::Device,
@@ -23,10 +20,10 @@ use crate::{
     io_loop::{IoHandle, IoLoop},
     reorder::flags::SLACK,
     session::{
-        Canceller, Common, DeviceHandoff, DeviceReport, FinishedDevice, Parts, Report,
+        Canceller, Common, DeviceHandoff, DeviceReport, DeviceSpec, FinishedDevice, Parts, Report,
         builder_methods, host, unless_stuck,
     },
-    settings::{Settings, Spill},
+    settings::Settings,
     stats::{ChannelCounters, Stats},
     sync::{
         Arc, Mutex,
@@ -83,7 +80,10 @@ impl LoadBuilder {
                     ))
                 }
             },
-            Err(error) => Err(Failed::new(error, devices)),
+            Err(error) => {
+                let devices = devices.into_iter().map(|spec| spec.device);
+                Err(Failed::new(error, devices.collect()))
+            }
         }
     }
 }
@@ -186,27 +186,13 @@ impl LoadSession {
         let expected = parts.settings.channels.max(given);
         let waker = Waker::new().map_err(host)?;
         let (ring, backend) = parts.ring(limit, waker.clone())?;
-        let settings = &parts.settings;
+        let settings = Arc::new(parts.settings.clone());
         let handle = Arc::new(IoHandle::new(waker));
         let load = Load::new(
             memory.pool,
             memory.staging,
             handle.clone(),
-            LoadSettings {
-                max_packet: settings.max_packet,
-                window: settings.window,
-                spill: match settings.spill.clone() {
-                    Spill::Auto => Spilling::WhereShared,
-                    Spill::Off => Spilling::Never,
-                    Spill::Memfd => Spilling::Always(None),
-                    Spill::Directory(directory) => Spilling::Always(Some(directory)),
-                },
-                spill_limit: settings.spill_limit,
-                config_after_iterables: settings.config_after_iterables,
-                stop_after_load: settings.stop_after_load.unwrap_or(true),
-                grace: settings.grace,
-                config_ready_timeout: settings.config_ready_timeout,
-            },
+            settings.clone(),
         );
         let load = Arc::new(load.map_err(no_budget)?);
         #[cfg(feature = "faults")]
@@ -219,6 +205,7 @@ impl LoadSession {
         for id in not_multifd {
             load.add_route(&id, Route::NotMultifd(id.clone()))?;
         }
+        let limits = ChannelLimits::new(&settings, expected);
         let session = Self {
             common: Arc::new(Common {
                 tasks: Arc::new(Tasks::new(parts.spawner.take())?),
@@ -232,11 +219,10 @@ impl LoadSession {
                 channels: Mutex::new(Vec::new()),
                 backend,
                 budget: memory.budget,
-                grace: settings.grace,
-                no_progress: settings.no_progress,
+                settings,
             }),
             load,
-            limits: parts.limits(expected),
+            limits,
             expected: AtomicU32::new(expected),
             ids: Mutex::new(IdsInUse::new(limit)),
             greeted: Arc::new(Mutex::new(Vec::new())),
@@ -254,7 +240,7 @@ impl LoadSession {
     fn launch(
         &self,
         parts: Parts,
-        devices: Vec<Device>,
+        devices: Vec<DeviceSpec>,
         io_loop: IoLoop<LoadTransfer>,
     ) -> Result<()> {
         let (backpressure, failing) = (self.load.clone(), self.load.clone());
@@ -269,7 +255,7 @@ impl LoadSession {
             },
         );
         if let Err(error) = driving {
-            for device in devices {
+            for DeviceSpec { device, .. } in devices {
                 let ordinal = lock(&self.ids).take(device.id())?;
                 let result = Err(error.clone());
                 self.common.give_back(ordinal, device, result);
@@ -278,10 +264,13 @@ impl LoadSession {
         }
         // All of them before anything else, so that whatever fails below they come back.
         let (sender, results) = mpsc::channel();
-        let names = devices.iter().map(|device| device.id().clone()).collect();
+        let names = devices
+            .iter()
+            .map(|spec| spec.device.id().clone())
+            .collect();
         let mut started = Ok(());
-        for device in devices {
-            started = started.and(self.spawn_device(device, sender.clone()));
+        for spec in devices {
+            started = started.and(self.spawn_device(spec, sender.clone()));
         }
         drop(sender);
         started?;
@@ -295,21 +284,22 @@ impl LoadSession {
 
     fn spawn_device(
         &self,
-        device: Device,
+        spec: DeviceSpec,
         set_up: mpsc::Sender<(DeviceId, Result<()>)>,
     ) -> Result<()> {
-        let id = device.id().clone();
+        let id = spec.device.id().clone();
         let ordinal = lock(&self.ids).take(&id)?;
-        let shared = match self.load.add(&id, ordinal, device.config_after_iterables()) {
+        let shared = match self.load.add(&spec, ordinal) {
             Ok(shared) => shared,
             Err(error) => {
-                self.common.give_back(ordinal, device, Err(error.clone()));
+                let result = Err(error.clone());
+                self.common.give_back(ordinal, spec.device, result);
                 return Err(error);
             }
         };
         let (load, common) = (self.load.clone(), self.common.clone());
         let ending = (self.load.clone(), self.common.clone(), shared.clone());
-        let mut device = device;
+        let mut device = spec.device;
         device.adopt_spawner(self.common.tasks.spawner());
         let handoff = DeviceHandoff::new(device);
         let left = handoff.clone();
@@ -352,12 +342,11 @@ impl LoadSession {
     /// # Errors
     ///
     /// As for [`LoadBuilder::start`].
-    pub fn add_device(&self, device: Device) -> Result<()> {
-        let mut device = device;
-        device.set_off();
+    pub fn add_device(&self, device: impl Into<DeviceSpec>) -> Result<()> {
+        let spec = device.into();
         let (sender, results) = mpsc::channel();
-        let name = device.id().clone();
-        self.spawn_device(device, sender)?;
+        let name = spec.device.id().clone();
+        self.spawn_device(spec, sender)?;
         self.common
             .set_up(&results, vec![name], &self.load.first_failure)
     }
@@ -522,7 +511,7 @@ impl LoadSession {
 
     /// Waits until the device's first `count` packets are in it.
     pub(crate) fn wait_written(&self, id: &DeviceId, count: u32) -> Result<()> {
-        let no_progress = self.common.no_progress;
+        let no_progress = self.common.settings.no_progress;
         self.load
             .wait_written(&*self.device(id)?, count, no_progress)
     }
@@ -624,7 +613,7 @@ impl LoadSession {
         let failed_at = || self.load.first_failure.failed_at();
         self.common.wait_for_end(failed_at, || self.devices_ended());
         // The channels end by themselves where the source has closed them.
-        let patience = deadline(self.common.no_progress);
+        let patience = deadline(self.common.settings.no_progress);
         let tasks = &self.common.tasks;
         let ended = || (tasks.at_work() <= 1 || failed_at().is_some()).then_some(());
         if tasks.wait(Some(patience), ended).is_none() {

@@ -5,7 +5,7 @@
 
 use crate::{
     error::{Error, Phase, Result},
-    settings::check_data_len,
+    settings::{ConfigGate, check_data_len},
 };
 
 /// A switch that can be left to its rule.
@@ -141,15 +141,15 @@ impl Capabilities {
         self.multifd && !self.compression && !self.to_file && self.switchover_start
     }
 
-    /// Whether a config waits for its notice, unless its device overrides it.
+    /// When a config may be loaded, unless its device overrides it.
     #[must_use]
-    pub const fn config_waits(&self) -> bool {
-        waits(self.config_after_iterables)
+    pub const fn config_gate(&self) -> ConfigGate {
+        gate(self.config_after_iterables)
     }
 
-    /// Whether this device's does.
-    pub(super) fn config_of(&self, settings: &DeviceSettings) -> bool {
-        waits(
+    /// When this device's may.
+    pub(super) fn config_gate_of(&self, settings: &DeviceSettings) -> ConfigGate {
+        gate(
             settings
                 .config_after_iterables
                 .unwrap_or(self.config_after_iterables),
@@ -183,13 +183,13 @@ impl Capabilities {
     }
 }
 
-/// Whether a config waits where this is set.
-const fn waits(setting: OnOffAuto) -> bool {
-    match setting {
+/// When a config may be loaded where this is set.
+const fn gate(setting: OnOffAuto) -> ConfigGate {
+    ConfigGate::after_iterables(match setting {
         OnOffAuto::On => true,
         OnOffAuto::Off => false,
         OnOffAuto::Auto => cfg!(target_arch = "aarch64"),
-    }
+    })
 }
 
 #[cfg(test)]
@@ -224,11 +224,12 @@ mod tests {
                 config_after_iterables: setting,
                 ..Capabilities::default()
             };
-            capabilities.config_waits()
+            capabilities.config_gate()
         };
-        assert!(with(OnOffAuto::On));
-        assert!(!with(OnOffAuto::Off));
-        assert_eq!(with(OnOffAuto::Auto), cfg!(target_arch = "aarch64"));
+        assert_eq!(with(OnOffAuto::On), ConfigGate::OnNotice);
+        assert_eq!(with(OnOffAuto::Off), ConfigGate::AtOnce);
+        let waits = with(OnOffAuto::Auto) == ConfigGate::OnNotice;
+        assert_eq!(waits, cfg!(target_arch = "aarch64"));
 
         let device = |setting, of_all| {
             let settings = DeviceSettings {
@@ -239,7 +240,7 @@ mod tests {
                 config_after_iterables: of_all,
                 ..Capabilities::default()
             };
-            capabilities.config_of(&settings)
+            capabilities.config_gate_of(&settings)
         };
         for of_all in [OnOffAuto::On, OnOffAuto::Off, OnOffAuto::Auto] {
             assert_eq!(device(None, of_all), with(of_all));

@@ -45,6 +45,7 @@ use crate::{
     error::{Error, ErrorKind, Failed, Phase, Result, Violation},
     id::DeviceId,
     load::{LoadBuilder, LoadSession},
+    session::DeviceSpec,
     state::{DeviceState, MigrationFlags},
     stats::{DeviceCounters, Stats},
     sync::{Mutex, lock},
@@ -129,24 +130,19 @@ impl Incoming {
         };
         let mut session = session;
         let stop_after_load = session.settings_mut().stop_after_load.unwrap_or(false);
-        session.settings_mut().stop_after_load = Some(stop_after_load);
-        session.settings_mut().config_after_iterables = capabilities.config_waits();
         let mut members = Vec::with_capacity(devices.len());
         for (migratable, (multifd, took)) in
             devices.into_iter().zip(multifd.into_iter().zip(resumed))
         {
             let MigratableDevice {
-                mut device,
-                settings,
-                ..
+                device, settings, ..
             } = migratable;
             let id = device.id().clone();
-            let config_waits = capabilities.config_of(&settings);
-            device.set_config_after_iterables(Some(config_waits));
+            let config_gate = capabilities.config_gate_of(&settings);
             let precopy = device.flags().contains(MigrationFlags::PRE_COPY);
             let counters = DeviceCounters::default();
             let way = if multifd {
-                session = session.device(device);
+                session = session.device(DeviceSpec::under_way(device).config_gate(config_gate));
                 Way::Channels
             } else {
                 counters.phases.set_state.add_time(took);
@@ -161,7 +157,7 @@ impl Incoming {
                 settings,
                 precopy,
                 over_channels: multifd && capabilities.precopy_over_channels,
-                config_waits,
+                config_gate,
                 way,
                 counters,
             });
@@ -212,9 +208,7 @@ impl Incoming {
                     Way::Channels => take(&member.id),
                     Way::Main(direct) => lock(direct).device.take(),
                 };
-                let mut device = device?;
-                device.set_config_after_iterables(None);
-                Some(MigratableDevice::new(device, member.settings.clone()))
+                Some(MigratableDevice::new(device?, member.settings.clone()))
             })
             .collect()
     }

@@ -28,6 +28,7 @@ use crate::{
     error::{Error, Phase, Result, Violation},
     id::DeviceId,
     section::{Piece, SectionSink, Tag, load_state},
+    settings::ConfigGate,
     state::DeviceState,
     sync::lock,
     trace,
@@ -252,7 +253,7 @@ impl SectionSink for Sink<'_> {
     fn config_load_ready(&mut self) -> Result<bool> {
         match &self.incoming.session {
             Some(session) if self.direct.is_none() => {
-                if !self.member.config_waits {
+                if self.member.config_gate == ConfigGate::AtOnce {
                     let violation = Violation::ConfigAfterIterables { here: false };
                     return Err(Error::protocol(violation).in_phase(Phase::Section));
                 }

@@ -12,6 +12,7 @@ use crate::{
     device::Device,
     id::DeviceId,
     load::LoadSession,
+    settings::ConfigGate,
     stats::{DeviceCounters, Stats},
     sync::Mutex,
 };
@@ -38,8 +39,8 @@ pub(super) struct Member {
     pub(super) precopy: bool,
     /// Whether its PRE_COPY data comes over the channels too.
     pub(super) over_channels: bool,
-    /// Whether its config waits for its notice, where it comes over the channels.
-    pub(super) config_waits: bool,
+    /// When its config may be loaded, where it comes over the channels.
+    pub(super) config_gate: ConfigGate,
     pub(super) way: Way,
     pub(super) counters: DeviceCounters,
 }

@@ -23,6 +23,8 @@ use crate::{
     id::DeviceId,
     save::{SaveBuilder, SaveSession},
     section,
+    session::DeviceSpec,
+    settings::ConfigGate,
     state::{DeviceState, MigrationFlags},
     stats::{DeviceCounters, Stats},
     trace,
@@ -51,7 +53,7 @@ struct Member {
     id: DeviceId,
     way: Way,
     step: Step,
-    config_waits: bool,
+    config_gate: ConfigGate,
 }
 
 impl Member {
@@ -135,15 +137,14 @@ impl Outgoing {
         let mut members = Vec::with_capacity(sources.len());
         for source in sources {
             let id = source.id().clone();
-            let config_waits = source.config_waits;
+            let config_gate = source.config_gate;
             let way = if source.multifd {
                 trace::save_complete_precopy_start(&id);
                 let device = source.device.take();
-                session = session.device_after_precopy(
-                    device,
-                    source.buffer.len(),
-                    source.precopy_packets,
-                );
+                let spec = DeviceSpec::under_way(device)
+                    .data_len(source.buffer.len())
+                    .after_packets(source.precopy_packets);
+                session = session.device(spec);
                 Way::Channels {
                     settings: source.settings,
                     counters: source.counters,
@@ -155,7 +156,7 @@ impl Outgoing {
                 id,
                 way,
                 step: Step::Begun,
-                config_waits,
+                config_gate,
             });
         }
         let mut switchover = Self {
@@ -239,7 +240,9 @@ impl Outgoing {
         self.section(id, Step::Completed, |member, failure| {
             let mut writer = section::Writer::new(body);
             match &mut member.way {
-                Way::Channels { .. } if member.config_waits => writer.config_load_ready(),
+                Way::Channels { .. } if member.config_gate == ConfigGate::OnNotice => {
+                    writer.config_load_ready()
+                }
                 Way::Channels { .. } => writer.dummy(),
                 Way::Main(source) => {
                     if let Some(error) = failure {

@@ -36,6 +36,7 @@ use crate::{
     id::DeviceId,
     save::SourceChannels,
     section,
+    settings::ConfigGate,
     state::{DeviceState, MigrationFlags},
     stats::DeviceCounters,
     trace,
@@ -102,8 +103,8 @@ pub struct OutgoingDevice {
     over_channels: bool,
     /// How many packets of that have been sent.
     pub(super) precopy_packets: u32,
-    /// Whether its config waits on the destination for a notice.
-    pub(super) config_waits: bool,
+    /// When its config may be loaded, on the destination.
+    pub(super) config_gate: ConfigGate,
     pub(super) buffer: Vec<u8>,
     pub(super) counters: Box<DeviceCounters>,
     acks: SwitchoverAcks,
@@ -148,7 +149,7 @@ impl OutgoingDevice {
         device.set_off();
         let mut source = Self {
             device: ResumeOnDrop(Some(device)),
-            config_waits: capabilities.config_of(&settings),
+            config_gate: capabilities.config_gate_of(&settings),
             settings,
             multifd: false,
             over_channels: false,

@@ -82,13 +82,16 @@ impl Sequencer<'_> {
             }
             let incomplete = self.moved.iter().any(|moved| !moved.complete);
             let before = (incomplete || shared.queue.waiting() > 0).then(|| shared.activity());
-            let deadline = before.map(|_| deadline(shared.no_progress));
+            let deadline = before.map(|_| deadline(shared.settings.no_progress));
             let found = shared.arrivals.wait(deadline, || self.look().then_some(()));
             if found.is_some() || before != Some(shared.activity()) {
                 still = 0;
                 continue;
             }
-            if shared.patient && shared.received() == self.packets && shared.queue.waiting() == 0 {
+            if shared.settings.precopy_over_channels
+                && shared.received() == self.packets
+                && shared.queue.waiting() == 0
+            {
                 // All that has come has gone: the source's VM may run on.
                 still = 0;
                 continue;

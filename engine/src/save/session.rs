@@ -25,7 +25,10 @@ use crate::{
         flags::SLACK,
         pool::{Pool, PoolLayout},
     },
-    session::{Canceller, Common, DeviceHandoff, Parts, Prepared, Report, builder_methods, host},
+    session::{
+        Canceller, Common, DeviceHandoff, DeviceSpec, Parts, Prepared, Report, builder_methods,
+        host,
+    },
     settings::{Settings, check_data_len},
     stats::{ChannelCounters, Stats},
     sync::{Arc, Mutex, lock},
@@ -37,39 +40,12 @@ use crate::{
 #[must_use = "nothing happens before it is started"]
 pub struct SaveBuilder {
     parts: Parts,
-    /// The most data in a packet, of the devices that the caller has sized.
-    data_lens: Vec<(DeviceId, usize)>,
-    /// The first packet's idx, of the devices whose PRE_COPY data has gone over the channels.
-    first: Vec<(DeviceId, u32)>,
     /// Channels that have been greeted.
     greeted: Option<SourceChannels>,
 }
 
 impl SaveBuilder {
     builder_methods!();
-
-    /// As [`device`](Self::device), with `data_len`, the most bytes of data in the device's packets. The
-    /// session then does not ask the device for its estimate, which costs downtime.
-    pub fn sized_device(mut self, device: Device, data_len: usize) -> Self {
-        self.data_lens.push((device.id().clone(), data_len));
-        self.device(device)
-    }
-
-    /// As [`sized_device`](Self::sized_device), for a device of which so many packets have gone over
-    /// the channels before.
-    ///
-    /// Its migration has been set up before: the state that it goes back to is that of then.
-    pub(crate) fn device_after_precopy(
-        mut self,
-        device: Device,
-        data_len: usize,
-        first: u32,
-    ) -> Self {
-        self.first.push((device.id().clone(), first));
-        self.data_lens.push((device.id().clone(), data_len));
-        self.parts.devices.push(device);
-        self
-    }
 
     /// Whether it has channels that are not greeted before its start.
     pub(crate) const fn greets(&self) -> bool {
@@ -116,7 +92,7 @@ impl SaveBuilder {
     pub fn start(self) -> Result<SaveSession, Failed<Vec<Device>>> {
         let mut builder = self;
         let mut devices = std::mem::take(&mut builder.parts.devices);
-        for device in &mut devices {
+        for DeviceSpec { device, .. } in &mut devices {
             device.adopt_spawner(builder.parts.spawner.as_ref());
         }
         match SaveSession::prepare(&mut builder, &mut devices) {
@@ -133,7 +109,10 @@ impl SaveBuilder {
                     }
                 }
             }
-            Err(error) => Err(Failed::new(error, devices)),
+            Err(error) => {
+                let devices = devices.into_iter().map(|spec| spec.device);
+                Err(Failed::new(error, devices.collect()))
+            }
         }
     }
 }
@@ -177,7 +156,7 @@ impl SaveSession {
     /// Everything that needs no thread.
     fn prepare(
         builder: &mut SaveBuilder,
-        devices: &mut [Device],
+        devices: &mut [DeviceSpec],
     ) -> Result<(Self, IoLoop<SaveTransfer>, ChannelLimits)> {
         let (greeted, failure) = builder
             .greeted
@@ -194,20 +173,18 @@ impl SaveSession {
         parts.settings.check_numbers()?;
         let limit = parts.settings.device_limit(devices.len())?;
         let mut sized: Vec<(DeviceId, usize, u32)> = Vec::with_capacity(devices.len());
-        for device in devices {
-            if sized.iter().any(|(id, ..)| id == device.id()) {
-                return Err(Error::two_devices_named(device.id()));
+        for spec in devices {
+            let id = spec.device.id().clone();
+            if sized.iter().any(|(other, ..)| *other == id) {
+                return Err(Error::two_devices_named(&id));
             }
-            let known = builder.data_lens.iter().find(|(id, _)| id == device.id());
-            let len = known.map(|(_, len)| *len).or(parts.settings.data_len);
+            let len = spec.data_len.or(parts.settings.data_len);
             if let Some(len) = len {
                 let what = "a device's data_len: 1 byte to just below 16 MiB";
-                check_data_len(what, len).map_err(|error| error.on_device(device.id()))?;
+                check_data_len(what, len).map_err(|error| error.on_device(&id))?;
             }
-            let len = len.unwrap_or_else(|| buffer_len(device.data_size().ok()));
-            let first = builder.first.iter().find(|(id, _)| id == device.id());
-            let first = first.map_or(0, |(_, first)| *first);
-            sized.push((device.id().clone(), len, first));
+            let len = len.unwrap_or_else(|| buffer_len(spec.device.data_size().ok()));
+            sized.push((id, len, spec.first_index));
         }
         let largest = sized.iter().map(|(_, len, _)| *len).max().unwrap_or(0);
         let memory = parts.settings.save_memory(limit, largest)?;
@@ -225,8 +202,9 @@ impl SaveSession {
             pool.refuse_by(plan);
         }
         let handle = Arc::new(IoHandle::new(waker));
-        let grace = parts.settings.grace;
-        let save = Arc::new(Save::new(sized, pool, handle.clone(), grace));
+        let settings = Arc::new(parts.settings.clone());
+        let limits = ChannelLimits::new(&settings, count);
+        let save = Arc::new(Save::new(sized, pool, handle.clone(), settings.grace));
         let session = Self {
             common: Arc::new(Common {
                 tasks: Arc::new(Tasks::new(parts.spawner.take())?),
@@ -240,22 +218,21 @@ impl SaveSession {
                 channels: Mutex::new(Vec::new()),
                 backend,
                 budget: memory.budget,
-                grace,
-                no_progress: parts.settings.no_progress,
+                settings,
             }),
             save,
             joined: false,
         };
         session.common.notify_of(&session.save.first_failure);
         let io_loop = IoLoop::new(handle, ring, parts.io_limits());
-        Ok((session, io_loop, parts.limits(count)))
+        Ok((session, io_loop, limits))
     }
 
     /// Everything that does.
     fn launch(
         &self,
         builder: SaveBuilder,
-        devices: Vec<Device>,
+        devices: Vec<DeviceSpec>,
         io_loop: IoLoop<SaveTransfer>,
         limits: ChannelLimits,
     ) -> Result<()> {
@@ -271,17 +248,17 @@ impl SaveSession {
             },
         );
         if let Err(error) = driving {
-            for (shared, device) in self.save.devices.iter().zip(devices) {
+            for (shared, spec) in self.save.devices.iter().zip(devices) {
                 let result = Err(error.clone());
-                self.common.give_back(shared.ordinal(), device, result);
+                self.common.give_back(shared.ordinal(), spec.device, result);
             }
             return Err(error);
         }
         // All of them before anything else, so that whatever fails below they come back.
         let (sender, results) = mpsc::channel();
         let mut started = Ok(());
-        for (shared, device) in self.save.devices.iter().zip(devices) {
-            let spawned = self.spawn_device(shared.clone(), device, sender.clone());
+        for (shared, spec) in self.save.devices.iter().zip(devices) {
+            let spawned = self.spawn_device(shared.clone(), spec.device, sender.clone());
             started = started.and(spawned);
         }
         drop(sender);

@@ -71,14 +71,7 @@ impl SourceChannels {
             return Err(Error::misuse(Phase::Setup, "a save has 1 to 255 channels"));
         }
         settings.check_numbers()?;
-        let limits = ChannelLimits {
-            uuid: settings.uuid,
-            channels: count.into(),
-            max_packet: settings.max_packet,
-            hello_timeout: settings.hello_timeout,
-            no_progress: settings.no_progress,
-            packet_timeout: settings.packet_timeout,
-        };
+        let limits = ChannelLimits::new(settings, count.into());
         let first_failure = Arc::new(FirstFailure::default());
         let mut senders = Vec::with_capacity(channels.len());
         for (id, channel) in (0..count).zip(channels) {

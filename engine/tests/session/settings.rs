@@ -12,8 +12,8 @@ use std::{
 };
 
 use vfio_migration::{
-    Backend, Device, DeviceState, Error, ErrorKind, LoadSession, Relay, SaveSession, Settings,
-    SourceChannels,
+    Backend, Device, DeviceSpec, DeviceState, Error, ErrorKind, LoadSession, Relay, SaveSession,
+    Settings, SourceChannels, Spill,
     migration::{
         Capabilities, DeviceSettings, Incoming, MigratableDevice, OutgoingDevice, SwitchoverAck,
         SwitchoverAcks,
@@ -104,6 +104,57 @@ fn fields(debug: &str) -> Vec<String> {
     let own = lines.filter(|line| line.starts_with("    ") && !line.starts_with("     "));
     own.filter_map(|line| Some(line.trim().split_once(": ")?.0.to_owned()))
         .collect()
+}
+
+#[test]
+fn a_chain_sets_every_field_and_each_its_own() {
+    let hour = Duration::from_secs(3600);
+    let set = Settings::default()
+        .backend(Backend::Blocking)
+        .budget(101)
+        .buffer_len(102)
+        .data_len(103)
+        .precopy_over_channels(true)
+        .window(104)
+        .max_packet(105)
+        .spill(Spill::Off)
+        .spill_limit(106)
+        .channels(107)
+        .uuid([108; 16])
+        .max_devices(109)
+        .config_after_iterables(true)
+        .stop_after_load(true)
+        .grace(hour)
+        .no_progress(hour + hour)
+        .hello_timeout(hour * 3)
+        .packet_timeout(hour * 4)
+        .config_ready_timeout(hour * 5);
+    let numbers = (set.budget, set.buffer_len, set.data_len, set.window);
+    assert_eq!(numbers, (Some(101), 102, Some(103), 104));
+    let numbers = (set.max_packet, set.spill_limit, set.channels);
+    assert_eq!(numbers, (105, 106, 107));
+    assert_eq!((set.uuid, set.max_devices), ([108; 16], Some(109)));
+    assert_eq!(
+        [set.grace, set.no_progress, set.hello_timeout],
+        [hour, hour * 2, hour * 3]
+    );
+    assert_eq!(
+        [set.packet_timeout, set.config_ready_timeout],
+        [hour * 4, hour * 5]
+    );
+    // The rest too: no field is as it was.
+    let before = format!("{:?}", Settings::default());
+    let after = format!("{set:?}");
+    let fields = fields(&format!("{:#?}", Settings::default()));
+    for field in fields {
+        let value = |debug: &str| {
+            let (_, rest) = debug
+                .split_once(&format!(" {field}: "))
+                .expect("it is there");
+            rest.split_once([',', '}']).expect("it ends").0.to_owned()
+        };
+        assert_ne!(value(&before), value(&after), "{field}");
+    }
 }
 
 fn every_field_has_its_row<T>(debug: &str, rows: &[Row<T>], others: &[&str]) {
@@ -318,7 +369,7 @@ fn a_device_of_a_save_with_packets_that_cannot_be_is_refused_before_its_state_ch
         let log = mock.log.clone();
         let (_near, far) = UnixStream::pair().unwrap();
         let error = SaveSession::builder()
-            .sized_device(mock.device(1), len)
+            .device(DeviceSpec::new(mock.device(1)).data_len(len))
             .channel(far)
             .start()
             .unwrap_err()
