@@ -351,8 +351,8 @@ impl Device {
         self.fd.as_ref().is_some_and(|fd| Arc::strong_count(fd) > 1)
     }
 
-    /// How many bytes STOP_COPY would give now, as the driver has it. Never to be allocated from,
-    /// and to be added up only through [`stop_copy_estimate`](estimate::stop_copy_estimate).
+    /// Returns the driver's estimate of how many bytes STOP_COPY would give now. Never allocate by this number,
+    /// and add such numbers up only through [`stop_copy_estimate`](estimate::stop_copy_estimate).
     ///
     /// # Errors
     ///
