@@ -39,9 +39,9 @@ impl From<BackendArg> for Backend {
 pub(crate) struct SpillArgs {
     /// Where packets go when the budget is spent: auto, off, memfd, or a directory
     ///
-    /// Where RAM packets and their SYNCs share the channels, a packet that waits can hold up the one
-    /// that its device needs next. auto: to memory on such channels, and nowhere on others; memfd,
-    /// or a directory for a file without a name: on all.
+    /// If RAM packets and their SYNCs share the channels, a packet that waits can hold up the one that
+    /// its device needs next. auto: to memory on such channels, and nowhere on others. memfd, or a
+    /// directory (for a file without a name): on all channels.
     #[arg(long, value_name = "WHERE", default_value = "auto", value_parser = spill)]
     spill: Spill,
     /// How much may be spilled at one time, in pieces of 64KiB
@@ -69,13 +69,14 @@ impl Default for SpillArgs {
 /// What both ends of a migration have to be told.
 #[derive(Clone, Copy, Debug, Default, clap::Args)]
 pub(crate) struct CapabilitiesArgs {
-    /// The configs are loaded only after everything else: the same on both sides
+    /// Load the configs only after everything else; must be the same on both sides
     #[arg(long)]
     pub(crate) config_after_iterables: bool,
-    /// What devices give while they still run goes first, over the channels: the same on both sides
+    /// First send PRE_COPY data, while the devices still run, over the channels; must be the same on
+    /// both sides
     ///
-    /// Otherwise all of a device's state is read when it has stopped. No other program than this
-    /// one can send it so, or receive it.
+    /// Otherwise all of a device's state is read after the device has stopped. No other program can send
+    /// or receive PRE_COPY data so.
     #[arg(long)]
     pub(crate) precopy_over_channels: bool,
 }

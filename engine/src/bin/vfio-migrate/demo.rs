@@ -40,38 +40,37 @@ use crate::{
 
 /// Migrate simulated devices within this process, and compare
 ///
-/// A source and a destination run side by side and are connected by TCP over loopback. At the end
-/// each destination's state and config are compared with its source's; `verified` is printed only
-/// where all are equal.
+/// A source and a destination run side by side, connected by TCP over loopback. At the end the state and
+/// config of each destination device are compared with the source's; `verified` is printed only if all
+/// are equal.
 ///
-/// The table says of each device:
+/// The table shows for each device:
 ///   bytes, packets   what went over the channels: the state in pieces, and the config
 ///   time, GB/s       from the switchover's start to the last byte in the destination
-///   starved          the destination had nothing to write: the next packet was not there
-///   blocked          the source could not read on: all of its memory was on its way
-///   writing          writes into the destination were under way
+///   starved          time in which the destination had nothing to write: the next packet was missing
+///   blocked          time in which the source could not read: all of its memory was in use
+///   writing          time in which writes into the destination were under way
 ///
-/// Below it stands what each phase of the downtime took, on both sides.
+/// Below the table is the time of each phase of the downtime, on both sides.
 #[derive(Debug, clap::Args)]
 #[command(verbatim_doc_comment)]
 pub(crate) struct Options {
-    /// How many devices
+    /// The number of devices
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=1024))]
     devices: u32,
     /// The size of each device's state (at least the 24 bytes of its header)
     #[arg(long, value_name = "SIZE", default_value = "256MiB", value_parser = args::state)]
     state: u64,
-    /// How many connections
+    /// The number of connections
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=255))]
     channels: u32,
     /// The most data in a packet
     #[arg(long, value_name = "SIZE", default_value = "1MiB", value_parser = args::packet)]
     packet: usize,
-    /// The memory that packets may wait in, of the source and of the destination each
+    /// The memory in which packets may wait, on the source and on the destination each
     ///
-    /// Unless given 32MiB, and more for many devices: up to 128MiB of the destination, 256MiB of the
-    /// source. The least
-    /// is 4KiB for each device, and one packet with its headers.
+    /// Default: 32MiB, and more for many devices: up to 128MiB on the destination, 256MiB on the source.
+    /// The minimum is 4KiB for each device, and one packet with its headers.
     #[arg(long, value_name = "SIZE", value_parser = args::memory)]
     budget: Option<usize>,
     #[command(flatten)]

@@ -38,19 +38,19 @@ use crate::{
 pub(crate) const HELP: &str = "\
 SPEC is one of:
   sim:id=ID[,size=SIZE][,seed=N][,precopy=SIZE]
-                                  a simulated device; size (1MiB) and seed (0) say what state
-                                  a source has, and precopy (0) how much of it it gives while it
-                                  runs; a destination takes what comes
+                                  a simulated device. On a source, size (1MiB) and seed (0) choose
+                                  the state, and precopy (0) chooses how much of it the device
+                                  gives while it runs. A destination takes what comes
   file:PATH[,id=ID]               a device whose state is a file: a source reads it, a
-                                  destination writes it. PATH is a regular file or not there yet,
-                                  and changes when the whole migration has passed, not before; a
-                                  new file has mode 0600, an old one keeps its own. Its id is
-                                  file/NAME unless given, NAME being PATH's last part
-  vfio:SYSFS_PATH[,id=ID]         a device of the kernel's, bound to a VFIO driver and not in use;
-                                  its id is vfio/NAME unless given. Only what its driver saves is
-                                  moved, and no digest of that is known; the kernel may reset the
-                                  device when it is closed in the end
-All take instance=N as well, the instance id (0). Source and destination must name the same
+                                  destination writes it. PATH is a regular file, or does not exist
+                                  yet. It changes only when the whole migration has passed. A new
+                                  file has mode 0600, an old one keeps its mode. The default id is
+                                  file/NAME, where NAME is the last part of PATH
+  vfio:SYSFS_PATH[,id=ID]         a device of the kernel's, bound to a VFIO driver and not in use.
+                                  The default id is vfio/NAME. Only what the driver saves is
+                                  moved, and no digest of it is known. The kernel may reset the
+                                  device when it is closed at the end
+Each also takes instance=N, the instance id (0). Source and destination must name the same
 devices: the same ids and instances, in any order.";
 
 /// Where a device's state is.

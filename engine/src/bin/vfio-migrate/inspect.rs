@@ -26,9 +26,9 @@ use crate::{
 
 /// Show the packets of captured multifd channels, one line each
 ///
-/// A FILE is what one multifd connection of QEMU carried from the source to the destination. Each
-/// line says where the packet begins (in bytes), what it is, its flags, and the size of what
-/// follows its headers; of a device's packet also the device, the instance id and the idx.
+/// A FILE holds what one multifd connection of QEMU carried from the source to the destination. Each
+/// line shows the packet's offset in bytes, its kind, its flags, and the size of its payload after the
+/// headers; for a device's packet also the device, the instance id and the idx.
 ///
 ///   hello   the channel's beginning: its id and the VM's uuid
 ///   sync    a SYNC packet

@@ -25,16 +25,25 @@
 //!
 //! # Threads
 //!
-//! Each subcommand runs on the main thread, which watches over its sessions and over Ctrl-C; the
-//! sessions have threads of their own. `send` and `receive` have one more, which reads the main
-//! channel, `relay` has two; one waits for signals, one writes stderr, and one draws bars. Every wait
-//! ends with what it is for, a time that an option sets, or Ctrl-C.
+//! | thread | does |
+//! |---|---|
+//! | main | runs the subcommand, watches over its sessions and over Ctrl-C |
+//! | the sessions' | see the library |
+//! | one more of `send` and `receive`, two of `relay` | read the main channel |
+//! | one each | waits for signals; writes stderr; draws bars |
+//!
+//! Every wait ends with what it is for, after a time that an option sets, or with Ctrl-C.
 //!
 //! # How it ends
 //!
-//! Status 0: done. 1: it failed, and one line on stderr says why. 2: it was used wrongly. 130: it
-//! was interrupted, by SIGINT, SIGTERM or SIGHUP. What went through is on stdout, everything else on stderr;
-//! with `--json` a failure is on stdout as well (`failure`).
+//! | status | meaning |
+//! |---|---|
+//! | 0 | done |
+//! | 1 | failed; one line on stderr says why |
+//! | 2 | wrong use |
+//! | 130 | interrupted, by SIGINT, SIGTERM or SIGHUP |
+//!
+//! Results are on stdout, everything else on stderr. With `--json` a failure is on stdout as well (`failure`).
 
 mod acceptor;
 mod args;
@@ -113,11 +122,11 @@ Examples:
     vfio-migrate
     vfio-migrate demo --devices 64 --state 8MiB --channels 16
 
-  From one machine to another; begin with the destination:
+  From one machine to another; start the destination first:
     vfio-migrate receive --listen 0.0.0.0:4444 --device sim:id=gpu0
     vfio-migrate send --to host2:4444 --device sim:id=gpu0,size=1GiB,seed=7
 
-  A device of the kernel's; what can it do?
+  What can a device of the kernel's do?
     vfio-migrate probe /sys/bus/pci/devices/0000:3b:00.2
     vfio-migrate send --to host2:4444 --device vfio:/sys/bus/pci/devices/0000:3b:00.2,id=nic0
 
@@ -132,10 +141,10 @@ Sizes are like 4096, 64KiB, 1.5GiB; K, M, G are powers of 1024 too. Times are in
 `vfio-migrate COMMAND --help` explains a command.
 
 Exit status: 0 done, 1 failed (one line on stderr says why), 2 wrong use, 130 interrupted (by
-SIGINT, SIGTERM or SIGHUP). What has passed on both sides is 0 on both: where its output cannot be
+SIGINT, SIGTERM or SIGHUP). A migration that has passed is 0 on both sides. If its output cannot be
 printed, or is interrupted, a warning says so.
-With --json there is one JSON object on stdout in each case. Of a failure it has \"error\": an object
-with \"message\" (that line), \"chain\" (its parts), \"status\", and where they are known \"kind\"
+With --json there is one JSON object on stdout in each case. After a failure it has \"error\": an object
+with \"message\" (that line), \"chain\" (its parts), \"status\", and, if they are known, \"kind\"
 (usage, interrupted, protocol, device, stalled, ...), \"phase\", \"device\" (\"idstr\", \"instance\"),
 \"channel\", \"idx\" and \"errno\".
 VFIO_MIGRATE_LOG=vfio_migration=debug (or =trace) logs the engine's events to stderr.";

@@ -14,15 +14,15 @@ use vfio_migration::{
 
 use crate::{kernel, output};
 
-/// Says what the VFIO device at a sysfs path can do, or why its migration is refused.
+/// Show what the VFIO device at a sysfs path can do, or why it cannot migrate
 ///
 /// The device must be bound to a VFIO driver, such as mlx5-vfio-pci, and not in use.
 #[derive(Debug, Args)]
 pub(crate) struct Options {
-    /// The device: /sys/bus/pci/devices/0000:3b:00.2, or /sys/bus/mdev/devices/UUID.
+    /// The device: /sys/bus/pci/devices/0000:3b:00.2, or /sys/bus/mdev/devices/UUID
     #[arg(value_name = "SYSFS_PATH")]
     path: PathBuf,
-    /// Prints JSON.
+    /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
 }

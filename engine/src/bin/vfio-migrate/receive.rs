@@ -49,10 +49,10 @@ use crate::{
 /// Receive devices' states from a `vfio-migrate send`
 ///
 /// Listens on ADDR for one source, which connects a main channel and N multifd channels. When all
-/// devices are loaded it prints of each the packets, and the bytes and sha256 of the state and of
-/// the config (framing tags included), which are those that the source prints.
+/// devices are loaded it prints for each device the packets, and the bytes and sha256 of the state and
+/// of the config (framing tags included). The source prints the same values.
 ///
-/// Whoever can connect can send: there is no authentication here. Let it listen where only the
+/// There is no authentication: anyone who can connect can send. Listen on an address to which only the
 /// source can connect.
 #[derive(Debug, clap::Args)]
 #[command(after_help = device::HELP)]
@@ -63,15 +63,15 @@ pub(crate) struct Options {
     /// A device, as below; once for each
     #[arg(long = "device", value_name = "SPEC", required = true, num_args = 1..)]
     devices: Vec<Spec>,
-    /// How many multifd channels: as many as the source makes
+    /// The number of multifd channels; the source must make as many
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=255))]
     channels: u32,
-    /// The memory that packets may wait in [default: 32MiB, more from 33 devices on: 1024 take 128MiB]
+    /// The memory in which packets may wait [default: 32MiB; more from 33 devices on, 128MiB for 1024]
     #[arg(long, value_name = "SIZE", value_parser = args::memory)]
     budget: Option<usize>,
     #[command(flatten)]
     spill: SpillArgs,
-    /// The largest packet that is accepted (at least 1MiB)
+    /// The largest accepted packet (at least 1MiB)
     #[arg(long, value_name = "SIZE", default_value = "4MiB", value_parser = args::packet)]
     max_packet: usize,
     /// What moves the bytes into the devices
@@ -79,7 +79,7 @@ pub(crate) struct Options {
     backend: BackendArg,
     #[command(flatten)]
     capabilities: CapabilitiesArgs,
-    /// How long nothing may move, or be heard of the source, in seconds
+    /// The longest time without progress, or without a sign of the source, in seconds
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = args::seconds)]
     timeout: Duration,
     /// How long to wait for a source to connect, in seconds

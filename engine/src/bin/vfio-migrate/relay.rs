@@ -46,17 +46,19 @@ use crate::{
     output::{say, say_of_stranger, warn},
 };
 
-/// Pass a migration on, its devices' states through the engine
+/// Pass a migration on, with its devices' states through the engine
 ///
 /// Listens on ADDR for one source, and connects to the destination once for each connection of the
-/// source's. The main channel is passed through, both ways; of each multifd channel, hello, RAM and
-/// SYNC packets are passed on untouched and in their order. Device-state packets are received,
-/// put in their idx's order, and sent on by whichever channel is free.
+/// source. It passes the main channel through, both ways. On each multifd channel it passes hello, RAM
+/// and SYNC packets on untouched and in their order. It receives device-state packets, puts them in the
+/// order of their idx, and sends each on the first free channel.
 ///
 /// It ends when the source has ended all its connections, and then prints the packets of each device
-/// and channel. It fails where the destination says that the migration has failed, or has replied and
-/// never says that all is loaded. Whoever can connect can send: let it listen where only the source
-/// can connect.
+/// and channel. It fails if the destination reports that the migration has failed, or replies but never
+/// reports that all is loaded.
+///
+/// There is no authentication: anyone who can connect can send. Listen on an address to which only the
+/// source can connect.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
     /// Where to listen: HOST:PORT (port 0: any that is free) or unix:PATH
@@ -65,17 +67,17 @@ pub(crate) struct Options {
     /// Where the destination listens: HOST:PORT or unix:PATH
     #[arg(long, value_name = "ADDR")]
     to: Address,
-    /// How many multifd channels will come [default: as many as do before the destination says that all
-    /// is loaded, or the main channel ends]
+    /// The number of multifd channels that will come [default: as many as come before the destination
+    /// reports that all is loaded, or the main channel ends]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=255))]
     channels: Option<u32>,
-    /// The memory that packets may wait in [default: 64MiB]
+    /// The memory in which packets may wait [default: 64MiB]
     ///
     /// One packet of the largest size is enough for a source that hands out each device's packets in
-    /// order, as QEMU does; more lets the channels get on side by side.
+    /// order, as QEMU does. With more memory the channels can proceed side by side.
     #[arg(long, value_name = "SIZE", value_parser = args::memory)]
     budget: Option<usize>,
-    /// The largest packet that is passed on (at least 1MiB); the budget is cut into such pieces
+    /// The largest packet that is passed on (at least 1MiB); the budget is cut into pieces of this size
     #[arg(long, value_name = "SIZE", default_value = "1MiB", value_parser = args::packet)]
     max_packet: usize,
     /// The most devices that may come
@@ -84,11 +86,11 @@ pub(crate) struct Options {
     /// The page size of the VM's architecture, on which the size of RAM and SYNC packets depends
     #[arg(long, value_name = "SIZE", default_value = "4KiB", value_parser = args::page_size)]
     page_size: PageSize,
-    /// What devices give while the source's VM runs comes over the channels too: then a device's state may
-    /// be incomplete for as long as the VM runs. As the source and the destination have it
+    /// PRE_COPY data comes over the channels too: a device's state may be incomplete for as long as the
+    /// source's VM runs. Must be the same on the source and the destination
     #[arg(long)]
     precopy_over_channels: bool,
-    /// How long nothing may move within a packet, a write, or an incomplete device, in seconds
+    /// The longest time without progress within a packet, a write, or an incomplete device, in seconds
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = args::seconds)]
     timeout: Duration,
     /// How long to wait for a source to connect, in seconds

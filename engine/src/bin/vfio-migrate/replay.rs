@@ -50,13 +50,12 @@ use crate::{
 
 /// Receive captured multifd channels, and show the devices' states that they carry
 ///
-/// A FILE is what one multifd connection of QEMU carried from the source to the destination; give
-/// all of a migration. They are received at once, by the engine, as a destination would. Of each
-/// device it prints the packets, and the bytes and sha256 of the state (the packets' data in idx
-/// order) and of the config (its packet's data, framing tags included). RAM and SYNC packets are
-/// counted and passed over.
+/// A FILE holds what one multifd connection of QEMU carried from the source to the destination; give
+/// all files of a migration. The engine receives them at once, as a destination would. For each device
+/// it prints the packets, and the bytes and sha256 of the state (the packets' data in idx order) and of
+/// the config (its packet's data, framing tags included). RAM and SYNC packets are counted and skipped.
 ///
-/// What the main channel carried of a device's state is not in these files.
+/// Device state that the main channel carried is not in these files.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
     /// A captured multifd channel
@@ -64,13 +63,13 @@ pub(crate) struct Options {
     files: Vec<PathBuf>,
     /// Write each device's state and config to DIR/<idstr>-<instance>.state and .config
     ///
-    /// Every / of an idstr, and what a terminal would not show, becomes _. A name that is too long,
-    /// or that two devices would have, ends in a part of the idstr's sha256 instead. The output
-    /// says which file is whose. The files appear together, when all has been loaded; their mode is
-    /// 0600. The directory is made where it is not there.
+    /// Every / of an idstr, and each character that a terminal would not show, becomes _. A name that
+    /// is too long, or that two devices would share, ends in a part of the idstr's sha256 instead. The
+    /// output says which file belongs to which device. The files appear together, when all has been
+    /// loaded; their mode is 0600. The directory is made if it does not exist.
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// Replace files that are there already
+    /// Replace existing files
     #[arg(long, requires = "out")]
     force: bool,
     /// Print one JSON object

@@ -48,13 +48,13 @@ use crate::{
 
 /// Send devices' states to a `vfio-migrate receive`
 ///
-/// Connects a main channel and N multifd channels to ADDR, and sends every device's state and
-/// config over them. It succeeds when the destination has said that all is loaded; then it prints
-/// of each device the packets, and the bytes and sha256 of the state and of the config (framing
-/// tags included), which are those that the destination prints.
+/// Connects a main channel and N multifd channels to ADDR, and sends every device's state and config
+/// over them. It succeeds when the destination has reported that all is loaded. Then it prints for
+/// each device the packets, and the bytes and sha256 of the state and of the config (framing tags
+/// included). The destination prints the same values.
 ///
-/// Where the destination fails, the devices go back to the state that they came in. Where all was sent
-/// and the destination does not say what became of it, they stay stopped: they may run there.
+/// If the destination fails, the devices go back to the state in which they came. If everything was
+/// sent and the destination does not report the result, the devices stay stopped: they may run there.
 #[derive(Debug, clap::Args)]
 #[command(after_help = device::HELP)]
 pub(crate) struct Options {
@@ -64,13 +64,13 @@ pub(crate) struct Options {
     /// A device, as below; once for each
     #[arg(long = "device", value_name = "SPEC", required = true, num_args = 1..)]
     devices: Vec<Spec>,
-    /// How many multifd channels: as many as the destination expects
+    /// The number of multifd channels; the destination must expect as many
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=255))]
     channels: u32,
     /// The most data in a packet [default: the state's size, 64KiB to 1MiB]
     #[arg(long, value_name = "SIZE", value_parser = args::packet)]
     packet: Option<usize>,
-    /// The memory that packets may wait in
+    /// The memory in which packets may wait
     #[arg(long, value_name = "SIZE", value_parser = args::memory)]
     budget: Option<usize>,
     /// What moves the bytes out of the devices
@@ -78,13 +78,13 @@ pub(crate) struct Options {
     backend: BackendArg,
     #[command(flatten)]
     capabilities: CapabilitiesArgs,
-    /// How long nothing may move, or be heard of the destination, in seconds
+    /// The longest time without progress, or without a sign of the destination, in seconds
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = args::seconds)]
     timeout: Duration,
-    /// How long connecting may take in all, in seconds: the main channel and all others together
+    /// The longest time for connecting the main channel and all others together, in seconds
     ///
-    /// Within it every connection is tried again where nobody listens yet, the destination is busy,
-    /// or a packet was lost. What the destination takes to get ready in between does not count.
+    /// Within this time every connection is tried again if nobody listens yet, the destination is busy,
+    /// or a packet was lost. The time that the destination needs in between to get ready does not count.
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = args::seconds)]
     connect_timeout: Duration,
     /// Print one JSON object
