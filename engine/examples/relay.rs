@@ -13,13 +13,12 @@ const CHANNELS: u32 = 3;
 
 /// Passes each pair's channel on, from the source's connection to the destination's.
 fn relay(pairs: Vec<(UnixStream, UnixStream)>) -> Result<()> {
-    let mut settings = Settings::default();
-    settings.channels = CHANNELS;
-    let relay = Relay::start(&settings)?;
+    let settings = Settings::default().channels(CHANNELS);
+    let relay = Relay::builder().settings(settings).start()?;
     for (source, destination) in pairs {
         relay.add_channel(source, destination)?;
     }
-    // To cancel it from here on, `Relay::cancel` from another thread: `join` consumes it.
+    // To cancel it from here on: a `Relay::canceller` on another thread, for `join` consumes the relay.
     relay.join().result
 }
 

@@ -148,7 +148,7 @@ pub use crate::{
     id::{DeviceId, InvalidDeviceId},
     load::{LoadBuilder, LoadSession, PacketLease, Publisher},
     memory_plan::MemoryBound,
-    relay::{Relay, RelayReport},
+    relay::{Relay, RelayBuilder, RelayReport},
     save::{SaveBuilder, SaveSession, SourceChannels},
     session::{Canceller, DeviceReport, DeviceSpec, Report},
     settings::{ConfigGate, Settings, Spill},

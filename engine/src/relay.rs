@@ -107,6 +107,7 @@ use crate::{
         waiters::Waiters,
     },
     router::Router,
+    session::Canceller,
     settings::Settings,
     stats::{ChannelCounters, DeviceCounters, SpillStats, Stats},
     sync::{
@@ -316,6 +317,69 @@ pub struct RelayReport {
     _channels: Finished,
 }
 
+/// Builds a [`Relay`].
+#[derive(Default)]
+#[must_use = "nothing happens before it is started"]
+pub struct RelayBuilder {
+    settings: Settings,
+    spawner: Option<Spawner>,
+}
+
+impl RelayBuilder {
+    /// Replaces all settings.
+    pub fn settings(mut self, settings: Settings) -> Self {
+        self.settings = settings;
+        self
+    }
+
+    /// The settings as they are.
+    pub const fn settings_mut(&mut self) -> &mut Settings {
+        &mut self.settings
+    }
+
+    /// Runs each [`Task`] of the relay on a thread of the VMM's. `spawn` is called in
+    /// [`start`](Self::start) for the sequencer, and in [`Relay::add_channel`] for a channel's two threads.
+    ///
+    /// ```
+    /// use std::thread;
+    /// use vfio_migration::Relay;
+    ///
+    /// let spawn = |task: vfio_migration::Task| {
+    ///     let thread = thread::Builder::new().name(task.thread_name().to_owned());
+    ///     thread.spawn(move || task.run()).map(|_its_end_is_told| ())
+    /// };
+    /// let relay = Relay::builder().spawn_with(spawn).start()?;
+    /// // … a channel for each connection of the source's …
+    /// relay.join().result?;
+    /// # Ok::<(), vfio_migration::Error>(())
+    /// ```
+    pub fn spawn_with(
+        mut self,
+        spawn: impl Fn(Task) -> io::Result<()> + Send + Sync + 'static,
+    ) -> Self {
+        self.spawner = Some(tasks::spawner(spawn));
+        self
+    }
+
+    /// Allocates all memory and starts the sequencer. Add channels as they come.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Misuse`] for impossible settings; [`ErrorKind::Host`] for what the host lacks, or if
+    /// `spawn` fails.
+    pub fn start(self) -> Result<Relay> {
+        Relay::start(self.settings, self.spawner)
+    }
+}
+
+impl fmt::Debug for RelayBuilder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RelayBuilder")
+            .field("settings", &self.settings)
+            .finish_non_exhaustive()
+    }
+}
+
 /// A migration's channels on their way through this process, from a source to a destination.
 ///
 /// Devices need not be named: the relay knows a device from its first packet on, up to
@@ -328,11 +392,11 @@ pub struct RelayReport {
 ///
 /// ```
 /// use std::{io::{Read, Write}, os::unix::net::UnixStream};
-/// use vfio_migration::{DeviceId, Relay, Settings, wire};
+/// use vfio_migration::{DeviceId, Relay, wire};
 ///
 /// let (mut source, near) = UnixStream::pair()?;
 /// let (far, mut destination) = UnixStream::pair()?;
-/// let relay = Relay::start(&Settings::default())?;
+/// let relay = Relay::builder().start()?;
 /// relay.add_channel(near, far)?;
 ///
 /// let key = wire::DeviceKey::new(&DeviceId::new("0000:00:03.0/vfio", 0)?);
@@ -362,53 +426,24 @@ pub struct Relay {
     greeted: Arc<Mutex<Vec<u8>>>,
     complete: AtomicBool,
     budget: usize,
+    canceller: Canceller,
     joined: bool,
 }
 
 impl Relay {
-    /// Allocates all memory and starts the sequencer. Add channels as they come.
-    ///
-    /// # Errors
-    ///
-    /// [`ErrorKind::Misuse`] for impossible settings; [`ErrorKind::Host`] for what the host lacks.
-    pub fn start(settings: &Settings) -> Result<Self> {
-        Self::start_on(settings, None)
+    /// Begins to build one.
+    pub fn builder() -> RelayBuilder {
+        RelayBuilder::default()
     }
 
-    /// As [`Relay::start`], but runs each [`Task`] on a thread of the VMM's. `spawn` is called here for the
-    /// sequencer, and in [`Relay::add_channel`] for a channel's two threads.
-    ///
-    /// # Errors
-    ///
-    /// As for [`Relay::start`], and [`ErrorKind::Host`] if `spawn` fails.
-    ///
-    /// ```
-    /// use std::thread;
-    /// use vfio_migration::{Relay, Settings};
-    ///
-    /// let relay = Relay::start_with(&Settings::default(), |task| {
-    ///     let thread = thread::Builder::new().name(task.thread_name().to_owned());
-    ///     thread.spawn(move || task.run()).map(|_its_end_is_told| ())
-    /// })?;
-    /// // … a channel for each connection of the source's …
-    /// relay.join().result?;
-    /// # Ok::<(), vfio_migration::Error>(())
-    /// ```
-    pub fn start_with(
-        settings: &Settings,
-        spawn: impl Fn(Task) -> io::Result<()> + Send + Sync + 'static,
-    ) -> Result<Self> {
-        Self::start_on(settings, Some(tasks::spawner(spawn)))
-    }
-
-    fn start_on(settings: &Settings, spawner: Option<Spawner>) -> Result<Self> {
+    fn start(settings: Settings, spawner: Option<Spawner>) -> Result<Self> {
         let (Memory { budget, pool, .. }, max_devices) = settings.relay_memory()?;
         let collector = Collector::new();
         let shared = Arc::new(Shared {
             router: Router::new(Collector::new()),
             devices: Mutex::new(Vec::new()),
             max_devices,
-            settings: settings.clone(),
+            settings,
             pool: Arc::new(Pool::new(pool).map_err(no_budget)?),
             queue: SendQueue::new(collector.clone()),
             collector,
@@ -423,10 +458,12 @@ impl Relay {
             inputs: AtomicU32::new(1),
             first_failure: FirstFailure::default(),
         });
+        let cancelled = shared.clone();
         let relay = Self {
             shared: shared.clone(),
+            canceller: Canceller::new(Phase::Receive, move |error| cancelled.fail(error)),
             tasks: Arc::new(Tasks::new(spawner)?),
-            limits: ChannelLimits::new(&shared.settings, settings.channels),
+            limits: ChannelLimits::new(&shared.settings, shared.settings.channels),
             greeted: Arc::default(),
             complete: AtomicBool::new(false),
             budget,
@@ -569,6 +606,12 @@ impl Relay {
         (channels.len(), inputs.saturating_sub(to_come))
     }
 
+    /// A handle that cancels, also while another thread waits in [`Relay::join`].
+    #[must_use]
+    pub fn canceller(&self) -> Canceller {
+        self.canceller.clone()
+    }
+
     /// Cancels the relay: hangs up both sides. Returns at once.
     pub fn cancel(&self) {
         self.fail(Error::cancelled(Phase::Receive));
@@ -648,6 +691,7 @@ impl Relay {
             }
         }
         let abandoned_threads = self.tasks.join(false);
+        self.canceller.retire();
         let result = self.failure().map_or(Ok(()), Err);
         let mut channels = Finished::default();
         if result.is_ok() {

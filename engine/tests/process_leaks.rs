@@ -83,7 +83,7 @@ fn settings() -> Settings {
 }
 
 fn relay() {
-    let relay = Relay::start(&settings()).unwrap();
+    let relay = Relay::builder().settings(settings()).start().unwrap();
     relay
         .add_channel(stream(), Channel::from_stream(Nowhere, || {}))
         .unwrap();

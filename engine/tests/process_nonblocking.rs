@@ -216,7 +216,7 @@ fn saves(kind: Kind) {
 fn relays(kind: Kind) {
     let (near, mut source) = pair(kind);
     let (out, mut destination) = pair(kind);
-    let relay = Relay::start(&Settings::default()).unwrap();
+    let relay = Relay::builder().start().unwrap();
     relay.add_channel(near, out).unwrap();
     let mut sent = [hello(0), sync()].concat();
     for index in 0..8 {

@@ -159,7 +159,7 @@ impl Run {
             steps::spawn(name, move || task.run());
             Ok(())
         };
-        let relay = Relay::start_with(&settings, spawn).expect("all that a relay needs");
+        let relay = Relay::builder().settings(settings.clone()).spawn_with(spawn).start().expect("all that a relay needs");
         let page_size = if flags & 2 == 0 { 4096 } else { 65_536 };
         let mut run = Self {
             relay,

@@ -13,8 +13,8 @@ use std::{
 const LAYERS: &[&[&str]] = &[
     &["migration"],
     &["load", "save"],
-    &["session"],
     &["relay"],
+    &["session"],
     &["memory_plan"],
     &["channel", "io_loop"],
     &["lane", "settings"],

@@ -20,7 +20,7 @@ use rustls::{
     server::WebPkiClientVerifier,
 };
 use vfio_migration::{
-    Channel, Device, DeviceId, DeviceState, LoadSession, Relay, Report, SaveSession, Settings,
+    Channel, Device, DeviceId, DeviceState, LoadSession, Relay, Report, SaveSession,
     migration::{Outgoing, OutgoingDevice, SwitchoverAck, SwitchoverAcks},
     sim::{SimConfig, SimDevice, SimHandle},
 };
@@ -257,7 +257,7 @@ fn a_migrations_channels_live_until_it_is_cleaned_up_or_aborted() {
 fn nor_do_they_behind_a_relay() {
     let _watchdog = Watchdog::new();
     for unix in [false, true] {
-        let relay = Relay::start(&Settings::default()).unwrap();
+        let relay = Relay::builder().start().unwrap();
         let (mut source, near) = UnixStream::pair().unwrap();
         let (out, destination): (Channel, Box<dyn ReadWrite>) = if unix {
             let (out, destination) = UnixStream::pair().unwrap();

@@ -114,7 +114,7 @@ fn a_relay_passes_on_a_source_that_is_silent_for_as_long() {
             scope.spawn(move || {
                 let mut settings = short();
                 settings.precopy_over_channels = early;
-                let relay = Relay::start(&settings).unwrap();
+                let relay = Relay::builder().settings(settings.clone()).start().unwrap();
                 let (mut source, near) = UnixStream::pair().unwrap();
                 let (far, mut destination) = UnixStream::pair().unwrap();
                 relay.add_channel(near, far).unwrap();
@@ -153,7 +153,7 @@ fn a_relay_that_holds_packets_is_not_patient() {
     let mut settings = short();
     settings.no_progress = Duration::from_millis(300);
     settings.precopy_over_channels = true;
-    let relay = Relay::start(&settings).unwrap();
+    let relay = Relay::builder().settings(settings.clone()).start().unwrap();
     let (mut source, near) = UnixStream::pair().unwrap();
     let (far, _destination) = UnixStream::pair().unwrap();
     relay.add_channel(near, far).unwrap();

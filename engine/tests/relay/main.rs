@@ -87,7 +87,7 @@ fn a_packet_beyond_the_window_goes_on_as_soon_as_it_may() {
     let _alone = Alone::new();
     let mut settings = Settings::default();
     settings.window = 1;
-    let relay = Relay::start(&settings).unwrap();
+    let relay = Relay::builder().settings(settings.clone()).start().unwrap();
     let (mut first, mut out) = channel(&relay);
     let (mut second, mut other) = channel(&relay);
     for (id, source) in (0..).zip([&mut first, &mut second]) {
@@ -126,7 +126,7 @@ fn a_packet_beyond_the_window_goes_on_as_soon_as_it_may() {
 fn a_cancellation_ends_every_wait_and_leaves_nothing() {
     let _alone = Alone::new();
     for dropped in [false, true] {
-        let relay = Relay::start(&Settings::default()).unwrap();
+        let relay = Relay::builder().start().unwrap();
         // One says nothing, one stands within a packet, one is not read from.
         let (silent, silent_out) = channel(&relay);
         let (mut cut, mut cut_out) = channel(&relay);
@@ -194,7 +194,7 @@ impl Write for Late {
 fn a_new_devices_packet_that_comes_too_late_is_refused() {
     let _alone = Alone::new();
     for _ in 0..20 {
-        let relay = Relay::start(&Settings::default()).unwrap();
+        let relay = Relay::builder().start().unwrap();
         // One device keeps the sequencer from looking for others.
         let mut many = [hello(0), sync()].concat();
         for index in 0..20_000 {
@@ -233,12 +233,29 @@ fn a_new_devices_packet_that_comes_too_late_is_refused() {
 }
 
 #[test]
+fn a_canceller_ends_a_join_and_then_does_nothing() {
+    let _alone = Alone::new();
+    let relay = Relay::builder().start().unwrap();
+    let (_source, near) = UnixStream::pair().unwrap();
+    let (far, _destination) = UnixStream::pair().unwrap();
+    relay.add_channel(near, far).unwrap();
+    let canceller = relay.canceller();
+    assert!(!canceller.is_over());
+    let joined = thread::spawn(move || relay.join());
+    canceller.cancel();
+    let report = joined.join().unwrap();
+    assert!(report.result.unwrap_err().is_cancelled());
+    assert!(canceller.is_over());
+    canceller.cancel();
+}
+
+#[test]
 fn a_device_is_known_from_its_first_packet_though_that_waits() {
     let _alone = Alone::new();
     let mut settings = Settings::default();
     settings.window = 1;
     settings.no_progress = Duration::from_millis(100);
-    let relay = Relay::start(&settings).unwrap();
+    let relay = Relay::builder().settings(settings.clone()).start().unwrap();
     let (mut source, out) = channel(&relay);
     let early = [hello(0), sync(), packet(1, 5, b"early")].concat();
     source.write_all(&early).unwrap();
@@ -258,7 +275,7 @@ fn what_a_channel_leaves_of_a_buffer_is_anothers_at_once() {
     // One buffer, and the one that is kept back.
     settings.max_packet = 12 + (1 << 20);
     settings.budget = Some(2 * ((1 << 20) + 4096));
-    let relay = Relay::start(&settings).unwrap();
+    let relay = Relay::builder().settings(settings.clone()).start().unwrap();
     // A stream of the embedder's always has more to come, as far as the relay knows.
     let (mut first, near) = UnixStream::pair().unwrap();
     let (far, out) = UnixStream::pair().unwrap();
@@ -343,7 +360,7 @@ fn whatever_a_source_sends_it_comes_to_an_end() {
                 _ => {}
             }
         }
-        let relay = Relay::start(&settings).unwrap();
+        let relay = Relay::builder().settings(settings.clone()).start().unwrap();
         let mut reading = Vec::new();
         for bytes in &channels {
             let (far, mut destination) = UnixStream::pair().unwrap();
@@ -382,7 +399,7 @@ fn whatever_a_source_sends_it_comes_to_an_end() {
 #[test]
 fn nothing_is_added_after_the_last() {
     let _alone = Alone::new();
-    let relay = Relay::start(&Settings::default()).unwrap();
+    let relay = Relay::builder().start().unwrap();
     relay.no_more_channels();
     let (mut source, near) = UnixStream::pair().unwrap();
     let (far, mut destination) = UnixStream::pair().unwrap();
@@ -403,7 +420,10 @@ fn settings_that_cannot_be_are_refused() {
     let refused = |change: fn(&mut Settings)| {
         let mut settings = Settings::default();
         change(&mut settings);
-        let error = Relay::start(&settings).unwrap_err();
+        let error = Relay::builder()
+            .settings(settings.clone())
+            .start()
+            .unwrap_err();
         assert!(matches!(error.kind(), ErrorKind::Misuse(_)), "{error}");
     };
     refused(|settings| settings.budget = Some(1 << 20));
@@ -416,7 +436,7 @@ fn settings_that_cannot_be_are_refused() {
 #[test]
 fn a_targets_page_size_is_its_own() {
     let _alone = Alone::new();
-    let relay = Relay::start(&Settings::default()).unwrap();
+    let relay = Relay::builder().start().unwrap();
     let page_size = vfio_migration::wire::PageSize::new(65536).unwrap();
     let sent = [hello(0), vfio_migration::wire::encode_sync(page_size, 0)].concat();
     let (far, mut destination) = UnixStream::pair().unwrap();

@@ -268,7 +268,7 @@ fn save(settings: &Settings, end: End) -> Result<(), Error> {
 }
 
 fn relay(settings: &Settings, end: End) -> Result<(), Error> {
-    let relay = Relay::start(settings)?;
+    let relay = Relay::builder().settings(settings.clone()).start()?;
     let (mut near, source) = UnixStream::pair().unwrap();
     let (destination, mut far) = UnixStream::pair().unwrap();
     let reading = thread::spawn(move || io::copy(&mut far, &mut io::sink()));

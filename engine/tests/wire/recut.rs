@@ -163,7 +163,7 @@ impl Start for vfio_migration::LoadBuilder {
 
 /// The channels' bytes on their way through a relay, to be loaded from there.
 fn through_a_relay(channels: &[Vec<u8>]) -> (Relay, Vec<Channel>) {
-    let relay = Relay::start(&Settings::default()).unwrap();
+    let relay = Relay::builder().start().unwrap();
     let far = channels.iter().map(|bytes| {
         let (near, far) = UnixStream::pair().unwrap();
         let source = Channel::from_reader(io::Cursor::new(bytes.clone()));

@@ -142,7 +142,10 @@ impl Path {
             settings.window = 1 << 16;
             settings.channels = u32::try_from(plan.channels).expect("a few");
             let text = |error: vfio_migration::Error| format!("relay: {error}");
-            let relay = Relay::start(&settings).map_err(text)?;
+            let relay = Relay::builder()
+                .settings(settings.clone())
+                .start()
+                .map_err(text)?;
             for (from, to) in lines {
                 relay.add_channel(from, to).map_err(text)?;
             }

@@ -301,7 +301,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         channels: options.channels.unwrap_or(4) as usize,
     };
     need.check(&settings)?;
-    let relay = Relay::start(&settings)?;
+    let relay = Relay::builder().settings(settings.clone()).start()?;
     let listener = Listener::bind(&options.listen)?;
     say(&format!("listening on {}", listener.address()));
     let mut watch = Supervisor {
