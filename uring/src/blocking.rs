@@ -1,4 +1,4 @@
-//! Plain system calls on threads of the ring's own, where io_uring cannot be had.
+//! A ring for hosts without io_uring: plain system calls on threads of the ring's own.
 //!
 //! ```text
 //!            the ring's thread                     worker threads, one chain each
@@ -8,9 +8,9 @@
 //!   reap ◀──────────── ready ◀─────────────────────────────────────────────── finish ◀──┘
 //! ```
 //!
-//! One thread calls the ring. Workers are started as chains come and none is idle, up to the ring's
-//! capacity, so a transfer that blocks delays no other. They have all signals blocked. All that
-//! both sides touch is in [`State`], behind one mutex that nobody holds over a system call that can
+//! One thread calls the ring. The ring starts a worker for a new chain if no worker is idle, up to the
+//! ring's capacity. So a transfer that blocks delays no other. The workers block all signals. Everything
+//! that both sides touch is in [`State`], behind one mutex, which nobody holds over a system call that can
 //! sleep.
 //!
 //! # What ends each wait
@@ -26,13 +26,13 @@
 //! |                               | the worker's interrupt eventfd       | `cancel`           |
 //! | a worker, in `read` or `write` | the file's driver                   | the driver alone   |
 //!
-//! The last line is what a kernel ring does better: a driver that says it is ready and sits in its
-//! read or write all the same cannot be interrupted here. A drain leaks that operation, and its
-//! worker, when the grace time has passed.
+//! A kernel ring does better in the case of the last line. If a driver reports that it is ready and then
+//! blocks in its read or write, this ring cannot interrupt it. A drain leaks that operation and its worker
+//! after the grace time.
 //!
-//! `done` is written when `ready` ceases to be empty and read before the ring looks at `ready`
-//! again: whoever finds `ready` empty and sleeps on `done` is woken by the next completion, for it
-//! finds `ready` empty too.
+//! `done` is written when `ready` ceases to be empty, and read before the ring looks at `ready` again. So
+//! if the ring finds `ready` empty and sleeps on `done`, the next completion wakes it, because that
+//! completion finds `ready` empty too.
 
 use std::{
     collections::VecDeque,

@@ -10,43 +10,53 @@
 //!                             reap()
 //! ```
 //!
-//! One thread calls all of this; the kernel calls nobody. An operation stays in its slot, with the
-//! buffers and the file that the kernel uses, from [`push`](Ring::push) to [`reap`](Ring::reap),
-//! and only the completion's arrival lets it out.
+//! One thread calls all of this; the kernel calls nobody. An operation stays in its slot, with the buffers
+//! and the file that the kernel uses, from [`push`](Ring::push) to [`reap`](Ring::reap). Only the arrival
+//! of the completion lets it out.
 //!
 //! # What ends a wait
 //!
-//! [`wait`](Ring::wait) sleeps in one `io_uring_enter(2)`, which also submits. Its end is a
-//! completion, whatever it stands for: an operation's; the waker's, for a read of its eventfd is
-//! kept queued in the ring while anybody sleeps, which makes a wake sticky (the counter keeps it
-//! while no read is queued) and costs no call of its own; a cancellation's, after which it sleeps
-//! on; or else the time-out. A signal ends the call, not the wait.
+//! [`wait`](Ring::wait) sleeps in one `io_uring_enter(2)`, which also submits.
+//!
+//! | ended by | remark |
+//! |---|---|
+//! | an operation's completion | |
+//! | the waker's completion | a read of its eventfd stays queued in the ring while anybody sleeps. The counter makes a wake sticky while no read is queued; the read costs no call of its own |
+//! | a cancellation's completion | then it sleeps again |
+//! | the time-out | |
+//!
+//! A signal ends the call, not the wait.
 //!
 //! # Flags
 //!
-//! `COOP_TASKRUN` spares the thread interrupts that would only post completions sooner than it
-//! looks, and `TASKRUN_FLAG` tells when there are some to post. `DEFER_TASKRUN` is not used: it
-//! ties the ring to the one thread that made its first call, so that another could not even drain
-//! it, and it posts what the kernel's own workers have completed, which is every transfer on a
-//! device, only inside a call, where [`reap`](Ring::reap) makes none. For that it gave nothing:
-//! writes, chains of eight, wake-ups and round trips on a socket took as long without it, within
-//! what runs differ by. No kernel thread polls the queue: on few cores that starves everybody else.
+//! | flag | used | why |
+//! |---|---|---|
+//! | `COOP_TASKRUN` | yes | saves the thread interrupts that would only post completions before it looks |
+//! | `TASKRUN_FLAG` | yes | tells when there are completions to post |
+//! | `DEFER_TASKRUN` | no | see below |
+//! | a kernel thread that polls the queue | no | on few cores it starves everything else |
+//!
+//! `DEFER_TASKRUN` ties the ring to the thread that made its first call, so another thread could not even
+//! drain it. It also posts the completions of the kernel's own workers, which are all transfers on a
+//! device, only inside a call, and [`reap`](Ring::reap) makes no call. It gained nothing: writes, chains of
+//! eight, wake-ups and round trips on a socket took as long without it, within the differences between
+//! runs.
 //!
 //! # Workers
 //!
-//! What cannot be moved without waiting the kernel gives to worker threads of its own. It finds that out
-//! by trying, and then makes a second worker only where the first one sleeps: so drivers that copy, as
-//! those of files in memory and of devices do, would all wait for one core. `IOSQE_ASYNC` spares the
-//! attempt and gives each operation a worker at once. The ring sets it for transfers on files that are
-//! always given to workers, by their type: all but pipes, sockets and character devices. (The order
-//! within a chain is kept.) A chain beside which the kernel has nothing needs no second worker, and is a
-//! little faster without it.
+//! An operation that cannot move bytes without waiting goes to a worker thread of the kernel's. The kernel
+//! finds that out by trying, and then makes a second worker only while the first one sleeps. The drivers of
+//! memory files and of devices copy and do not sleep, so all their operations would wait for one core.
+//! `IOSQE_ASYNC` skips the attempt and gives each operation a worker at once. The ring sets it for
+//! transfers on files whose type always needs workers: all but pipes, sockets and character devices. (The
+//! order within a chain is kept.) If the kernel has nothing beside a chain, that chain needs no second
+//! worker, and is a little faster without it.
 //!
 //! # Chains
 //!
-//! A chain enters the kernel with one call or not at all: otherwise its halves would be two chains,
-//! which run at the same time. The queue has room for all operations, so only the kernel can split
-//! one, out of memory in the middle of a batch. The ring then submits nothing any more.
+//! A chain enters the kernel with one call or not at all. Otherwise its halves would be two chains, which
+//! run at the same time. The queue has room for all operations, so only the kernel can split a chain, if it
+//! runs out of memory in the middle of a batch. The ring then submits nothing any more.
 #![expect(
     unsafe_code,
     reason = "queues entries whose memory the kernel will touch"

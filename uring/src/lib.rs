@@ -6,12 +6,11 @@
 //!   Completion { token, op, result } ◀── reap() ◀── wait() ◀───────┘
 //! ```
 //!
-//! A buffer and its file go in with an operation and come back with its completion. Between the
-//! two the ring is their only owner, so there is no lifetime for a caller to get wrong. A ring
-//! that goes away cancels and reaps first; what the kernel does not give back in time is leaked,
-//! never freed.
+//! A buffer and its file go in with an operation and come back with its completion. In between the ring is
+//! their only owner, so a caller has no lifetime to get wrong. A ring that is dropped cancels and reaps
+//! first. What the kernel does not give back in time is leaked, never freed.
 //!
-//! Three rings stand behind the one trait [`Ring`]:
+//! Three rings implement the one trait [`Ring`]:
 //!
 //! | ring | for |
 //! |---|---|
@@ -19,8 +18,8 @@
 //! | [`BlockingRing`] | hosts that forbid io_uring: plain system calls on threads of the ring's own |
 //! | `SimRing` (feature `sim`) | tests: seeded; out of order, short, interrupted, failing |
 //!
-//! [`open`] makes the one that the host has. One thread uses a ring and sleeps in
-//! [`wait`](Ring::wait) alone; a [`Waker`] ends that from any thread, as a completion does.
+//! [`open`] makes the ring that the host supports. One thread uses a ring, and it sleeps only in
+//! [`wait`](Ring::wait). A [`Waker`] ends that sleep from any thread, as a completion does.
 //!
 //! This crate knows no packet and no VFIO.
 //!

@@ -4,13 +4,14 @@ use std::{fmt, io, os::fd::OwnedFd, sync::Arc};
 
 use crate::Buffer;
 
-/// A file that operations name. The ring keeps a clone for as long as an operation is in flight,
-/// so closing it elsewhere never frees the number for another file to take.
+/// A file that operations name. The ring keeps a clone while an operation is in flight, so closing the file
+/// elsewhere never frees its number for another file.
 pub type Fd = Arc<OwnedFd>;
 
-/// Names an operation between [`push`](crate::Ring::push) and its [`Completion`]. The caller
-/// chooses it, below the ring's [`capacity`](crate::Ring::capacity), for it is an index into the
-/// ring's table; no two operations in flight share one.
+/// Names an operation between [`push`](crate::Ring::push) and its [`Completion`]. The caller chooses the
+/// token. It
+/// is an index into the ring's table, so it is below the ring's [`capacity`](crate::Ring::capacity), and no two
+/// operations in flight share one.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct Token(pub u32);
 
@@ -38,10 +39,10 @@ pub enum Link {
 /// One operation. Transfers are at the file's own position (offset -1), but for [`Op::ReadAt`] and
 /// [`Op::WriteAt`].
 ///
-/// Those two are for files that have positions: regular files and block devices. There a write that is
-/// cut short by an error (`ENOSPC`, `EFBIG`, a quota) ends with the bytes it has moved, and the kernel's
-/// ring leaves the file's own position where it was: what is written there next would lie on top of
-/// them. The reads of such a file have the like.
+/// Those two are for files that have positions: regular files and block devices. A write to such a file that an
+/// error cuts short (`ENOSPC`, `EFBIG`, a quota) returns the bytes that it has moved. But the kernel's ring
+/// does
+/// not move the file's own position, so the next write there would overwrite those bytes. Reads behave alike.
 pub enum Op<B> {
     /// Read up to the buffer's length. 0 is the end.
     Read {

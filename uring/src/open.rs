@@ -1,4 +1,4 @@
-//! Which ring to use, and the one call that makes it.
+//! Chooses a ring, and makes it with one call.
 //!
 //! ```text
 //!   Uring ────────────────────────────▶ KernelRing
@@ -8,7 +8,7 @@
 //!   Blocking ─────────────────────────▶ BlockingRing
 //! ```
 //!
-//! Called once for each ring, from whichever thread; nothing here waits.
+//! Called once per ring, from any thread; nothing here waits.
 
 use std::{error, fmt, io, str::FromStr, time::Duration};
 

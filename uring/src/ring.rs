@@ -1,4 +1,4 @@
-//! The trait that all rings share, and the handle that wakes one.
+//! The trait that all rings share, and the handle that wakes a ring.
 //!
 //! ```text
 //!          the ring's thread                               any thread
@@ -7,9 +7,9 @@
 //!          a completion ───────┘ └──────────────────────────────┘
 //! ```
 //!
-//! One thread uses a ring; a wake comes from any. [`Ring::wait`] is the only call that sleeps,
-//! and a completion, a wake and its time-out each end it. [`Ring::drain`] sleeps too: until the
-//! last operation has ended or its grace time has passed.
+//! One thread uses a ring; any thread may wake it. [`Ring::wait`] sleeps until a completion, a wake, or its
+//! time-out. [`Ring::drain`] also sleeps: until the last operation has ended or its grace time has passed.
+//! No other call sleeps.
 
 use std::{
     fmt, io,
@@ -24,15 +24,15 @@ use crate::{Completion, Op, Rejected, Token, op::Link};
 
 /// A queue of operations that owns what they borrow.
 ///
-/// One thread uses a ring. It may be made on another (the first [`submit`](Ring::submit) decides
-/// whose it is); only its [`Waker`] is shared.
+/// One thread uses a ring. Another thread may have made it: the first [`submit`](Ring::submit) decides which
+/// thread owns the ring. Only its [`Waker`] is shared.
 ///
-/// Dropping a ring is [`drain`](Ring::drain) with the grace time it was made with.
+/// Dropping a ring does a [`drain`](Ring::drain) with the grace time of its making.
 pub trait Ring<B>: Send + fmt::Debug {
     /// How many operations may be in flight at once. Their tokens are smaller than this.
     fn capacity(&self) -> usize;
 
-    /// How many are: pushed, and not yet reaped.
+    /// How many operations are in flight: pushed, and not yet reaped.
     fn in_flight(&self) -> usize;
 
     /// Takes an operation, to be started by the next [`submit`](Ring::submit) or
@@ -46,38 +46,42 @@ pub trait Ring<B>: Send + fmt::Debug {
     /// [`Op::MAX_BYTES`] or [`Op::MAX_VECTORS`], and after [`drain`](Ring::drain).
     fn push(&mut self, token: Token, op: Op<B>, link: Link) -> Result<(), Rejected<B>>;
 
-    /// Asks that an operation end early. It completes once all the same: with `ECANCELED`, or with
-    /// its own result where it was faster, or where the kernel cannot interrupt it, when it ends.
-    /// A token that is not in flight is ignored.
+    /// Asks an operation to end early. The operation still completes once: with `ECANCELED`; or with its own
+    /// result, if it was faster, or if the kernel cannot interrupt it. A token that is not in flight is
+    /// ignored.
     ///
-    /// It is asked by the next [`submit`](Ring::submit) or [`wait`](Ring::wait). An operation that
-    /// has not been started by then never is. One that waits in a chain for another to end is
-    /// cancelled when its turn comes, so cancel a chain by its first operation, or all of it.
+    /// The next [`submit`](Ring::submit) or [`wait`](Ring::wait) passes the request on. An operation that
+    /// has not
+    /// started by then never starts. An operation that waits in a chain for another is cancelled when its turn
+    /// comes, so cancel a chain by its first operation, or all of it.
     fn cancel(&mut self, token: Token);
 
-    /// Starts what was pushed, without waiting.
+    /// Starts the pushed operations, without waiting.
     ///
     /// # Errors
     ///
-    /// What the kernel says; the operations stay in flight, and are tried again by the next call.
+    /// The kernel's. The operations stay in flight, and the next call tries them again.
     fn submit(&mut self) -> io::Result<()>;
 
-    /// Starts what was pushed, then sleeps until there is a completion to reap, or a
-    /// [`wake`](Waker::wake) that came since the last wait returned, or `timeout` has passed.
-    /// Returns whether there was a wake. Signals do not end it early as an error.
+    /// Starts the pushed operations, then sleeps until one of these: a completion to reap; a
+    /// [`wake`](Waker::wake) since the last wait returned; `timeout` has passed. Returns whether there was
+    /// a wake.
+    /// A signal is not an error and does not end the wait.
     ///
     /// # Errors
     ///
-    /// What the kernel says; the operations stay in flight, and are tried again by the next call.
+    /// The kernel's. The operations stay in flight, and the next call tries them again.
     fn wait(&mut self, timeout: Option<Duration>) -> io::Result<bool>;
 
-    /// The next completion, if there is one. Never blocks, and makes no system call, so some
-    /// completions show only after the next [`submit`](Ring::submit) or [`wait`](Ring::wait).
+    /// Returns the next completion, if there is one. Never blocks and makes no system call. So some completions
+    /// show only after the next [`submit`](Ring::submit) or [`wait`](Ring::wait).
     fn reap(&mut self) -> Option<Completion<B>>;
 
-    /// Cancels everything in flight and waits for it, `grace` at most. What has not come back then
-    /// is leaked: its buffers are never freed and its files never closed, for the kernel may still
-    /// use them. After this the ring takes no operation.
+    /// Cancels everything in flight and waits for it, for `grace` at most. An operation that has not come
+    /// back by
+    /// then is leaked: its buffers are never freed and its file is never closed, because the kernel may
+    /// still use
+    /// them. Afterwards the ring takes no operation.
     fn drain(&mut self, grace: Duration) -> Drained;
 }
 
@@ -91,8 +95,8 @@ pub struct Drained {
     pub leaked: usize,
 }
 
-/// Wakes a ring from any thread. Sticky: a wake that comes while nobody waits ends the next wait
-/// at once. Many wakes before one wait count as one. A ring has a waker to itself.
+/// Wakes a ring from any thread. A wake is sticky: if nobody waits, it ends the next wait at once. Many wakes
+/// before one wait count as one. Each ring has a waker of its own.
 #[derive(Clone, Debug)]
 pub struct Waker {
     event: Arc<EventFd>,
@@ -103,7 +107,7 @@ impl Waker {
     ///
     /// # Errors
     ///
-    /// What `eventfd(2)` says.
+    /// The error of `eventfd(2)`.
     pub fn new() -> io::Result<Self> {
         let event =
             EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;

@@ -1,4 +1,5 @@
-//! A seeded ring for tests: real files, out of order, short, interrupted, failing where it is told.
+//! A seeded ring for tests: real files; operations complete out of order, short, interrupted, or failing as
+//! told.
 //!
 //! ```text
 //!   push ─▶ pending ─▶ submit ─▶ chains ──────────────▶ pick ─────▶ step ─▶ ready ─▶ reap
@@ -7,26 +8,27 @@
 //!                                  └────────── the chain's next ◀─────┘
 //! ```
 //!
-//! One thread calls all of this, and its own calls are the only ones in which anything happens:
-//! [`submit`](Ring::submit) and [`wait`](Ring::wait) execute operations by plain system calls that
-//! do not block, and `poll(2)` says which ones those are. So a run depends on the seed and on what
-//! the files say, and where the files say the same each time the run is the same each time.
+//! One thread calls all of this, and things happen only in its calls. [`submit`](Ring::submit) and
+//! [`wait`](Ring::wait) execute operations by plain system calls that do not block, and `poll(2)` tells
+//! which operations those are. So a run depends on the seed and on the files. If the files behave the same
+//! each time, the run is the same each time.
 //!
 //! # What ends a wait
 //!
-//! A wait sleeps only when no operation can be executed, in one `poll(2)`: until a file is ready,
-//! a wake comes or the time has passed. An operation that a [`Fault`] lets hang ends none.
+//! A wait sleeps only when no operation can be executed, in one `poll(2)`. It ends when a file is ready, a
+//! wake comes, or the time has passed. An operation that a [`Fault`] hangs ends no wait.
 //!
 //! # Positions
 //!
-//! What is cut short at a regular file's own position leaves that position where it was, as io_uring
-//! does where an error cuts it. So who goes on there, and does not say where, is found out here.
+//! If an operation at a regular file's own position is cut short, the position does not move, as with
+//! io_uring when an error cuts it. So a test here catches a caller that continues there without naming the
+//! position.
 //!
 //! # Faults
 //!
-//! Operations are numbered from 0 in the order in which they begin to execute; one that is cancelled
-//! before has no number. A harness runs once without faults, reads [`FaultPlan::executed`], and runs
-//! again with a fault at each number below that.
+//! Operations are numbered from 0 in the order in which they begin to execute. An operation that is
+//! cancelled before has no number. A harness runs once without faults, reads [`FaultPlan::executed`], and
+//! then runs again with a fault at each number below that.
 
 use std::{
     collections::{BTreeMap, VecDeque},

@@ -1,5 +1,5 @@
-//! Operations by plain system calls, a step at a time: what the blocking ring's workers and the
-//! simulation share, and the only raw calls of both.
+//! Operations by plain system calls, a step at a time. The blocking ring's workers and the simulation share
+//! this module, and make no other raw calls.
 //!
 //! ```text
 //!             poll says ready
@@ -8,11 +8,11 @@
 //!      └──────── NotYet ──────────┘
 //! ```
 //!
-//! The caller polls for [`wanted`] events first and steps only when some are there, so that the
-//! wait is one that it can end. A step does not block then, also not when somebody else has taken a
-//! pipe's or a socket's bytes or room in between: there it asks for as much as can be had at once.
-//! A driver that says it is ready and sits in its read or write all the same can be asked for
-//! nothing better; the step then takes as long as the driver does.
+//! The caller first polls for [`wanted`] events and steps only when some are there, so the caller can end
+//! every wait. Then a step does not block. If another thread has meanwhile taken a pipe's or a socket's
+//! bytes or room, the step asks only for what is there at once. If a driver reports that it is ready and
+//! then blocks in its read or write, nothing better can be asked; the step takes as long as the driver
+//! does.
 #![expect(unsafe_code, reason = "system calls on a buffer's raw memory")]
 
 use std::{

@@ -1,15 +1,15 @@
-//! Threads that a host without means for them refuses, and does not die of.
+//! Makes threads; a host that cannot give one refuses it, and the process does not abort.
 //!
-//! Every thread of these crates, and of the command, is made here. All its signals are blocked, from
-//! its first instruction on: they are the embedder's. Its stack is [`STACK`] of addresses, of which a
-//! thread that sleeps has touched a few KiB.
+//! Every thread of these crates, and of the command, is made here. It blocks all signals from its first
+//! instruction on: they are the VMM's. Its stack is [`STACK`] bytes of addresses; a sleeping thread has
+//! touched a few KiB of them.
 //!
 //! # Why a trial
 //!
-//! A thread that the host refuses (`RLIMIT_NPROC`, a cgroup's `pids.max`, addresses) is an error of
-//! [`Builder::spawn`]. But the standard library maps one thing more in the new thread, a stack for
-//! signals, and aborts the process where that cannot be had. So as much is mapped before, and given
-//! back: where that fails, no thread is started.
+//! If the host refuses a thread (`RLIMIT_NPROC`, a cgroup's `pids.max`, addresses), [`Builder::spawn`]
+//! returns an error. But the standard library maps one thing more in the new thread, a stack for signals,
+//! and aborts the process if it cannot. So this module first maps as much, and gives it back. If that
+//! fails, no thread is started.
 
 use std::{
     io,

@@ -1,7 +1,7 @@
-//! Moments in the future, for every time that somebody may choose.
+//! Points in time in the future, for every duration that a caller may choose.
 //!
-//! "No limit" is said with [`Duration::MAX`], and `Instant::now() + Duration::MAX` panics. So every
-//! deadline of these crates is made here: no sum of times is written anywhere else.
+//! "No limit" is [`Duration::MAX`], and `Instant::now() + Duration::MAX` panics. So every deadline of these
+//! crates is made here; no other code adds times.
 
 use std::time::{Duration, Instant};
 
