@@ -50,6 +50,8 @@ struct Script {
     writers: Vec<PipeWriter>,
 }
 
+/// Written by hand, for an `FdDevice` keeps the kernel's rules: this one gives fds where no session begins,
+/// and is in states that nobody asked for.
 #[derive(Clone)]
 struct Mock(Arc<Mutex<Script>>);
 
