@@ -269,7 +269,7 @@ impl Error {
         }))
     }
 
-    /// A wrong call or setting of the embedder's: `what` is wrong.
+    /// Makes an error for a wrong call or setting of the VMM's: `what` is wrong.
     #[must_use]
     pub fn misuse(phase: Phase, what: &'static str) -> Self {
         Self::new(ErrorKind::Misuse(what), phase)
@@ -342,7 +342,7 @@ impl Error {
         self.with(|place| place.states = Some((from, to)))
     }
 
-    /// Says anew what went wrong, and keeps where and why.
+    /// Replaces the kind, and keeps the place and the cause.
     #[must_use]
     pub fn with_kind(self, kind: ErrorKind) -> Self {
         self.with(|place| (place.kind, place.aborted) = (kind, false))
@@ -419,7 +419,7 @@ impl Error {
         self.0.aborted
     }
 
-    /// As the embedder has it, to whom what was aborted was cancelled.
+    /// Converts the error for the VMM, to which an abort is a cancellation.
     pub(crate) fn into_public(self) -> Self {
         if self.0.aborted {
             return self.with(|place| place.aborted = false);

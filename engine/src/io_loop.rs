@@ -126,7 +126,7 @@ pub(crate) trait Transfer: Send {
     /// What a failed transfer means.
     fn failed(&self, index: u32, moved: usize, source: std::io::Error) -> Error;
 
-    /// Says what it waits for, before the I/O thread sleeps. It is starved.
+    /// Stores what this starved transfer waits for, before the I/O thread sleeps.
     fn starve(&mut self);
 
     /// Whether there is something to do after all.

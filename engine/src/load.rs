@@ -101,7 +101,7 @@ pub(crate) struct LoadDevice {
 }
 
 impl LoadDevice {
-    /// Says that the device goes away, and that its end is no failure.
+    /// Marks the device as unplugged: its end is no failure.
     fn unplug(&self) {
         // Relaxed: the route and the stop that follow carry it.
         self.unplugged.store(true, Ordering::Relaxed);
@@ -382,13 +382,13 @@ impl Load {
         self.backpressure.notify_all();
     }
 
-    /// Says that one more thread may bring packets.
+    /// Counts one more thread that may bring packets.
     pub(crate) fn open_input(&self) {
         // Relaxed: made from an input that is open, or before the load starts.
         self.inputs.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Says that one of those will not any more.
+    /// Counts one such thread less.
     pub(crate) fn close_input(&self) {
         // Release: whoever sees no input left sees all that was published.
         if self.inputs.fetch_sub(1, Ordering::AcqRel) == 1 {
@@ -396,7 +396,7 @@ impl Load {
         }
     }
 
-    /// Says how many of the channels that were announced have not come.
+    /// Sets how many of the announced channels have not come.
     pub(crate) fn await_channels(&self, count: u32) {
         // Relaxed: for messages.
         self.awaited.store(count, Ordering::Relaxed);

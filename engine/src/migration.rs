@@ -241,7 +241,7 @@ impl MigratableDevice {
         &mut self.settings
     }
 
-    /// Has its changes of state run on threads of the embedder's: see [`Device::spawn_with`].
+    /// Runs the device's state changes on the VMM's threads: see [`Device::spawn_with`].
     pub fn spawn_with(&mut self, spawn: impl Fn(Task) -> io::Result<()> + Send + Sync + 'static) {
         self.device.spawn_with(spawn);
     }

@@ -227,7 +227,7 @@ impl Shared {
         Ok(device)
     }
 
-    /// Says that one ingress thread will bring no more packets.
+    /// Marks one ingress thread as done: it will bring no more packets.
     fn close_input(&self) {
         // Release: whoever sees no input left sees all that was published.
         if self.inputs.fetch_sub(1, Ordering::AcqRel) == 1 {
@@ -250,7 +250,7 @@ impl Shared {
                 .all(|other| other.syncs() >= mine)
     }
 
-    /// Says that the queue has all packets. The sequencer.
+    /// Marks the queue as complete. Called by the sequencer.
     fn end_moving(&self) {
         // Release: whoever sees it sees all that was published.
         self.moved.store(true, Ordering::Release);

@@ -186,7 +186,7 @@ impl Save {
         first
     }
 
-    /// Says that memory has come back. Wakes the I/O thread where it waits for some.
+    /// Tells that memory has come back: wakes the I/O thread if it waits for memory.
     fn recycled(&self) {
         // Relaxed: behind the bell's fence.
         let must = self.io.doorbell.ring_if(|| self.dry.load(Relaxed));

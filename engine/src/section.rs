@@ -16,10 +16,10 @@
 //!   └─ PRECOPY_SENT ── be32 count ──▶ sink.precopy_sent, and the next tag
 //! ```
 //!
-//! The last two are no peer's but ours: they stand only where PRE_COPY data goes over the channels.
+//! Only this engine uses the last two tags, and only if PRE_COPY data goes over the channels.
 //!
-//! The embedder's main thread calls it, with the main channel standing at the device's part: past
-//! the section's header, before its footer. A part has no length; it ends where its last tag says.
+//! The VMM's thread that reads the main channel calls this module, with the main channel at the device's
+//! part: past the section's header, before its footer. A part has no length; its last tag ends it.
 //! [`Writer`] emits the same parts in the order of a migration:
 //!
 //! | step | emits |

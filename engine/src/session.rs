@@ -166,7 +166,7 @@ macro_rules! builder_methods {
             &mut self.parts.settings
         }
 
-        /// Has these devices' changes of state go where the session's tasks do.
+        /// Runs these devices' state changes on the threads on which the session's tasks run.
         pub(crate) fn lend_spawner<'a>(&self, devices: impl IntoIterator<Item = &'a mut Device>) {
             for device in devices {
                 device.adopt_spawner(self.parts.spawner.as_ref());
@@ -424,7 +424,7 @@ impl Common {
         }
     }
 
-    /// Has a failure end the waits here at once.
+    /// Makes a failure end the waits here at once.
     pub(crate) fn notify_of(&self, first_failure: &FirstFailure) {
         let tasks = self.tasks.clone();
         first_failure.add(Box::new(move || tasks.notify()));

@@ -102,7 +102,7 @@ pub(crate) const IO_THREAD: &str = "vfio-mig-io";
 /// Puts a task on a thread.
 pub(crate) type Spawner = SharedFn<dyn Fn(Task) -> io::Result<()> + Send + Sync>;
 
-/// The embedder's.
+/// The VMM's spawner.
 pub(crate) fn spawner(spawn: impl Fn(Task) -> io::Result<()> + Send + Sync + 'static) -> Spawner {
     SharedFn::new(spawn)
 }
@@ -194,7 +194,7 @@ impl Tasks {
         spawned
     }
 
-    /// A thread of the engine's own, with all signals blocked: they are the embedder's.
+    /// Runs the task on a thread of the engine's own, with all signals blocked: they are the VMM's.
     fn spawn_own(&self, task: Task) -> io::Result<()> {
         let name = task.name.clone();
         let thread = thread::spawn(&name, || task.run())?;
@@ -202,7 +202,7 @@ impl Tasks {
         Ok(())
     }
 
-    /// What puts its tasks on threads, where that is the embedder's.
+    /// The VMM's spawner, if there is one.
     pub(crate) const fn spawner(&self) -> Option<&Spawner> {
         self.spawner.as_ref()
     }

@@ -20,8 +20,8 @@ use nix::sys::signal::{SigSet, SigmaskHow};
 
 pub use crate::syscall::{has_room, share_heap};
 
-/// The addresses of a thread's stack, in bytes. An embedder whose callbacks need more runs the tasks on
-/// threads of its own.
+/// The addresses of a thread's stack, in bytes. A VMM whose callbacks need more runs the tasks on its own
+/// threads.
 pub const STACK: usize = 512 << 10;
 
 /// What a new thread maps besides its stack before its work begins, and a little for that.

@@ -55,7 +55,7 @@ pub(super) trait Stream: Read + Write + Send {
     /// Bounds the waits within a packet.
     fn set_timeout(&self, timeout: Duration) -> io::Result<()>;
 
-    /// Says that nothing more will be sent.
+    /// Ends the sending side: nothing more will be sent.
     fn finish(&mut self) -> io::Result<()>;
 
     /// Whether a read would return at once.
@@ -165,7 +165,7 @@ const AT_ONCE: Duration = Duration::from_millis(1);
 /// How long to wait before such a stream is asked again: from the first to the last, doubled.
 const ASK_AGAIN: [Duration; 2] = [Duration::from_micros(100), Duration::from_millis(5)];
 
-/// A stream of the embedder's.
+/// A stream of the VMM's.
 pub(super) struct Custom<S, F> {
     stream: S,
     finish: F,
@@ -343,7 +343,7 @@ impl Drop for Finished {
         if custom.is_empty() {
             return;
         }
-        // A read of the embedder's may last: one thread beside this one hangs up at the deadline.
+        // A read of a VMM's stream may last: one thread beside this one hangs up at the deadline.
         let hangups: Vec<_> = custom.iter().map(|it| it.stream.adopt()).collect();
         let (reading, read) = mpsc::channel::<()>();
         thread::scope(|scope| {

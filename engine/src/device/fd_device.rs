@@ -97,9 +97,11 @@ pub struct FdDevice {
 }
 
 impl FdDevice {
-    /// A device whose sessions begin with `open`: it is told the state that is entered, RESUMING or a
-    /// saving one, and gives the data fd. That must have `FD_CLOEXEC` and not `O_NONBLOCK`, and is the
-    /// engine's, which closes it when the session ends.
+    /// Makes a device whose sessions begin with `open`. `open` gets the state that the device enters,
+    /// RESUMING or
+    /// a saving state, and returns the data fd. The fd must have `FD_CLOEXEC` and not `O_NONBLOCK`. The
+    /// engine owns
+    /// it, and closes it when the session ends.
     pub fn new(open: impl FnMut(DeviceState) -> io::Result<OwnedFd> + Send + 'static) -> Self {
         Self {
             state: DeviceState::Running,
@@ -115,23 +117,24 @@ impl FdDevice {
         }
     }
 
-    /// STOP at first, as a device of a VM that does not run.
+    /// Makes the device begin in STOP, as a device of a VM that does not run.
     #[must_use]
     pub fn stopped(self) -> Self {
         let state = DeviceState::Stop;
         Self { state, ..self }
     }
 
-    /// Has the P2P states: in them it starts no transfer to another device.
+    /// Adds the P2P states, in which the device starts no transfer to another device.
     #[must_use]
     pub fn with_p2p(self) -> Self {
         let flags = self.flags | MigrationFlags::P2P;
         Self { flags, ..self }
     }
 
-    /// Has the PRE_COPY states. There `info` says what is left, and `read` reads from the data fd: it
-    /// says `ENOMSG` where there is nothing for now (see [`MigrationDevice::read_precopy`]), which a
-    /// `read(2)` of a pipe would wait for.
+    /// Adds the PRE_COPY states. In them `info` returns what is left, and `read` reads from the data fd. `read`
+    /// returns `ENOMSG` if there is nothing for now (see [`MigrationDevice::read_precopy`]); a `read(2)` of
+    /// a pipe
+    /// would wait instead.
     #[must_use]
     pub fn with_precopy(
         self,
@@ -146,14 +149,14 @@ impl FdDevice {
         }
     }
 
-    /// How many bytes STOP_COPY would give now. Unless given, the device cannot tell (`ENOTTY`).
+    /// Sets how many bytes STOP_COPY would give now. Default: the device cannot tell (`ENOTTY`).
     #[must_use]
     pub fn with_data_size(self, size: impl Fn() -> io::Result<u64> + Send + 'static) -> Self {
         let data_size = Box::new(size);
         Self { data_size, ..self }
     }
 
-    /// What the VMM keeps of the device beside its state: [`MigrationDevice::save_config`] and
+    /// Sets the config, which the VMM keeps beside the device's state: [`MigrationDevice::save_config`] and
     /// [`MigrationDevice::load_config`].
     #[must_use]
     pub fn with_config(
@@ -168,8 +171,11 @@ impl FdDevice {
         }
     }
 
-    /// Calls `change` with the old state and the new before each change that the kernel would make. It
-    /// may refuse: the one out of RESUMING, where the state has not come whole. A reset is none.
+    /// Calls `change` with the old and the new state before each state change that the kernel would make.
+    /// `change`
+    /// may refuse, for example the change out of RESUMING if the state has not come whole. A reset is not a
+    /// state
+    /// change.
     #[must_use]
     pub fn on_change(
         self,
@@ -179,8 +185,9 @@ impl FdDevice {
         Self { change, ..self }
     }
 
-    /// Calls `reset` when the device is reset: it is to lose what it holds. Where it fails the device is
-    /// given up; otherwise it is RUNNING.
+    /// Calls `reset` when the device is reset. `reset` must discard the device's content. If it fails the
+    /// device is
+    /// lost; otherwise the device is RUNNING.
     #[must_use]
     pub fn on_reset(self, reset: impl FnMut() -> io::Result<()> + Send + 'static) -> Self {
         let reset = Box::new(reset);

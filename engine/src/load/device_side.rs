@@ -284,7 +284,7 @@ impl LoadTransfer {
         }
     }
 
-    /// Has the ring read the next part of a spilled packet. The lane is idle, and the batch empty.
+    /// Makes the ring read the next part of a spilled packet. The lane is idle, and the batch empty.
     fn read_on(&mut self, ring: &mut dyn Ring<Buffer>) -> Result<()> {
         let packet = self.read_back.as_mut().expect("there is one to be read");
         let (offset, run) = packet.spilled.locate(packet.at);

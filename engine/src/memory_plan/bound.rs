@@ -63,7 +63,7 @@ impl Settings {
     /// [`Publisher`](crate::Publisher) counts as a channel, and holds one packet more
     /// ([`Settings::max_packet`]) where it leases. [`Spill::Auto`] counts as a memory file; where no channel
     /// has a [`RamSink`](crate::RamSink) nothing is spilled, as with [`Spill::Off`]. What the kernel keeps
-    /// for sockets and for files in a directory, and what the embedder's own code takes, comes on top.
+    /// for sockets and for files in a directory, and what the VMM's own code takes, comes on top.
     ///
     /// ```
     /// use vfio_migration::{Settings, Spill};

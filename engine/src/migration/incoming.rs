@@ -52,9 +52,8 @@ use crate::{
     trace,
 };
 
-/// Says on the return path that the switchover may happen:
-/// [`Reply::SwitchoverAck`](crate::stream::Reply::SwitchoverAck). Called by the thread that reads
-/// the sections.
+/// Sends [`Reply::SwitchoverAck`](crate::stream::Reply::SwitchoverAck) on the return path: the switchover may
+/// happen. The thread that reads the sections calls it.
 pub type SendSwitchoverAck = Box<dyn Fn() -> Result<()> + Send + Sync>;
 
 /// What the destination owes the source.

@@ -63,7 +63,7 @@ impl EgressChannel {
         sent
     }
 
-    /// Says that nothing more will be sent. A destination that has closed first is no failure: all
+    /// Ends the channel's sending side. A destination that has closed first is no failure: all
     /// was sent, and whether it has been read is for the main channel to say.
     pub(super) fn finish(&self) -> Result<()> {
         match lock_across_waits(&self.sender).finish() {

@@ -241,7 +241,7 @@ impl Pool {
         })
     }
 
-    /// Has it refuse leases by a plan, from now on. Once.
+    /// Refuses leases by a plan, from now on. Call this once.
     #[cfg(feature = "faults")]
     pub fn refuse_by(&self, plan: super::refusals::LeasePlan) {
         assert!(self.refusals.set(plan).is_ok(), "a pool has one plan");

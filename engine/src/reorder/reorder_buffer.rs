@@ -296,7 +296,7 @@ impl ReorderReader {
         true
     }
 
-    /// Says what the I/O thread waits for. Before [`Doorbell::lie_down`].
+    /// Stores what the I/O thread waits for. Call this before [`Doorbell::lie_down`].
     pub fn starve(&mut self, reorder: &ReorderBuffer) {
         if !self.starved {
             self.starved = true;

@@ -105,7 +105,7 @@ impl SendQueue {
         }
     }
 
-    /// Says that the sequence is complete.
+    /// Marks the sequence as complete.
     pub fn end(&self) {
         // end edge, release side. Relaxed load: ours.
         self.end.store(self.tail.load(Relaxed).into(), Release);

@@ -218,7 +218,7 @@ impl Table {
         Some(&segment.slots[(index - segment.base) as usize])
     }
 
-    /// Says that the taker of `index` is done with its slot for good. Once for each index.
+    /// Marks the taker of `index` as done with its slot for good. Call this once per index.
     pub fn finish(&self, index: u32, guard: &Guard) {
         let segment = self.find(index, guard);
         let segment = segment.expect("a segment stays until all of it is finished");

@@ -55,9 +55,9 @@ impl Canceller {
         self.fail(Error::cancelled(self.phase));
     }
 
-    /// Fails the session for a reason of the embedder's: its main channel's, say.
+    /// Fails the session for a reason of the VMM's, for example a broken main channel.
     pub fn fail(&self, error: Error) {
-        // Called without the lock: it hangs up the channels, and a hang-up is the embedder's code.
+        // Called without the lock: it hangs up the channels, and a hang-up is the VMM's code.
         let fail = self.lock().clone();
         if let Some(fail) = fail {
             fail(error);

@@ -12,7 +12,7 @@ use crate::{
 };
 
 impl LoadSink {
-    /// Has space for a packet in the spill file, if it may be spilled and there is any.
+    /// Allocates space for a packet in the spill file, if the packet may be spilled and there is space.
     pub(super) fn set_aside(&mut self, packet: &IncomingPacket) -> bool {
         if let Some(file) = &self.spill
             && self.grant(packet, false).spill
