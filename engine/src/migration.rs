@@ -151,6 +151,7 @@ mod incoming;
 mod incoming_device;
 mod incoming_member;
 mod loaded;
+mod members;
 mod outgoing;
 mod outgoing_device;
 mod saved;

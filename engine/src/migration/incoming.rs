@@ -30,14 +30,14 @@
 
 use std::{
     fmt,
-    sync::OnceLock,
     time::{Duration, Instant},
 };
 
 use super::{
     Capabilities, MigratableDevice, SwitchoverAck, at_once,
-    incoming_member::{Direct, Member, Way, merge},
+    incoming_member::{Direct, Member, Way, all_stats},
     loaded::Loaded,
+    members::{MemberSession, take_device},
 };
 use crate::{
     channel::Channel,
@@ -73,12 +73,11 @@ pub(super) struct PendingAcks {
 #[must_use = "a migration that comes in: finish or abort it"]
 pub struct Incoming {
     pub(super) members: Vec<Member>,
-    pub(super) session: Option<LoadSession>,
+    pub(super) session: MemberSession<LoadSession>,
     pub(super) ack: SwitchoverAck,
     pub(super) stop_after_load: bool,
     pub(super) approve: SendSwitchoverAck,
     pub(super) pending_acks: Mutex<PendingAcks>,
-    pub(super) failure: OnceLock<Error>,
 }
 
 impl Incoming {
@@ -170,16 +169,15 @@ impl Incoming {
         };
         let mut incoming = Self {
             members,
-            session: None,
+            session: MemberSession::none(),
             ack: capabilities.switchover_ack,
             stop_after_load,
             approve,
             pending_acks: Mutex::new(pending_acks),
-            failure: OnceLock::new(),
         };
         if session.device_count() > 0 {
             match session.start() {
-                Ok(session) => incoming.session = Some(session),
+                Ok(session) => incoming.session.set(session),
                 Err(failed) => {
                     let (error, devices) = failed.into_parts();
                     let mut back = incoming.take_back(devices);
@@ -193,18 +191,12 @@ impl Incoming {
 
     /// The devices, in the order given; those that did not come back are left out.
     fn take_back(&self, devices: Vec<Device>) -> Vec<MigratableDevice> {
-        let mut devices: Vec<_> = devices.into_iter().map(Some).collect();
-        let mut take = |id: &DeviceId| {
-            let is_it = |device: &&mut Option<Device>| {
-                device.as_ref().is_some_and(|device| device.id() == id)
-            };
-            devices.iter_mut().find(is_it).and_then(Option::take)
-        };
+        let mut devices = devices;
         self.members
             .iter()
             .filter_map(|member| {
                 let device = match &member.way {
-                    Way::Channels => take(&member.id),
+                    Way::Channels => take_device(&mut devices, &member.id),
                     Way::Main(direct) => lock(direct).device.take(),
                 };
                 Some(MigratableDevice::new(device?, member.settings.clone()))
@@ -216,7 +208,7 @@ impl Incoming {
     /// the progress, and takes further channels and packets.
     #[must_use]
     pub const fn session(&self) -> Option<&LoadSession> {
-        self.session.as_ref()
+        self.session.get()
     }
 
     /// Adds a channel. If no device uses the channels, this only closes the channel.
@@ -227,7 +219,7 @@ impl Incoming {
     pub fn add_channel(&self, channel: impl Into<Channel>) -> Result<()> {
         let channel = channel.into();
         self.session
-            .as_ref()
+            .get()
             .map_or(Ok(()), |session| session.add_channel(channel))
     }
 
@@ -259,7 +251,7 @@ impl Incoming {
             self.fail(error.clone());
             return Err(error);
         }
-        if let Some(session) = &self.session {
+        if let Some(session) = self.session.get() {
             session.switchover_start();
         }
         Ok(())
@@ -302,29 +294,20 @@ impl Incoming {
     /// Fails the migration for a reason of the VMM's, for example a broken main channel. The first reason
     /// counts.
     pub fn fail(&self, error: Error) {
-        // One place for the first reason: the session's, where there is one.
-        match &self.session {
-            Some(session) => session.fail(error),
-            None => {
-                let _first = self.failure.get_or_init(|| error);
-            }
-        }
+        self.session.fail(error);
     }
 
     /// Returns why the migration has failed, if it has.
     #[must_use]
     pub fn failure(&self) -> Option<Error> {
-        match &self.session {
-            Some(session) => session.failure(),
-            None => self.failure.get().cloned(),
-        }
+        self.session.failure()
     }
 
     /// Whether every device is loaded, or the migration has failed and its threads have ended.
     #[must_use]
     pub fn is_finished(&self) -> bool {
         let direct = self.failure().is_some() || self.missing().is_none();
-        direct && self.session.as_ref().is_none_or(LoadSession::is_finished)
+        direct && self.session.is_finished()
     }
 
     /// A device whose config has not come, of those that get it over the main channel.
@@ -338,7 +321,7 @@ impl Incoming {
     /// Returns the counters of all devices, as they are now.
     #[must_use]
     pub fn stats(&self) -> Stats {
-        merge(&self.members, self.session.as_ref(), &[])
+        all_stats(&self.members, &self.session, &[])
     }
 
     /// Waits until every device is loaded. This is what the downtime waits for. Call it when the main channel
@@ -356,12 +339,12 @@ impl Incoming {
             let error = Error::new(ErrorKind::Missing, Phase::Section);
             self.fail(error.on_device(&member.id));
         }
-        if self.session.is_some() && !self.is_switched() && self.failure().is_none() {
+        if self.session.get().is_some() && !self.is_switched() && self.failure().is_none() {
             self.fail(Error::misuse(Phase::Load, "the switchover has not started"));
         }
         let mut devices = Vec::new();
         let mut failure = None;
-        if let Some(session) = &self.session {
+        if let Some(session) = self.session.get() {
             for report in session.wait_devices() {
                 failure = failure.or(report.result.err());
                 devices.extend(report.device);
@@ -370,7 +353,7 @@ impl Incoming {
         // The first reason of all is the session's; a device's own is what it made of that.
         let failure = self.failure().or(failure);
         let mut back = self.take_back(devices);
-        let session = self.session.take();
+        let session = std::mem::replace(&mut self.session, MemberSession::none());
         match failure {
             None => Ok(Loaded {
                 devices: back,
@@ -452,7 +435,7 @@ fn decide(
 impl fmt::Debug for Incoming {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Incoming")
-            .field("session", &self.session)
+            .field("session", &self.session.get())
             .field("failure", &self.failure())
             .finish_non_exhaustive()
     }

@@ -87,14 +87,7 @@ impl IncomingDevice<'_> {
     /// error is that first reason, of whichever device.
     pub fn load_state<R: Read + ?Sized>(&self, body: &mut R) -> Result<Piece> {
         let loaded = self.load(body);
-        loaded.map_err(|error| {
-            // The migration's first reason may be another device's, or no device's at all.
-            self.incoming.failure().unwrap_or_else(|| {
-                let error = error.on_device(&self.member.id);
-                self.incoming.fail(error.clone());
-                error.into_public()
-            })
-        })
+        loaded.map_err(|error| self.incoming.session.fail_device(&self.member.id, error))
     }
 
     fn load<R: Read + ?Sized>(&self, body: &mut R) -> Result<Piece> {
@@ -170,7 +163,7 @@ impl SectionSink for Sink<'_> {
         }
         let switched = self.incoming.is_switched();
         let Some(direct) = &mut self.direct else {
-            let session = self.incoming.session.as_ref();
+            let session = self.incoming.session.get();
             return match session.filter(|_| !switched) {
                 Some(session) => session.write_iterable(&self.member.id, bytes),
                 // From here on its data comes over the channels.
@@ -208,7 +201,7 @@ impl SectionSink for Sink<'_> {
     }
 
     fn setup(&mut self, over_channels: bool) -> Result<bool> {
-        let session = self.incoming.session.as_ref();
+        let session = self.incoming.session.get();
         match (over_channels, self.member.over_channels, session) {
             (false, false, _) => Ok(true),
             (true, true, Some(session)) => {
@@ -241,7 +234,7 @@ impl SectionSink for Sink<'_> {
             {
                 return Ok(false);
             }
-            let session = self.incoming.session.as_ref();
+            let session = self.incoming.session.get();
             let (Some(count), Some(session)) = (self.sent, session) else {
                 return Ok(false);
             };
@@ -251,7 +244,7 @@ impl SectionSink for Sink<'_> {
     }
 
     fn config_load_ready(&mut self) -> Result<bool> {
-        match &self.incoming.session {
+        match self.incoming.session.get() {
             Some(session) if self.direct.is_none() => {
                 if self.member.config_gate == ConfigGate::AtOnce {
                     let violation = Violation::ConfigAfterIterables { here: false };

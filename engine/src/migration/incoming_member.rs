@@ -7,7 +7,10 @@
 
 use std::time::Duration;
 
-use super::{DeviceSettings, MigratableDevice};
+use super::{
+    DeviceSettings, MigratableDevice,
+    members::{MemberSession, merge},
+};
 use crate::{
     device::Device,
     id::DeviceId,
@@ -47,28 +50,17 @@ pub(super) struct Member {
 
 /// The counters of all devices: the session's, and what it does not know. `started` are those that
 /// may have been started since.
-pub(super) fn merge(
+pub(super) fn all_stats(
     members: &[Member],
-    session: Option<&LoadSession>,
+    session: &MemberSession<LoadSession>,
     started: &[MigratableDevice],
 ) -> Stats {
-    let stats = session.map(LoadSession::stats);
-    let mut stats = stats.unwrap_or_else(Stats::main_channel_alone);
-    let of_session = std::mem::take(&mut stats.devices);
-    stats.devices = members
-        .iter()
-        .map(|member| {
-            let known = of_session.iter().find(|stats| stats.device == member.id);
-            let mut stats = known
-                .cloned()
-                .unwrap_or_else(|| member.counters.snapshot(&member.id));
-            let found = started
-                .iter()
-                .find(|migratable| *migratable.id() == member.id);
-            stats.phases.resume +=
-                found.map_or(Duration::ZERO, |migratable| migratable.transition_time);
-            stats
-        })
-        .collect();
+    let mut stats = session.stats();
+    let counters = members.iter().map(|member| (&member.id, &member.counters));
+    merge(&mut stats, counters);
+    for device in &mut stats.devices {
+        let found = started.iter().find(|it| *it.id() == device.device);
+        device.phases.resume += found.map_or(Duration::ZERO, |it| it.transition_time);
+    }
     stats
 }

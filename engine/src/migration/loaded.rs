@@ -12,7 +12,8 @@ use std::fmt;
 
 use super::{
     MigratableDevice, at_once,
-    incoming_member::{Member, merge},
+    incoming_member::{Member, all_stats},
+    members::MemberSession,
 };
 use crate::{
     error::{Failed, Result},
@@ -37,7 +38,7 @@ use crate::{
 pub struct Loaded {
     pub(super) devices: Vec<MigratableDevice>,
     pub(super) members: Vec<Member>,
-    pub(super) session: Option<LoadSession>,
+    pub(super) session: MemberSession<LoadSession>,
 }
 
 impl Loaded {
@@ -49,7 +50,7 @@ impl Loaded {
     /// Returns the counters as they are now. After the VM's start they include the time that it took.
     #[must_use]
     pub fn stats(&self) -> Stats {
-        merge(&self.members, self.session.as_ref(), &self.devices)
+        all_stats(&self.members, &self.session, &self.devices)
     }
 
     /// Waits for the channels' end, and gives the devices back. A source may end its channels only when it

@@ -12,9 +12,13 @@
 //! that use the channels; the section of such a device only says so. `finish` waits for the session's end,
 //! within the session's own times.
 
-use std::{fmt, io::Write, sync::OnceLock, time::Instant};
+use std::{fmt, io::Write, time::Instant};
 
-use super::{DeviceSettings, MigratableDevice, OutgoingDevice, Saved, at_once, put_all_back};
+use super::{
+    DeviceSettings, MigratableDevice, OutgoingDevice, Saved, at_once,
+    members::{MemberSession, merge, take_device},
+    put_all_back,
+};
 use crate::{
     channel::Finished,
     device::Device,
@@ -71,8 +75,7 @@ impl Member {
 #[must_use = "a switchover under way: finish or abort it"]
 pub struct Outgoing {
     members: Vec<Member>,
-    session: Option<SaveSession>,
-    failure: OnceLock<Error>,
+    session: MemberSession<SaveSession>,
 }
 
 impl Outgoing {
@@ -161,12 +164,11 @@ impl Outgoing {
         }
         let mut switchover = Self {
             members,
-            session: None,
-            failure: OnceLock::new(),
+            session: MemberSession::none(),
         };
         if session.device_count() > 0 {
             match session.start() {
-                Ok(session) => switchover.session = Some(session),
+                Ok(session) => switchover.session.set(session),
                 Err(failed) => {
                     let (error, devices) = failed.into_parts();
                     let mut back = switchover.take_back(devices);
@@ -180,20 +182,15 @@ impl Outgoing {
 
     /// The devices, in the order given; those that did not come back are left out.
     fn take_back(&mut self, devices: Vec<Device>) -> Vec<MigratableDevice> {
-        let mut devices: Vec<_> = devices.into_iter().map(Some).collect();
-        let mut take = |id: &DeviceId| {
-            let is_it = |device: &&mut Option<Device>| {
-                device.as_ref().is_some_and(|device| device.id() == id)
-            };
-            devices.iter_mut().find(is_it).and_then(Option::take)
-        };
+        let mut devices = devices;
         self.members
             .drain(..)
             .filter_map(|member| match member.way {
                 Way::Main(source) => Some(source.into_migratable()),
-                Way::Channels { settings, .. } => {
-                    Some(MigratableDevice::new(take(&member.id)?, settings))
-                }
+                Way::Channels { settings, .. } => Some(MigratableDevice::new(
+                    take_device(&mut devices, &member.id)?,
+                    settings,
+                )),
             })
             .collect()
     }
@@ -285,14 +282,7 @@ impl Outgoing {
                 result
             }
         };
-        result.map_err(|error| {
-            // The migration's first reason may be another device's, or no device's at all.
-            self.failure().unwrap_or_else(|| {
-                let error = error.on_device(id);
-                self.fail(error.clone());
-                error
-            })
-        })
+        result.map_err(|error| self.session.fail_device(id, error))
     }
 
     /// Returns the session that sends, if any device uses the channels. An event loop can wait on it, and
@@ -300,13 +290,13 @@ impl Outgoing {
     /// the progress.
     #[must_use]
     pub const fn session(&self) -> Option<&SaveSession> {
-        self.session.as_ref()
+        self.session.get()
     }
 
     /// Whether everything that the channels carry has been sent, or the switchover has failed.
     #[must_use]
     pub fn is_finished(&self) -> bool {
-        self.session.as_ref().is_none_or(SaveSession::is_finished)
+        self.session.is_finished()
     }
 
     /// Cancels the switchover. Returns at once; [`Outgoing::finish`] puts the devices back. For the thread that owns this;
@@ -317,53 +307,28 @@ impl Outgoing {
 
     /// Fails the switchover for a reason of the VMM's. The first reason counts.
     pub fn fail(&self, error: Error) {
-        // One place for the first reason: the session's, where there is one.
-        match &self.session {
-            Some(session) => session.fail(error),
-            None => {
-                let _first = self.failure.get_or_init(|| error);
-            }
-        }
+        self.session.fail(error);
     }
 
     /// Returns why the switchover has failed, if it has.
     #[must_use]
     pub fn failure(&self) -> Option<Error> {
-        match &self.session {
-            Some(session) => session.failure(),
-            None => self.failure.get().cloned(),
-        }
+        self.session.failure()
     }
 
     /// Returns the counters of all devices, as they are now.
     #[must_use]
     pub fn stats(&self) -> Stats {
-        let session = self.session.as_ref().map(SaveSession::stats);
-        self.merge(session.unwrap_or_else(Stats::main_channel_alone))
+        self.merge(self.session.stats())
     }
 
     /// Adds what the session does not know.
     fn merge(&self, mut stats: Stats) -> Stats {
-        let of_session = std::mem::take(&mut stats.devices);
-        stats.devices = self
-            .members
-            .iter()
-            .map(|member| {
-                let own = member.counters().snapshot(&member.id);
-                let known = of_session.iter().find(|stats| stats.device == member.id);
-                match known {
-                    None => own,
-                    Some(known) => {
-                        let mut both = known.clone();
-                        both.main_bytes += own.main_bytes;
-                        both.bytes += own.bytes;
-                        both.packets += own.packets;
-                        both.phases.stop += own.phases.stop;
-                        both
-                    }
-                }
-            })
-            .collect();
+        let members = self.members.iter();
+        merge(
+            &mut stats,
+            members.map(|member| (&member.id, member.counters())),
+        );
         stats
     }
 
@@ -459,7 +424,7 @@ fn check(sources: &[OutgoingDevice], session: &SaveBuilder) -> Result<()> {
 impl fmt::Debug for Outgoing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Outgoing")
-            .field("session", &self.session)
+            .field("session", &self.session.get())
             .field("failure", &self.failure())
             .finish_non_exhaustive()
     }
