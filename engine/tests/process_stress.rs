@@ -18,6 +18,7 @@ mod payload;
 use std::{
     io::{self, Read},
     os::unix::net::UnixStream,
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::{
         atomic::{AtomicBool, Ordering},
         mpsc,
@@ -47,8 +48,10 @@ fn under_load(f: impl FnOnce()) {
                 }
             });
         }
-        f();
+        let result = catch_unwind(AssertUnwindSafe(f));
+        // A failure must not wait for threads that nobody ends.
         done.store(true, Ordering::Relaxed);
+        result.unwrap_or_else(|panic| resume_unwind(panic));
     });
 }
 
