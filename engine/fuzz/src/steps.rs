@@ -255,3 +255,13 @@ pub fn pass_bounds(between: impl FnMut() -> bool) {
     BOUND.set(false);
     settle(between);
 }
+
+/// Calls what ends a run on a strand of its own, while `drain` drains what it waits for.
+pub fn ended<T: 'static>(end: impl FnOnce() -> T + 'static, drain: impl Fn() -> bool) -> T {
+    let place = Rc::new(RefCell::new(None));
+    let result = place.clone();
+    spawn("joining".into(), move || *result.borrow_mut() = Some(end()));
+    settle(drain);
+    let result = place.borrow_mut().take();
+    result.unwrap_or_else(|| panic!("it never ends: {:?}", sleeping()))
+}
