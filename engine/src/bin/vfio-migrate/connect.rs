@@ -6,19 +6,21 @@
 //!                 └── a pause ◀── refused, lost, no room ◀┘
 //! ```
 //!
-//! A destination that does not listen yet, is busy, has a full backlog or never saw a packet is
-//! tried again. An attempt that stays without an answer is given up for a new one, each after twice
-//! the time of the one before, so that a far destination is reached too.
+//! A destination that does not listen yet, is busy, has a full backlog or never saw a packet is tried again. An
+//! attempt without an answer is given up for a new one. Each attempt lasts twice as long as the one before, so
+//! the command reaches a far destination too.
 //!
-//! Near destinations are asked for one connection after another: a listener whose backlog is small drops
-//! what comes while it is full, and that is tried again; of several that come at once the kernel
-//! may answer more than it has room for, and reset them when they are used. A far destination is
-//! asked for several side by side, the more the longer the last answer took.
+//! At a near destination the connections are made one after another. A listener with a small backlog drops
+//! connections while it is full, and those are tried again. But if several come at once, the kernel may accept
+//! more than it has room for, and reset them when they are used. At a far destination several are made side by
+//! side: the longer the last answer took, the more.
 //!
-//! Used from the command's main thread. Its one wait is a `poll` of the connections and of Ctrl-C. What
-//! ends it: the connections, a failure that will not pass, the time, Ctrl-C, or the caller's `look`, which
-//! is asked each tick, where there is one. A name is looked up by a thread of its own, because the look-up
-//! cannot be interrupted; one that does not come back is left behind, and ends with the process.
+//! The command's main thread uses this. Its one wait is a `poll` of the connections and of Ctrl-C. The wait
+//! ends
+//! with the connections, a permanent failure, the time, Ctrl-C, or the caller's `look`, which is asked each
+//! tick.
+//! A thread of its own looks a name up, because the look-up cannot be interrupted. If the look-up does not
+//! return, the thread is left behind and ends with the process.
 
 use std::{
     io, mem,

@@ -1,5 +1,5 @@
-//! How a command that failed says so: its exit status, its line on stderr, and with `--json` one
-//! object on stdout in the place of the result's.
+//! How a command reports a failure: by its exit status, by one line on stderr, and with `--json` by one object
+//! on stdout in place of the result.
 //!
 //! ```text
 //!   { "error": { "message":  the line on stderr, without the command's name
@@ -11,11 +11,12 @@
 //!                "channel", "idx", "errno" } }
 //! ```
 //!
-//! From `kind` on each stands there where it is known. A demo whose states differ has `error` beside
-//! its result.
+//! The fields from `kind` on are there only if they are known. A demo whose states differ has `error`
+//! beside its
+//! result.
 //!
-//! The line is written first: whoever does not read stdout does not lose it. Any thread may say it;
-//! whoever is first does.
+//! The line is written before the object, so it is not lost if nobody reads stdout. Any thread may report the
+//! failure; only the first report counts.
 
 use std::{fmt, io, os::fd::AsFd, time::Duration};
 

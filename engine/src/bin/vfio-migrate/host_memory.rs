@@ -1,10 +1,11 @@
-//! Whether the host has room for what a command is about to do, asked before anybody is told of it: an
-//! address on which it listens, a peer, a device.
+//! Checks whether the host has the memory that a command needs, before the command listens on an address,
+//! connects to a peer, or touches a device.
 //!
-//! The addresses are had once, as one piece, and given back: so a limit (`ulimit -v`, `ulimit -d`) or a
-//! host without the memory is an error here, with the number that is needed, and not one of a thread or
-//! a buffer in the middle of a migration. What the command allocates besides is small, and within
-//! [`BESIDES`]. Any thread; no wait.
+//! The check reserves all addresses once, as one piece, and gives them back. So a limit (`ulimit -v`,
+//! `ulimit -d`) or a lack of memory is an error here, with the number that is needed, and not a failed
+//! thread or
+//! buffer in the middle of a migration. The command's other allocations are small, and within [`BESIDES`]. Any
+//! thread; no wait.
 
 use anyhow::{Context, anyhow};
 use vfio_migration::{Error, ErrorKind, Settings};

@@ -6,16 +6,18 @@
 //!                              └─ nobody holds it               ──▶ removed, and bound again
 //! ```
 //!
-//! Whether a process holds a socket is asked with a datagram socket's connect: the kernel refuses it
-//! as the wrong type where anybody is bound there, listening or not, in whichever namespace, and
-//! refuses the connection where nobody is. It makes no connection, and so disturbs nobody.
+//! To find out whether a process holds a socket, the command connects a datagram socket to it. This makes no
+//! connection, so it disturbs nobody. The kernel's answer depends on whether a process is bound there,
+//! listening
+//! or not, in any namespace: if so, it refuses the wrong type; if not, it refuses the connection.
 //!
-//! What is removed is first moved to a name that nobody else uses, and looked at again: between the
-//! question and the removal another process may have put a socket of its own there, and gets the
-//! name back. The same on the way out, after the listener was closed: only our own socket, by device,
-//! inode and time, and only where nobody holds it.
+//! A socket to be removed is first moved to a name that nobody else uses, and checked again. Another
+//! process may
+//! have put its own socket there in between; it gets the name back. The same happens on the way out, after the
+//! listener is closed. The command then removes only its own socket (by device, inode and time), and only if
+//! nobody holds it.
 //!
-//! Used from the command's main thread. Nothing here waits, but for the look-up of a host's name.
+//! The command's main thread uses this. Nothing here waits, except for the look-up of a host's name.
 
 use std::{
     fs::{self, Metadata},

@@ -8,10 +8,11 @@
 //!
 //! # Threads
 //!
-//! Of a [`Recorders`] there are as many as the host has processors, and no more than devices: what they do is
-//! to compute. Each sleeps in the epoll, which gives a pipe that has something to one of them; that one
-//! takes some of it, and lets go. A pipe's part ends when the engine closes it, and a recorders's threads when
-//! the recorders is dropped.
+//! A [`Recorders`] has one thread per processor, and at most one per device, because the threads only compute.
+//! Each thread sleeps in the epoll. The epoll gives a pipe with data to one thread, which reads some of it and
+//! lets the pipe go. A pipe's part ends when the engine closes the pipe. The threads end when the
+//! [`Recorders`] is
+//! dropped.
 
 use std::{
     fs::File,

@@ -6,10 +6,13 @@
 //!     ─▶ devices STOP ─▶ what was moved
 //! ```
 //!
-//! See `main_channel` for what is said. A failure, here or there, puts the devices back to the state
-//! that they came in; where the end was sent, and the destination has not said whether all is loaded,
-//! they stay stopped. The main thread does everything but read the return path; while it sends PRE_COPY
-//! data a thread beside it looks for Ctrl-C.
+//! `main_channel` has the protocol. After a failure on either side the devices go back to the state in
+//! which they
+//! came. If the end was sent and the destination has not reported the result, the devices stay stopped. The
+//! main
+//! thread does everything except reading the return path. While it sends PRE_COPY data, another thread
+//! watches for
+//! Ctrl-C.
 
 use std::{
     net::Shutdown,

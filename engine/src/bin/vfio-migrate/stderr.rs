@@ -1,17 +1,19 @@
-//! stderr: lines of any thread, written by one thread that alone may wait for whoever reads them.
+//! stderr: any thread adds lines, and one thread writes them. Only that thread may wait for the reader.
 //!
 //! ```text
 //!   line, log line ──▶ Queue: 64 KiB, what does not fit is counted ──▶ the thread "stderr" ──▶ write
 //!   a stranger's   ──▶ 8 in 10 s, the rest is counted ───▲
 //! ```
 //!
-//! So a pipe that is full, or a terminal that stands still, stops no other thread, and none that a
-//! signal needs. The queue's lock is held for as long as it takes to move a line, never while one is
-//! written. A log line waits for room, up to a second, and not at all where nothing is written any more.
-//! At the end [`finish`] waits a little for what is left.
+//! So a full pipe, or a terminal that stands still, stops no other thread, and no thread that a signal
+//! needs. The
+//! queue's lock is held only while a line is moved, never while one is written. A log line waits for room,
+//! for a
+//! second at most, and not at all if nothing is written any more. At the end [`finish`] waits a little for the
+//! remaining lines.
 //!
-//! Before [`start`], and where no thread can be had, lines are written where they are said, unless
-//! stderr takes none for a second.
+//! Before [`start`], and if there is no thread, the calling thread writes its lines itself, unless stderr takes
+//! none for a second.
 
 use std::{
     collections::VecDeque,
