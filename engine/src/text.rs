@@ -3,10 +3,47 @@
 //!
 //! Such characters are the control characters, and invisible ones. An invisible character may change the
 //! order in which others are shown (U+202A to U+202E, U+2066 to U+2069, U+200E, U+200F, U+061C), or hide
-//! others. The standard library's table decides which they are: those that it escapes in the debug output
-//! of a text.
+//! others. `INVISIBLE` lists them. The list is the crate's own, so that a text looks the same whichever
+//! toolchain built the crate.
 
-use std::fmt::{self, Write};
+use std::{
+    fmt::{self, Write},
+    ops::RangeInclusive,
+};
+
+/// Characters that take no ink, from Unicode 16: format characters (Cf), default-ignorable code points,
+/// separators other than the blank (Zs, Zl, Zp), and private use (Co). In order.
+const INVISIBLE: &[RangeInclusive<char>] = &[
+    '\u{a0}'..='\u{a0}',
+    '\u{ad}'..='\u{ad}',
+    '\u{34f}'..='\u{34f}',
+    '\u{600}'..='\u{605}',
+    '\u{61c}'..='\u{61c}',
+    '\u{6dd}'..='\u{6dd}',
+    '\u{70f}'..='\u{70f}',
+    '\u{890}'..='\u{891}',
+    '\u{8e2}'..='\u{8e2}',
+    '\u{115f}'..='\u{1160}',
+    '\u{1680}'..='\u{1680}',
+    '\u{17b4}'..='\u{17b5}',
+    '\u{180b}'..='\u{180f}',
+    '\u{2000}'..='\u{200f}',
+    '\u{2028}'..='\u{202f}',
+    '\u{205f}'..='\u{206f}',
+    '\u{3000}'..='\u{3000}',
+    '\u{3164}'..='\u{3164}',
+    '\u{e000}'..='\u{f8ff}',
+    '\u{fe00}'..='\u{fe0f}',
+    '\u{feff}'..='\u{feff}',
+    '\u{ffa0}'..='\u{ffa0}',
+    '\u{fff0}'..='\u{fffb}',
+    '\u{110bd}'..='\u{110bd}',
+    '\u{110cd}'..='\u{110cd}',
+    '\u{13430}'..='\u{1343f}',
+    '\u{1bca0}'..='\u{1bca3}',
+    '\u{1d173}'..='\u{1d17a}',
+    '\u{e0000}'..='\u{10ffff}',
+];
 
 /// Whether a terminal shows the character, and does nothing else with it.
 ///
@@ -18,11 +55,7 @@ use std::fmt::{self, Write};
 /// ```
 #[must_use]
 pub fn is_printable(char: char) -> bool {
-    // Not first, where a mark that belongs on the character before it is escaped too.
-    let mut text = [b'x', 0, 0, 0, 0];
-    let len = char.encode_utf8(&mut text[1..]).len();
-    let text = std::str::from_utf8(&text[..=len]).unwrap_or_default();
-    matches!(char, '"' | '\'' | '\\') || text.escape_debug().count() == 2
+    !char.is_control() && !INVISIBLE.iter().any(|range| range.contains(&char))
 }
 
 /// A text whose characters are all printable: each other is escaped, like `\u{202e}`.
@@ -52,6 +85,11 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_list_is_in_order_and_without_overlap() {
+        assert!(INVISIBLE.is_sorted_by(|low, high| low.end() < high.start()));
+    }
+
+    #[test]
     fn what_steers_a_terminal_is_escaped_and_what_it_shows_is_not() {
         let steering = ('\0'..' ')
             .chain('\u{7f}'..='\u{9f}')
@@ -64,6 +102,9 @@ mod tests {
                 '\u{180e}',
                 '\u{feff}',
                 '\u{fffb}',
+                '\u{a0}',
+                '\u{3000}',
+                '\u{e000}',
                 '\u{e0001}',
             ]);
         for char in steering {
