@@ -21,12 +21,12 @@
 //!
 //! # What differs from a kernel's device
 //!
-//! * A pipe cannot say `ENOMSG`. In PRE_COPY [`MigrationDevice::read_precopy`] says it; a plain
-//!   read would wait there for more, and would not be counted.
-//! * When the state has been left a kernel's fd says `ENODEV`. A pipe or socket ends, or says
-//!   `EPIPE`; `PlainWrite` says `EIO`; a memory file goes on as if nothing had happened.
-//! * More than the state is refused late by a `Pipe` and a `Socket` (what fits in their buffers is
-//!   taken), and only by the change to STOP with a `Memfd`.
+//! * A pipe cannot return `ENOMSG`. In PRE_COPY [`MigrationDevice::read_precopy`] returns it. A plain read
+//!   would wait there for more, and would not be counted.
+//! * After the state has been left, a kernel's fd returns `ENODEV`. A pipe or socket ends, or returns `EPIPE`.
+//!   `PlainWrite` returns `EIO`. A memory file goes on as if nothing had happened.
+//! * A write beyond the state is refused late by a `Pipe` and a `Socket` (they take what fits in their
+//!   buffers). A `Memfd` refuses it only at the change to STOP.
 //!
 //! # Threads
 //!
