@@ -37,12 +37,15 @@ const COPIED: [&str; 7] = [
 
 /// Each module, with the test files that its mutants have to pass, the most telling first.
 const FILES: [(&str, &[&str]); 10] = [
-    ("slot", &["slot", "reorder", "doorbell", "send_queue"]),
+    (
+        "slot",
+        &["slot", "reorder_buffer", "doorbell", "send_queue"],
+    ),
     ("pool", &["pool", "slot", "waiters"]),
-    ("table", &["table", "reorder", "send_queue"]),
+    ("table", &["table", "reorder_buffer", "send_queue"]),
     (
         "reorder_buffer",
-        &["reorder", "doorbell", "waiters", "io_loop"],
+        &["reorder_buffer", "doorbell", "waiters", "io_loop"],
     ),
     ("send_queue", &["send_queue"]),
     ("doorbell", &["doorbell", "io_loop"]),
