@@ -163,5 +163,7 @@ fn a_host_that_lacks_something_costs_speed_or_a_clear_error() {
             .unwrap();
         let error = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{name}: {error}");
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(text.contains("running 1 test"), "{name}: {text}");
     }
 }
