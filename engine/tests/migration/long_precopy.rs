@@ -188,15 +188,14 @@ fn why(error: &Error) -> String {
 
 /// A destination, and a source's channels that were greeted with these settings.
 fn set_up(settings: &Settings, (near, far): (Channel, Channel)) -> (Incoming, SourceChannels) {
+    // First: a destination that refuses the hello may hang up before all of the greeting is sent.
+    let channels = SourceChannels::greet(vec![near], settings).unwrap();
     let setup = Setup::default();
     let (migratable, _) = setup.admit(1, setup.config(9));
     let session = LoadSession::builder().settings(quick()).channel(far);
     let devices = vec![migratable];
     let incoming = Incoming::setup(devices, &setup.capabilities(), session, Box::new(|| Ok(())));
-    (
-        incoming.unwrap(),
-        SourceChannels::greet(vec![near], settings).unwrap(),
-    )
+    (incoming.unwrap(), channels)
 }
 
 /// The next iteration of a device fails, for the channels' sake, and it runs on.
