@@ -13,7 +13,8 @@
 //! | wait | ended by |
 //! |---|---|
 //! | for the peer's bytes | bytes; the channel's end |
-//! | within a packet | the socket's time-out; for a peer that sends a byte now and then, the time that a packet may take |
+//! | within a packet, for the next byte | the socket's time-out |
+//! | within a packet, from a peer that trickles | the most time that a packet may take |
 //! | any | a hang-up by another thread, which shuts the connection down |
 
 use std::{

@@ -11,16 +11,16 @@
 //!
 //! A [`Transfer`] is one device's bytes on the I/O thread; `load.rs` and `save.rs` have one kind each. The
 //! I/O thread owns the transfers and the ring. Other threads only attach transfers, ring the doorbell, and
-//! read the result that a transfer leaves when it finishes. On a device the I/O thread makes no call but
-//! the ring's operations. Other threads make the state changes, resets and callbacks, so no device delays
-//! another's bytes.
+//! read the result that a transfer leaves when it finishes. On a device the I/O thread makes no call but the
+//! ring's operations, and `lseek` on a regular file. Other threads make the state changes, resets and
+//! callbacks, so no device delays another's bytes.
 //!
 //! # What ends each wait
 //!
 //! | wait | ended by |
 //! |---|---|
 //! | the I/O thread, in the ring | a completion; a wake; [`RECHECK`] |
-//! | a transfer | its result; its stop; the time without progress |
+//! | a transfer | its end; a stop; `no_progress` |
 //! | a stopped transfer whose operations the kernel still has | their completion; or the grace time, after which file and buffers are leaked |
 //! | a ring whose waits fail for want of memory | a wait that does not fail; the grace time |
 

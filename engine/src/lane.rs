@@ -5,25 +5,23 @@
 //!                         │               │               │
 //!   complete(…)  ◀────────┴───────────────┴───────────────┘   in any order; judged when all are in
 //!        │
-//!        ├─ a read, whole, and so
-//!        │  are those before it  Part      its bytes need not wait for the rest of the chain
+//!        ├─ first reads whole    Part      handed out early, while the rest is in flight
 //!        ├─ all whole            Idle      the next batch may come
-//!        ├─ first short, or EINTR: the rest came back untouched; resubmitted from there: Busy
+//!        ├─ first short, or EINTR  Busy    it and the steps that were not started are resubmitted
 //!        ├─ first errno          Failed    final: the step's idx and the errno
 //!        └─ cancelled            Cancelled
 //! ```
 //!
-//! A data fd is a stream, and the kernel runs its operations in worker threads: two unlinked operations
-//! would silently corrupt the device. So a lane takes a batch only when it is idle. A short transfer breaks
-//! a linked chain, and the kernel never starts the rest. A vectored write would hide an error in its second
-//! segment behind the first one's length, so a lane makes none: large packets are linked single writes, and
-//! small ones are gathered into one contiguous buffer.
+//! A data fd is a stream, and the kernel runs its operations in worker threads: two unlinked operations would
+//! silently corrupt the device. So a lane takes a batch only when it is idle. A short transfer breaks a
+//! linked chain, and the kernel never starts the rest. With a vectored write, an error in the second segment
+//! shows only as a short count, and the errno is lost. So a lane makes none: large packets are linked single
+//! writes, and small ones are gathered into one contiguous buffer.
 //!
 //! A VFIO data fd is a stream, but a VMM's own data fd may be a regular file or a block device, which has
 //! positions. If a full disk or a limit cuts a write short, the kernel does not move the file's position
-//! (see [`Op::WriteAt`]). So the lane keeps the position itself: it reads the file's position before the
-//! first batch, and sets the file's position behind the last byte when the lane is dropped. In between the
-//! file's position does not move.
+//! (see [`Op::WriteAt`]). So the lane reads the position once, before the first batch, gives each operation
+//! its own, and sets the file's position at the end, when the lane is dropped.
 //!
 //! | data fd | operations |
 //! |---|---|
@@ -32,8 +30,8 @@
 //! | the same, opened with `O_APPEND` and written | without a position: the kernel goes to the end for each |
 //!
 //! The device's thread makes a lane, and looks at the file's type to do so. From then on only the I/O
-//! thread uses the lane. The lane holds a clone of the device's data fd and drops it with itself, unless
-//! the kernel still has an operation: see [`Lane::abandon`].
+//! thread uses the lane. The lane holds a clone of the device's data fd. It is closed when the lane is
+//! dropped; if the kernel still has an operation it is leaked instead: see [`Lane::abandon`].
 
 use std::{io, mem, time::Instant};
 

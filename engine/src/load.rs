@@ -11,10 +11,10 @@
 //!
 //! | who | owns | may touch |
 //! |---|---|---|
-//! | a channel's thread | its socket, its `LeaseCutter` | every device's [`ReorderBuffer`] |
+//! | a channel's thread | its socket, the buffer it cuts leases from (`LeaseCutter`) | every device's [`ReorderBuffer`] |
 //! | the I/O thread | every [`LoadTransfer`]: reader, lane, a clone of the data fd | the pool |
 //! | a device's thread | the [`Device`](crate::Device): its state, its config, its data fd | its [`DeviceFlags`], its result |
-//! | the main thread | the session | flags |
+//! | the main thread | the session | the flags of stop, switchover and config |
 //!
 //! # What ends each wait
 //!
@@ -23,7 +23,7 @@
 //! | a channel's thread | bytes | see `channel.rs` |
 //! | a channel's thread | memory | see `load/backpressure.rs` |
 //! | the I/O thread | | see `io_loop.rs` |
-//! | a device's thread | the I/O thread's result | the result; a stop |
+//! | a device's thread | the I/O thread's result | the result; after a stop, the result or the grace time |
 //! | a device's thread | the notice that the config may be loaded | the notice; a stop; `config_ready_timeout` |
 //! | the thread that cleans up | a device's end | the end; the grace time |
 

@@ -12,7 +12,7 @@
 //!   vm::stop()        all P2P, then all STOP_COPY       │
 //!     │                                                 │
 //!   Outgoing::begin()                                 switchover_start()
-//!     │ write_state(), write_config()  both ───────▶    │  …
+//!     │ write_state(), write_config()  sections ──▶     │  …
 //!   finish() ─▶ Saved               the end ───────▶  finish() ─▶ Loaded, devices in RESUMING
 //!     │                                                 │ vm::start()   RUNNING: drivers check
 //!     │ cleanup()   STOP            ◀────── verdict     │
@@ -123,16 +123,15 @@
 //! # Ok(()) }
 //! ```
 //!
-//! A failed call gives the devices back ([`Failed`](crate::Failed)) in their state at set-up, RUNNING or
-//! STOP, by a reset if there is no other way. A device with a call stuck in it is left out.
+//! A failed call gives the devices back ([`Failed`](crate::Failed)) as they were at set-up, RUNNING or STOP.
+//! A device that refuses is reset. A device with a call stuck in it is left out.
 //!
 //! # Channels
 //!
 //! [`SourceChannels::greet`](crate::SourceChannels::greet) greets the channels at the set-up. A destination
-//! waits a limited time for a hello. After the hello it waits for as long as the VM runs, whatever comes
-//! over the channels before the switchover. So the source finds a destination that is gone, or another
-//! VM's, while the VM still runs. When all has been sent, the destination reads each channel's end; the
-//! channels are closed with [`Saved`].
+//! waits a limited time for hellos, and then any time for packets. Because the channels are greeted at the
+//! set-up, the source notices a destination that is another VM's, or gone, while its own VM still runs. When
+//! all has been sent, the destination reads each channel's end; the channels are closed with [`Saved`].
 //!
 //! The main channel belongs to the VMM, which writes each section's header and footer and hands over the
 //! body as `Write` or `Read`. [`stream`](crate::stream) does the rest for a VMM that has no main channel
@@ -140,8 +139,9 @@
 //!
 //! # Threads
 //!
-//! Everything up to [`Outgoing::begin`] and [`Incoming`] runs on the caller's thread. Only state changes of
-//! a set of devices use one thread per device. From there on a session has its own threads, and the
+//! On the source everything before [`Outgoing::begin`], and on the destination everything until
+//! [`Incoming::setup`] returns, runs on the caller's thread; only state changes of a set of devices use a
+//! thread per device. From there on a session has its own threads, and the
 //! caller's thread writes and reads the sections. The sessions' modules, and each method here, say what
 //! ends each wait.
 

@@ -38,8 +38,8 @@
 //! - No device packet comes on a channel before that channel's hello and first SYNC.
 //! - A packet is sent whole. The ingress and the egress thread of a channel share its sender behind a lock,
 //!   which each holds for one packet.
-//! - A channel ends only when all device state has been sent, on any channel. It is closed only when the
-//!   destination has had time to read it.
+//! - No channel is ended before all device state has gone out, on all channels. Then it stays open until
+//!   the destination has closed its side, or for one second.
 //!
 //! # Memory
 //!
@@ -47,24 +47,28 @@
 //! a packet that is the next of its device. The sequencer passes such a packet on at once.
 //!
 //! RAM shares the channels, and a destination's channel stops at a SYNC until all channels have reached
-//! theirs. So device state goes only on egress channels that are not ahead of another in their SYNCs (see
-//! `relay/egress_channel.rs`). The destination reads those channels, whatever the relay holds. So every
-//! packet that is taken is sent, and its memory comes back. However full the pool is, some packet can
-//! always pass, if the source
+//! theirs. An egress channel is *ahead* if it has sent more SYNCs than another. Device state goes only on
+//! channels that are not ahead (see `relay/egress_channel.rs`). The destination reads those channels,
+//! whatever the relay holds. So every packet that is taken is sent, and its memory comes back. However full
+//! the pool is, some packet can always pass, if the source
 //!
 //! - hands out all devices' packets in one sequence, and
 //! - sends RAM behind a SYNC only once that SYNC has been sent on all channels.
 //!
-//! Why this cannot deadlock: take the packet that the source handed out first among those not yet
-//! received. All earlier packets of its device have arrived, so it is that device's next packet and may
-//! use the reserved buffer. Nothing ahead of it on its channel waits for long. A device packet there would
-//! have been handed out earlier, against the choice. RAM behind a SYNC can only wait for a channel that is
-//! stuck on a packet handed out before that SYNC, hence before ours: the same contradiction.
+//! Why this cannot deadlock. Let P be the packet that was handed out first of those not yet received. It is
+//! its device's next, so memory is reserved for it. What stands before P on its channel is one of two:
+//!
+//! - a device packet: it was handed out before P, so by the choice of P it has been received;
+//! - RAM behind a SYNC: it waits only for a channel that is stuck on a packet handed out before that SYNC,
+//!   so before P: that packet too has been received, and the channel is not stuck.
+//!
+//! So P passes.
 //!
 //! A source that breaks one of the two rules (for example, one whose channels were cut and joined anew)
-//! needs a budget for its disorder. If the budget is too small the relay can stand still for good. It then
-//! ends with [`ErrorKind::Stalled`], after [`Settings::no_progress`] or a few times that, and the error
-//! names the device and the idx.
+//! needs a budget that holds every packet which arrives before its turn. If the budget is too small the
+//! relay can stand still for good. It then ends with [`ErrorKind::Stalled`], and the error names the device
+//! and the idx. That takes [`Settings::no_progress`], or a few times that where several waits end one after
+//! another.
 //!
 //! # What ends each wait
 //!
@@ -77,8 +81,8 @@
 //! | an egress thread | the destination, in a write | the destination; the connection's time-out |
 //! | any thread | an egress channel's sender | the end of the packet that is being sent; the connection's time-out |
 //!
-//! The sequencer applies [`Settings::no_progress`] only while a device's state is incomplete or unsent.
-//! With [`Settings::precopy_over_channels`] it does so only while something received is not yet passed on.
+//! The clock of [`Settings::no_progress`] runs only while some device's state has not been received and sent
+//! whole. With [`Settings::precopy_over_channels`] it runs only while a received packet has not been sent.
 //! Every failure hangs up all connections of both sides, which ends every wait.
 
 use std::{

@@ -19,7 +19,7 @@
 //! | [`send_queue`] | all devices' packets, from the I/O thread to the channels, each to one |
 //! | [`doorbell`] | a wake-up, to the I/O thread |
 //! | [`waiters`] | a wake-up, to any other thread |
-//! | [`flags`] | what a device's migration has been told, and its end |
+//! | [`flags`] | a device's one-way flags: started, switched, config ready, stop, ended |
 //!
 //! (`refusals`, feature `faults`, lets a test harness refuse leases.)
 //!

@@ -9,16 +9,16 @@
 //!               └─────────────────────────────────┴──────────────────────────────────────────┘
 //! ```
 //!
-//! `load.rs` with the arrows turned. The I/O thread reads ahead into leased buffers, writes each packet's
+//! This is `load.rs` in reverse. The I/O thread reads ahead into leased buffers, writes each packet's
 //! headers into the room left in front of its data, and publishes the packet. The first free channel sends
 //! headers and data from that same buffer with one call.
 //!
 //! | who | owns | may touch |
 //! |---|---|---|
-//! | a channel's thread | its socket, until all has been sent | the queue, the packets that it took |
+//! | a channel's thread | its socket; when all has been sent it hands the socket back | the queue, the packets that it took |
 //! | the I/O thread | every [`SaveTransfer`]: lane, lease cutter, a clone of the data fd | the pool, the queue |
 //! | a device's thread | the [`Device`](crate::Device): its state, its config, its data fd | its flags, its result |
-//! | the main thread | the session | flags |
+//! | the main thread | the session | the flag of a stop |
 //!
 //! # What ends each wait
 //!
@@ -27,7 +27,7 @@
 //! | a channel's thread | a packet | a packet; the end of the sequence; a stop |
 //! | a channel's thread | the destination, in a write | see `channel.rs` |
 //! | the I/O thread | | see `io_loop.rs` |
-//! | a device's thread | the I/O thread's result | the result; a stop |
+//! | a device's thread | the I/O thread's result | the result; after a stop, the result or the grace time |
 
 use std::{
     fmt,

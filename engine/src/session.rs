@@ -24,18 +24,17 @@
 //!
 //! | wait | ended by |
 //! |---|---|
-//! | `join` | the end of all tasks |
-//! | `join`, after a failure or a cancellation | the end of all tasks; the grace time |
+//! | `join` | the end of all tasks; after a failure or a cancellation, the grace time at the latest |
 //!
 //! # What the kernel can still block
 //!
-//! If a driver does not return a transfer, its session waits for the grace time and no longer. But the
-//! thread that submitted the transfer cannot exit before the transfer has ended.
+//! A driver may not return a transfer.
 //!
-//! | the I/O thread is | what happens |
+//! | | what happens |
 //! |---|---|
-//! | the engine's | the engine leaves the thread behind: [`Report::abandoned_threads`] |
-//! | the VMM's | the thread blocks at its exit, and so does the exit of the whole process, also by a signal |
+//! | the session | waits for the grace time and no longer |
+//! | the thread that submitted the transfer | cannot exit before the transfer has ended: the engine leaves its own behind ([`Report::abandoned_threads`]); a VMM's blocks at its exit |
+//! | the process | the kernel keeps it at its exit, also after a signal, until the transfer has ended |
 
 use std::{collections::BTreeMap, fmt, io, sync::mpsc, time::Instant};
 

@@ -1,5 +1,13 @@
-//! Packets that do not go to memory: those that are spilled to a file, and those of an unplugged device,
-//! which are discarded.
+//! Packets that do not go to memory: those that are spilled, and those of an unplugged device.
+//!
+//! | a spill's question | answered in |
+//! |---|---|
+//! | may this channel spill? | `load.rs`, `Load::spill_for` |
+//! | may this packet? | `reorder/memory_policy.rs`, `MemoryPolicy::grant` |
+//! | when? | `load/channel_side.rs`, `LoadSink::wait_for_space` |
+//! | is there space? | here, `LoadSink::set_aside` |
+//!
+//! A packet of an unplugged device is counted here; its bytes are read past in `channel/receiver.rs`.
 
 use std::mem;
 
