@@ -61,6 +61,20 @@ fn rest(mut input: impl Read + Send + 'static) -> JoinHandle<String> {
     })
 }
 
+/// A program that begins with SIGHUP as it is by default, also where this process was told to ignore it
+/// (`nohup`): the command leaves an ignored one alone.
+fn fresh(program: &str) -> Command {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let ignored = u64::from_str_radix(ignored.unwrap().trim(), 16).unwrap();
+    if ignored & 1 == 0 {
+        return Command::new(program);
+    }
+    let mut command = Command::new("env");
+    command.args(["--default-signal=HUP", program]);
+    command
+}
+
 /// The command, with what a shell does before it becomes the command: `ulimit -n 40`, say.
 pub fn command_under<S: AsRef<OsStr>>(
     under: &str,
@@ -68,9 +82,9 @@ pub fn command_under<S: AsRef<OsStr>>(
 ) -> Command {
     let program = env!("CARGO_BIN_EXE_vfio-migrate");
     let mut command = if under.is_empty() {
-        Command::new(program)
+        fresh(program)
     } else {
-        let mut shell = Command::new("sh");
+        let mut shell = fresh("sh");
         let script = if under.contains("\"$@\"") {
             under.to_owned()
         } else {
