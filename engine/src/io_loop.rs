@@ -132,12 +132,6 @@ pub(crate) trait Transfer: Send {
     /// Whether there is something to do after all.
     fn is_ready(&mut self, guard: &Guard) -> bool;
 
-    /// Whether another thread is in a call on its data fd, in its lane's stead. Where that has ended the flow
-    /// has the data fd back.
-    fn is_held(&mut self) -> bool {
-        false
-    }
-
     /// Nothing has moved for too long: what it misses.
     fn stalled(&self) -> Error;
 
@@ -390,10 +384,7 @@ impl<F: Transfer> IoLoop<F> {
             };
             self.busy += usize::from(!flow.lane().is_idle());
             if let Some((_, until)) = ending {
-                if flow.lane().is_idle() && !flow.is_held() {
-                    let (error, _) = ending.take().expect("seen above");
-                    self.finish(at, Err(error));
-                } else if now >= *until {
+                if now >= *until {
                     self.abandon(at);
                 }
                 continue;
@@ -475,7 +466,7 @@ impl<F: Transfer> IoLoop<F> {
         else {
             return;
         };
-        if flow.lane().is_idle() && !flow.is_held() {
+        if flow.lane().is_idle() {
             self.finish(at, Err(error));
         } else {
             *starved = false;
@@ -523,11 +514,6 @@ impl<F: Transfer> IoLoop<F> {
                 ending: None,
                 ..
             } => flow.stop().is_some() || *starved && flow.is_ready(guard),
-            LaneSlot::Active {
-                flow,
-                ending: Some(_),
-                ..
-            } => flow.lane().is_idle() && !flow.is_held(),
             _ => false,
         })
     }
@@ -639,7 +625,7 @@ impl<F: Transfer> IoLoop<F> {
                     .with_kind(ErrorKind::Host)
                     .caused_by(std::io::Error::from_raw_os_error(errno));
                 // Which lane's operations were leaked nobody knows.
-                if !flow.is_held() && (flow.lane().is_idle() || !leaked) {
+                if flow.lane().is_idle() || !leaked {
                     self.finish(at, Err(why));
                 } else {
                     *ending = Some((why, Instant::now()));

@@ -37,12 +37,9 @@ mod channel_side;
 mod device_side;
 mod device_thread;
 mod main_channel;
-mod pace;
 mod publisher;
 mod session;
-mod through;
 
-use self::through::Through;
 pub(crate) use self::{
     backpressure::Backpressure,
     channel_side::{IncomingPacket, LoadSink},
@@ -64,7 +61,6 @@ use crate::{
         pool::{Pool, PoolLayout},
         reorder_buffer::ReorderBuffer,
         slot::{Packet, Payload},
-        turn::Turn,
         waiters::Waiters,
     },
     router::Router,
@@ -102,10 +98,6 @@ pub(crate) struct LoadDevice {
     /// Who waits for that.
     progress: Waiters,
     unplugged: AtomicBool,
-    /// Who writes.
-    turn: Turn,
-    /// With what, where it is not the I/O thread.
-    through: Through,
 }
 
 impl LoadDevice {
@@ -230,8 +222,6 @@ impl Load {
             written: AtomicU32::new(0),
             progress: Waiters::new(),
             unplugged: AtomicBool::new(false),
-            turn: Turn::new(),
-            through: Through::default(),
         });
         self.add_route(id, Route::Device(device.clone()))?;
         // Partner: the fence in `fail`, which sets the reason and then looks for devices. One of the

@@ -46,18 +46,6 @@ impl ConfigGate {
     }
 }
 
-/// Which thread writes what has been received to a device. See [`Settings::writer`].
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-#[non_exhaustive]
-pub enum Writer {
-    /// The I/O thread, through its ring.
-    #[default]
-    Ring,
-    /// The channel that has brought the packet that is next, where the device takes bytes as quickly as a
-    /// copy does; else the I/O thread.
-    Auto,
-}
-
 /// A session's settings. Sizes are in bytes. A time of [`Duration::MAX`] is no limit.
 ///
 /// The start of a session checks every setting before a device changes its state. The error
@@ -109,11 +97,6 @@ pub struct Settings {
     /// memory too, unless it goes to a directory. When the limit is reached, packets wait after all. Default:
     /// 1 GiB.
     pub spill_limit: u64,
-    /// Load: which thread writes to a device. Ring.
-    ///
-    /// With [`Writer::Auto`] a channel's thread is within a driver's `write`. A driver that does not return
-    /// keeps that thread, and the channel's other packets, until the grace time is over.
-    pub writer: Writer,
     /// Load: the number of channels, 256 at most; a hello's id is below it. Input ends when this many
     /// channels have connected and closed, or when nothing is missing any more. A channel that never
     /// connects is not an error in itself; if a packet is missing, the load fails with
@@ -171,7 +154,6 @@ impl Default for Settings {
             max_packet: wire::DEFAULT_MAX_PACKET,
             spill: Spill::Auto,
             spill_limit: 1 << 30,
-            writer: Writer::Ring,
             channels: 1,
             uuid: [0; 16],
             max_devices: None,

@@ -170,9 +170,6 @@ pub struct DeviceStats {
     pub transfers: Latency,
     /// Ring entries for the data fd.
     pub entries: u64,
-    /// Load: bytes of data that channels have written themselves; all others went through the ring. See
-    /// [`Settings::writer`](crate::Settings::writer).
-    pub written_through: u64,
     /// The split of the downtime.
     pub phases: Phases,
 }
@@ -287,10 +284,6 @@ pub struct DeviceCounters {
     pub starved: Counter,
     /// Ring entries for the data fd.
     pub entries: Counter,
-    /// See [`DeviceStats::written_through`].
-    pub written_through: Counter,
-    /// How long those writes took.
-    pub through_time: Counter,
     transfers: Counter,
     transfer_total: Counter,
     transfer_max: Counter,
@@ -390,7 +383,6 @@ impl DeviceCounters {
                 max: self.transfer_max.get_time(),
             },
             entries: self.entries.get(),
-            written_through: self.written_through.get(),
             phases: self.phases.snapshot(),
         }
     }

@@ -14,15 +14,12 @@
 
 use nix::errno::Errno;
 
-use std::{
-    io, mem,
-    time::{Duration, Instant},
-};
+use std::{io, mem, time::Instant};
 
 use crossbeam_epoch::Guard;
 use vfio_migration_uring::{Completion, Fd, Ring};
 
-use super::{Load, LoadDevice, TransferResult, pace::Pace, through::Remainder};
+use super::{Load, LoadDevice, TransferResult};
 use crate::{
     error::{Error, ErrorKind, Phase, Result},
     io_loop::{Context, Transfer, TransferState},
@@ -32,7 +29,6 @@ use crate::{
         reorder_buffer::{Next, ReorderReader},
         slot::{Packet, Payload},
     },
-    settings::Writer,
     spill::{BOUNCE, SpillExtent},
     sync::{Arc, atomic::Ordering},
     trace, wire,
@@ -70,22 +66,8 @@ pub(crate) struct LoadTransfer {
     share: usize,
     started: Option<Instant>,
     starved: Option<Instant>,
-    /// How quick it has been.
-    pace: Pace,
-    /// Where the turn is lent: `reader` and the lane's place stand still.
-    lent: Option<Lent>,
-    /// The first errno of a channel's write: final.
-    failure: Option<Error>,
     /// Last, so that the lane has given the data fd back before the result is there.
     outcome: ResultOnDrop,
-}
-
-/// What the I/O thread remembers of a turn that it has lent.
-struct Lent {
-    /// What was next at the last look.
-    next: u32,
-    /// What the channels' writes had taken before.
-    wrote: Duration,
 }
 
 /// A packet on its way back from the spill file.
@@ -169,7 +151,6 @@ impl Drop for ResultOnDrop {
             .reorder
             .close(&epoch.pin(), |packet| load.recycle(packet));
         self.load.backpressure.notify_all();
-        self.device.through.end();
         let unfinished = || {
             let kind = ErrorKind::Internal("the I/O thread ended before this device's transfer");
             Err(Error::new(kind, Phase::Load).on_device(&self.device.id))
@@ -202,9 +183,6 @@ impl LoadTransfer {
             share: CHAIN_BYTES,
             started: None,
             starved: None,
-            pace: Pace::new(),
-            lent: None,
-            failure: None,
             outcome,
         }
     }
@@ -224,99 +202,7 @@ impl LoadTransfer {
             .or(self.ready.indices.first());
         let read_back = self.read_back.as_ref().map(|packet| packet.index);
         let taken = taken.copied().or(read_back);
-        taken.unwrap_or_else(|| self.next())
-    }
-
-    /// The idx that is needed next, whoever takes it.
-    fn next(&self) -> u32 {
-        if self.lent.is_some() {
-            self.device.reorder.next()
-        } else {
-            self.reader.next()
-        }
-    }
-
-    /// Whether a channel may write what comes next: to a device that is as quick as a copy, while nothing of
-    /// it is under way here.
-    fn may_lend(&self) -> bool {
-        self.load.settings.writer == Writer::Auto
-            && self.pace.lets_channels_write()
-            && self.started.is_some()
-            && self.lent.is_none()
-            && self.lane.is_idle()
-            && !self.config_taken
-            && self.read_back.is_none()
-            && self.ready.operations.is_empty()
-    }
-
-    /// Lends the turn. Returns whether it could.
-    fn lend(&mut self) -> bool {
-        let at = self.lane.lend();
-        if !self.device.through.lend(self.lane.fd(), at) {
-            return false;
-        }
-        self.reader.rest(&self.device.reorder);
-        self.lent = Some(Lent {
-            next: self.reader.next(),
-            wrote: self.device.counters.through_time.get_time(),
-        });
-        self.device.turn.lend();
-        true
-    }
-
-    /// Whether the turn should be taken back.
-    fn is_due(&self, guard: &Guard) -> bool {
-        let device = &self.device;
-        self.load.input_ended() || device.turn.is_due(&device.reorder, guard)
-    }
-
-    /// Takes the turn back, if no channel has it. Returns whether it is here.
-    fn take_back(&mut self) -> bool {
-        let Some(Lent { wrote, .. }) = self.lent else {
-            return true;
-        };
-        if !self.device.turn.claim() {
-            return false;
-        }
-        self.lent = None;
-        self.reader = ReorderReader::resume(&self.device.reorder);
-        let left = self.device.through.take_back(|at| self.lane.resume(at));
-        if left.slow {
-            self.pace = self.pace.was_slow();
-        }
-        if let Some(since) = self.starved.take() {
-            let counters = &self.device.counters;
-            let wrote = counters.through_time.get_time().saturating_sub(wrote);
-            counters
-                .starved
-                .add_time(since.elapsed().saturating_sub(wrote));
-        }
-        if let Some((index, source)) = left.failure {
-            self.failure = Some(self.device_failed(index, source));
-        }
-        if let Some(Remainder {
-            index,
-            buffer,
-            last,
-        }) = left.remainder
-        {
-            let ready = &mut self.ready;
-            ready.indices.push(index);
-            ready.len += buffer.size();
-            ready.bytes += buffer.size() as u64;
-            if last {
-                ready.bytes += wire::PACKET_HEADER_LEN as u64;
-            }
-            ready.operations.push((index, buffer));
-        }
-        true
-    }
-
-    fn device_failed(&self, index: u32, source: io::Error) -> Error {
-        Error::new(ErrorKind::Device, Phase::Load)
-            .on_device(&self.device.id)
-            .at_index(index)
-            .caused_by(source)
+        taken.unwrap_or_else(|| self.reader.next())
     }
 
     /// Tells how far the device is, while somebody may wait for it: before the switchover.
@@ -565,21 +451,6 @@ impl Transfer for LoadTransfer {
         if !self.device.flags.is_started() {
             return TransferState::Held;
         }
-        if let Some(Lent { next, .. }) = &mut self.lent {
-            let now = self.device.reorder.next();
-            let moved = mem::replace(next, now) != now;
-            if !(self.is_due(context.guard) && self.take_back()) {
-                // What channels write is progress too.
-                return if moved {
-                    TransferState::Held
-                } else {
-                    TransferState::Starved
-                };
-            }
-        }
-        if let Some(error) = self.failure.take() {
-            return TransferState::Finished(Err(error));
-        }
         let first = self.reader.next() == 0;
         // A loader that has been started early does not count as waiting before the switchover.
         let switched = self.device.flags.is_switched();
@@ -688,8 +559,6 @@ impl Transfer for LoadTransfer {
             trace::load_state_device_buffer_load_end(&self.device.id, *index);
         }
         self.device.counters.bytes.add(self.in_flight.bytes);
-        let took = self.lane.submitted().elapsed();
-        self.pace = self.pace.moved(self.in_flight.len, took);
         self.in_flight.clear();
         self.report_progress();
         Ok(())
@@ -712,28 +581,21 @@ impl Transfer for LoadTransfer {
             }
             _ => index,
         };
-        self.device_failed(index, source)
+        Error::new(ErrorKind::Device, Phase::Load)
+            .on_device(&self.device.id)
+            .at_index(index)
+            .caused_by(source)
     }
 
     fn starve(&mut self) {
         if self.started.is_some() && self.starved.is_none() {
             self.starved = Some(Instant::now());
-            trace::load_state_device_buffer_starved(&self.device.id, self.next());
-        }
-        if self.lent.is_some() || self.may_lend() && self.lend() {
-            return;
+            trace::load_state_device_buffer_starved(&self.device.id, self.reader.next());
         }
         self.reader.starve(&self.device.reorder);
     }
 
-    fn is_held(&mut self) -> bool {
-        !self.take_back()
-    }
-
     fn is_ready(&mut self, guard: &Guard) -> bool {
-        if self.lent.is_some() {
-            return self.is_due(guard);
-        }
         if self.config_taken {
             return self.device.flags.is_switched();
         }
@@ -755,8 +617,6 @@ impl Transfer for LoadTransfer {
 
     fn finish(mut self, result: Result<()>) {
         let config = mem::take(&mut self.config);
-        // The device's own error says more than a stop that came on top.
-        let result = self.failure.take().map_or(result, Err);
         // Of a chain that failed, and of the empty packets behind the last.
         let mut bytes = self.in_flight.bytes;
         if self.ready.indices.is_empty() {

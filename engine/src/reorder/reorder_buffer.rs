@@ -37,7 +37,7 @@ use crate::{
     error::Violation,
     reorder::{
         doorbell::Doorbell,
-        slot::{Packet, Peek, Publish, Take},
+        slot::{Packet, Publish, Take},
         table::Table,
     },
     sync::atomic::{
@@ -244,35 +244,6 @@ impl ReorderReader {
         Self {
             next: 0,
             starved: false,
-        }
-    }
-
-    /// Returns the reader of one that another reader has read: of whoever has just taken the [turn].
-    ///
-    /// [turn]: crate::reorder::turn::Turn
-    #[must_use]
-    pub fn resume(reorder: &ReorderBuffer) -> Self {
-        Self {
-            next: reorder.next(),
-            starved: false,
-        }
-    }
-
-    /// Says that the I/O thread does not wait for its next packet itself: it lends the turn.
-    pub fn rest(&mut self, reorder: &ReorderBuffer) {
-        if self.starved {
-            self.starved = false;
-            // Relaxed: at worst a publisher wakes us for nothing.
-            reorder.starved.store(NONE, Relaxed);
-        }
-    }
-
-    /// What is here of what is next, in one look.
-    #[must_use]
-    pub fn peek(&self, reorder: &ReorderBuffer, guard: &Guard) -> Option<Peek> {
-        match reorder.table.slot(self.next, guard) {
-            Some(slot) => slot.peek(),
-            None => reorder.table.is_closed(guard).then_some(Peek::Other),
         }
     }
 

@@ -184,15 +184,6 @@ pub enum Take {
     Closed,
 }
 
-/// What a slot has for its taker.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Peek {
-    /// Data, in memory.
-    Data,
-    /// A config, data that is kept outside of the pool, or an end.
-    Other,
-}
-
 /// One packet's place in the stream.
 pub struct Slot {
     word: AtomicU64,
@@ -265,18 +256,6 @@ impl Slot {
             Word(self.word.load(Relaxed)).phase(),
             Phase::Ready | Phase::Closed
         )
-    }
-
-    /// What is here to be taken, if anything is: for the taker, who confirms it.
-    #[must_use]
-    pub fn peek(&self) -> Option<Peek> {
-        // Relaxed: as above.
-        let word = Word(self.word.load(Relaxed));
-        match word.phase() {
-            Phase::Ready if word.0 & (Word::CONFIG | Word::ASIDE) == 0 => Some(Peek::Data),
-            Phase::Ready | Phase::Closed => Some(Peek::Other),
-            Phase::Empty | Phase::Taken => None,
-        }
     }
 
     /// Abandons the slot, and returns the packet it held, if any.
