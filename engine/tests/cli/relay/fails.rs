@@ -96,6 +96,37 @@ fn what_a_source_does_wrong_is_named_and_ends_both_sides() {
     }
 }
 
+/// A destination that has replied, and ends without its last word because the relay hung up, knows nothing of
+/// what the relay refused.
+#[test]
+fn the_relays_own_reason_is_said_where_the_destination_is_silent() {
+    let directory = Directory::new();
+    let there = directory.file("there");
+    let destination = UnixListener::bind(&there).unwrap();
+    let (relay, path) = relay(&directory, &format!("unix:{there}"), "");
+    let mut main = UnixStream::connect(&path).unwrap();
+    main.write_all(b"QEVM\0\0\0\x03").unwrap();
+    let (mut replies, _) = destination.accept().unwrap();
+    // A pong.
+    replies.write_all(&[0, 2, 0, 4, 0, 0, 0, 1]).unwrap();
+    let mut pong = [0; 8];
+    main.read_exact(&mut pong).unwrap();
+    let mut version = packet(1, 0, b"x");
+    version[276 + 3] = 1;
+    let source = feed(&path, [hello(0), sync(0), version].concat(), usize::MAX);
+    let (mut channel, _) = destination.accept().unwrap();
+    let mut rest = Vec::new();
+    let _reset = channel.read_to_end(&mut rest);
+    let _reset = replies.read_to_end(&mut rest);
+    drop(replies);
+    let ended = relay.end();
+    assert!(
+        ended.why().contains("unknown packet version 1"),
+        "{ended:?}"
+    );
+    source.join().unwrap();
+}
+
 #[test]
 fn two_channels_of_one_id_are_refused() {
     let directory = Directory::new();

@@ -222,6 +222,11 @@ impl MainChannel {
         lock(&self.verdict).check(replied)
     }
 
+    /// Fails only where the destination has said that it failed: its silence is no reason.
+    pub(super) fn check_words(&self) -> anyhow::Result<()> {
+        lock(&self.verdict).check(false)
+    }
+
     /// As [`MainChannel::check`], when all is over: where there was neither a reply nor a channel,
     /// nothing says that anything has passed.
     pub(super) fn check_all(&self, channels: usize) -> anyhow::Result<()> {
