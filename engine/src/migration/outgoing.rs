@@ -209,7 +209,7 @@ impl Outgoing {
                 return writer.dummy();
             };
             let phases = &source.counters.phases;
-            // Ends with the state, which the I/O thread ends.
+            // Ends with the state, which the driver ends.
             loop {
                 let since = Instant::now();
                 let count = source.device.read_stop_copy(&mut source.buffer)?;

@@ -267,7 +267,7 @@ fn nobody_there() {
 }
 
 #[test]
-fn strangers_are_shown_the_door() {
+fn strangers_are_closed_and_said() {
     let (receiving, to) = receive("127.0.0.1:0", "--json --device sim:id=a");
     drop(TcpStream::connect(&to).unwrap());
     TcpStream::connect(&to)

@@ -1,15 +1,15 @@
 //! Takes a destination's connections in, and tells main channels from multifd channels.
 //!
 //! ```text
-//!   Listener ──▶ unidentified ──▶ the first four bytes ─┬─ QEVM          ──▶ Identified::Main
-//!                  │          (they stay there)   ├─ multifd magic ──▶ Identified::Channel
-//!                  │                              └─ else, silent  ──▶ closed, and said
-//!                  └─ gone again, or silent when the house is full ──▶ closed
+//!   Listener ──▶ unidentified ──▶ the first four bytes ─┬─ QEVM           ──▶ Identified::Main
+//!                     │             (they stay there)     ├─ multifd magic  ──▶ Identified::Channel
+//!                     │                                   └─ else, silent   ──▶ closed, and said
+//!                     └─ gone again, or silent when all places are taken    ──▶ closed
 //! ```
 //!
-//! Used from the command's main thread. Nothing here waits: the caller waits on [`Acceptor::fds`], which
-//! are those of which something can come that changes something. So a full house is not told of
-//! who comes, nor is one that the host gives no file for: it looks at the next tick.
+//! Used from the command's main thread. Nothing here waits: the caller waits on [`Acceptor::fds`]. They
+//! leave out the listener while all places are taken, and while the host has no file for another
+//! connection: then the acceptor looks again at the next tick.
 
 use std::{
     os::fd::AsFd,
@@ -39,7 +39,7 @@ struct Unidentified {
     begun: bool,
 }
 
-/// How long a silent connection has its place in a full house. A source speaks at once.
+/// How long a silent connection keeps its place while all are taken. A source speaks at once.
 const WHEN_FULL: Duration = Duration::from_secs(1);
 
 /// How long a connection may take to say what it is, where nothing may stand still for `timeout`.

@@ -216,7 +216,7 @@ fn without_a_destination_the_source_is_told() {
 }
 
 #[test]
-fn a_connection_that_is_neither_is_shown_the_door() {
+fn a_connection_that_is_neither_is_closed() {
     let directory = Directory::new();
     let sink = Sink::new(&directory, 1);
     let (relay, from) = relay(&directory, &sink.address, "--channels 1");
