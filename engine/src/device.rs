@@ -33,6 +33,7 @@
 mod callbacks;
 pub mod estimate;
 mod fd_device;
+mod hooks;
 mod machine;
 mod rest;
 pub(crate) mod set;
@@ -57,6 +58,7 @@ use self::rest::Rest;
 pub use self::{
     callbacks::{MigrationDevice, StateEvent},
     fd_device::FdDevice,
+    hooks::{Hooked, Hooks, MAX_CONFIG_LEN},
     rest::Duty,
 };
 use crate::{

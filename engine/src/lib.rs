@@ -143,7 +143,10 @@ pub use crate::device::vfio;
 pub use crate::reorder::refusals::LeasePlan;
 pub use crate::{
     channel::{Channel, RamSink},
-    device::{Device, Duty, FdDevice, MigrationDevice, Recover, StateEvent, estimate},
+    device::{
+        Device, Duty, FdDevice, Hooked, Hooks, MAX_CONFIG_LEN, MigrationDevice, Recover,
+        StateEvent, estimate,
+    },
     error::{Error, ErrorKind, Failed, Phase, Refusal, Result, Violation},
     id::{DeviceId, InvalidDeviceId},
     load::{LoadBuilder, LoadSession, PacketLease, Publisher},
@@ -206,6 +209,9 @@ pub mod internals {
 /// [`Capabilities`]: crate::migration::Capabilities
 /// [`DeviceSettings`]: crate::migration::DeviceSettings
 /// [`Settings`]: crate::Settings
+/// [`Hooks`]: crate::Hooks
+/// [`Hooked`]: crate::Hooked
+/// [`Duty`]: crate::Duty
 pub mod guide {}
 
 /// The README's examples compile.

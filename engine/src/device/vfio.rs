@@ -21,7 +21,7 @@ mod open;
 use std::{
     fmt,
     io::{self, Read, Write},
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
 };
 
 use nix::errno::Errno;
@@ -30,10 +30,11 @@ pub use self::{
     ioctl::{DmaRange, Feature, Support},
     open::{SysfsDevice, open},
 };
-use super::MigrationDevice;
+use super::{Hooked, Hooks, MigrationDevice};
 use crate::state::{DeviceState, MigrationFlags, PrecopyInfo};
 
-/// What a VMM keeps of a device besides the driver's state: its PCI config space, say.
+/// What a VMM keeps of a device besides the driver's state, in a form that knows its own end, as QEMU's does.
+/// A VMM whose config is bytes of its own uses [`Hooks`] instead, which are framed.
 pub trait Config: Send {
     /// As [`MigrationDevice::save_config`].
     ///
@@ -65,6 +66,10 @@ pub trait Config: Send {
 /// // From an fd that the VMM has open, an `OwnedFd`, by whatever way it came by it:
 /// let inner = vfio::VfioDevice::new(device_fd);
 /// let device = Device::new(DeviceId::new("0000:00:04.0/vfio", 0)?, Box::new(inner))?;
+///
+/// // From an owner that keeps its fd to itself, shared or not:
+/// # let owner = std::sync::Arc::new(std::fs::File::open("/dev/null")?);
+/// let inner = vfio::VfioDevice::dup_of(&owner)?;
 /// # Ok(())
 /// # }
 /// ```
@@ -87,6 +92,12 @@ impl<F: AsFd> VfioDevice<F> {
             config: Some(config),
             ..self
         }
+    }
+
+    /// With what the VMM does about it beside the kernel's calls: its config, what a reset has undone, events. A
+    /// [`Config`] is no longer used then.
+    pub const fn with_hooks<H: Hooks>(self, hooks: H) -> Hooked<Self, H> {
+        Hooked::new(self, hooks)
     }
 
     /// What the device can do.
@@ -112,6 +123,29 @@ impl<F: AsFd> VfioDevice<F> {
                 Err(error) => return Err(error),
             },
         })
+    }
+}
+
+impl VfioDevice<OwnedFd> {
+    /// A device over a duplicate of an fd that somebody else owns, with `FD_CLOEXEC`. The kernel's device stays open
+    /// until both are closed: [`Duty::Close`](crate::Duty::Close) asks for both, so drop the
+    /// [`Device`](crate::Device) too.
+    ///
+    /// # Errors
+    ///
+    /// `EMFILE`.
+    pub fn dup(fd: BorrowedFd<'_>) -> io::Result<Self> {
+        Ok(Self::new(fd.try_clone_to_owned()?))
+    }
+
+    /// As [`VfioDevice::dup`], of an owner that only tells its fd's number: `vfio_ioctls::VfioDevice`, or an `Arc` of
+    /// one. The owner must have the file open for as long as this call takes.
+    ///
+    /// # Errors
+    ///
+    /// `EMFILE`; `EBADF` where the number is no open file's.
+    pub fn dup_of(owner: &(impl AsRawFd + ?Sized)) -> io::Result<Self> {
+        Ok(Self::new(ioctl::duplicate(owner.as_raw_fd())?))
     }
 }
 
@@ -187,5 +221,40 @@ impl<F: fmt::Debug> fmt::Debug for VfioDevice<F> {
         f.debug_struct("VfioDevice")
             .field("fd", &self.fd)
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs::File, sync::Arc};
+
+    use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+
+    use super::*;
+
+    #[test]
+    fn a_duplicate_outlives_its_owner_and_is_close_on_exec() {
+        let owner = Arc::new(File::open("/dev/null").unwrap());
+        for device in [
+            VfioDevice::dup(owner.as_fd()),
+            VfioDevice::dup_of(&owner.clone()),
+        ] {
+            let device = device.unwrap();
+            assert_ne!(device.as_fd().as_raw_fd(), owner.as_raw_fd());
+            let flags = fcntl(device.as_fd(), FcntlArg::F_GETFD).unwrap();
+            assert!(FdFlag::from_bits_retain(flags).contains(FdFlag::FD_CLOEXEC));
+            let error = device.flags().unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(Errno::ENOTTY as i32));
+        }
+        let device = VfioDevice::dup_of(&owner).unwrap();
+        drop(owner);
+        let error = device.flags().unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(Errno::ENOTTY as i32));
+    }
+
+    #[test]
+    fn a_number_that_is_no_file_is_refused() {
+        let error = VfioDevice::dup_of(&-1).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(Errno::EBADF as i32));
     }
 }

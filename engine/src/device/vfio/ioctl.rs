@@ -6,7 +6,7 @@
 
 use std::{
     io,
-    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
 };
 
 use nix::{errno::Errno, libc};
@@ -162,6 +162,18 @@ pub fn flags(fd: BorrowedFd<'_>) -> io::Result<MigrationFlags> {
 fn owned(data_fd: i32) -> Option<OwnedFd> {
     // SAFETY: the kernel has just made it for the caller, and nobody else knows of it.
     (data_fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(data_fd) })
+}
+
+/// Duplicates a file by its number, with `FD_CLOEXEC`.
+///
+/// # Errors
+///
+/// The kernel's: `EBADF`, `EMFILE`.
+pub(super) fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: the call takes numbers and no address, and leaves `fd` as it is, whatever that is.
+    let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 0) };
+    Errno::result(copy)?;
+    owned(copy).ok_or_else(|| Errno::EBADF.into())
 }
 
 /// GET of `VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE`.
