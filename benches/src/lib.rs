@@ -15,6 +15,7 @@
 
 pub mod child;
 pub mod engine;
+pub mod kept;
 pub mod latency;
 pub mod measure;
 pub mod plan;

@@ -11,10 +11,11 @@
 
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
+use serde::{Deserialize, Serialize};
 use vfio_migration::DeviceId;
 
 /// What moves.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
 pub struct Plan {
     /// Devices.
     pub devices: u32,

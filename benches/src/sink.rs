@@ -25,12 +25,13 @@ use nix::{
     fcntl::{FcntlArg, fcntl},
     sys::memfd::{MFdFlags, memfd_create},
 };
+use serde::{Deserialize, Serialize};
 use vfio_migration::{Device, DeviceId, FdDevice};
 
 use crate::measure::Mark;
 
 /// What kind of file a data fd is.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub enum Kind {
     /// A memfd.
     Memfd,

@@ -13,7 +13,7 @@ use vfio_migration_benches::{
     plan::Plan,
     sink::{Kind, Sink},
     source::{Source, Wire},
-    yardstick::{copy_save, mutex, raw, threads},
+    yardstick::{copy_save, handed, local, mutex, raw, threads},
 };
 
 /// Who moves the bytes.
@@ -25,10 +25,13 @@ enum Contender {
     Mutex,
     MutexTcp,
     Threads,
+    Local,
+    Handed,
     Raw,
     RawTcp,
     ThroughTcp,
     RawSave,
+    LocalSave,
     CopySave,
 }
 
@@ -96,12 +99,15 @@ fn main() -> io::Result<()> {
             Contender::Mutex => mutex::load_memory(&plan, &sinks, &source),
             Contender::MutexTcp => mutex::load_sockets(&plan, &sinks, &source, Wire::Tcp),
             Contender::Threads => threads::load_memory(&plan, &sinks, &source),
+            Contender::Local => local::load_memory(&plan, &sinks, &source),
+            Contender::Handed => handed::load_memory(&plan, &sinks[0], &source),
             Contender::Raw => raw::load_memory(&plan, &sinks[0], &source),
             Contender::RawTcp => raw::load_sockets(&plan, &sinks[0], &source, Wire::Tcp),
             Contender::ThroughTcp => {
                 raw::load_sockets_through(&plan, &sinks[0], &source, Wire::Tcp)
             }
             Contender::RawSave => raw::save(&plan, &sinks[0], 1),
+            Contender::LocalSave => local::save(&plan, &sinks),
             Contender::CopySave => copy_save::save(&plan, &sinks),
         };
         let (rate, cpu) = (sample.rate() / 1e9, sample.cpu_per_gib());
