@@ -132,6 +132,22 @@ pub(crate) trait Transfer: Send {
     /// Whether there is something to do after all.
     fn is_ready(&mut self, guard: &Guard) -> bool;
 
+    /// Whether another thread is in a call on its data fd, in its lane's stead. Where that has ended the flow
+    /// has the data fd back.
+    fn is_held(&mut self) -> bool {
+        false
+    }
+
+    /// When it wants to be looked at again, whether or not anybody rings.
+    fn look_again(&self) -> Option<Instant> {
+        None
+    }
+
+    /// The I/O thread has slept until then, and nobody rang.
+    fn slept_until(&mut self, then: Instant) {
+        let _ = then;
+    }
+
     /// Nothing has moved for too long: what it misses.
     fn stalled(&self) -> Error;
 
@@ -161,6 +177,8 @@ pub(crate) struct IoHandle<F> {
     pub(crate) late: Counter,
     /// Operations that the kernel did not give back in time.
     pub(crate) leaked: Counter,
+    /// Channels' writes that the driver did not give back in time.
+    pub(crate) kept: Counter,
 }
 
 impl<F> IoHandle<F> {
@@ -174,6 +192,7 @@ impl<F> IoHandle<F> {
             ring_calls: Counter::default(),
             late: Counter::default(),
             leaked: Counter::default(),
+            kept: Counter::default(),
         }
     }
 
@@ -312,10 +331,17 @@ impl<F: Transfer> IoLoop<F> {
             drop(guard);
             progressed();
             self.handle.ring_calls.add(1);
-            let waited = self.ring.wait(Some(self.bound()));
+            let bound = self.bound();
+            let then = later(Instant::now(), bound);
+            let waited = self.ring.wait(Some(bound));
             let first = self.ring.reap();
-            if first.is_none() && matches!(waited, Ok(false)) && self.is_unannounced(&epoch) {
-                self.handle.late.add(1);
+            if first.is_none() && matches!(waited, Ok(false)) {
+                if bound < RECHECK {
+                    // Nobody rings for a transfer that asked to be looked at sooner.
+                    self.slept_until(then);
+                } else if self.is_unannounced(&epoch) {
+                    self.handle.late.add(1);
+                }
             }
             self.handle.doorbell.get_up();
             self.reap(first, &epoch.pin());
@@ -384,7 +410,10 @@ impl<F: Transfer> IoLoop<F> {
             };
             self.busy += usize::from(!flow.lane().is_idle());
             if let Some((_, until)) = ending {
-                if now >= *until {
+                if flow.lane().is_idle() && !flow.is_held() {
+                    let (error, _) = ending.take().expect("seen above");
+                    self.finish(at, Err(error));
+                } else if now >= *until {
                     self.abandon(at);
                 }
                 continue;
@@ -466,7 +495,7 @@ impl<F: Transfer> IoLoop<F> {
         else {
             return;
         };
-        if flow.lane().is_idle() {
+        if flow.lane().is_idle() && !flow.is_held() {
             self.finish(at, Err(error));
         } else {
             *starved = false;
@@ -493,6 +522,7 @@ impl<F: Transfer> IoLoop<F> {
             let (why, _) = ending.expect("only a flow that was stopped is given up");
             let leaked = flow.lane().abandon();
             self.handle.leaked.add(leaked as u64);
+            self.handle.kept.add(flow.is_held().into());
             self.slots[at] = LaneSlot::Abandoned(leaked);
             flow.finish(Err(why.with_kind(ErrorKind::Stuck)));
         }
@@ -514,8 +544,21 @@ impl<F: Transfer> IoLoop<F> {
                 ending: None,
                 ..
             } => flow.stop().is_some() || *starved && flow.is_ready(guard),
+            LaneSlot::Active {
+                flow,
+                ending: Some(_),
+                ..
+            } => flow.lane().is_idle() && !flow.is_held(),
             _ => false,
         })
+    }
+
+    fn slept_until(&mut self, then: Instant) {
+        for slot in &mut self.slots {
+            if let LaneSlot::Active { flow, .. } = slot {
+                flow.slept_until(then);
+            }
+        }
     }
 
     /// After a sleep that only its bound has ended, and still lying: whether there is something that
@@ -544,6 +587,9 @@ impl<F: Transfer> IoLoop<F> {
                 ending: Some((_, until)),
                 ..
             } => Some(until.saturating_duration_since(now)),
+            LaneSlot::Active {
+                flow, ending: None, ..
+            } => Some(flow.look_again()?.saturating_duration_since(now)),
             _ => None,
         });
         deadlines.fold(RECHECK, Duration::min)
@@ -625,7 +671,7 @@ impl<F: Transfer> IoLoop<F> {
                     .with_kind(ErrorKind::Host)
                     .caused_by(std::io::Error::from_raw_os_error(errno));
                 // Which lane's operations were leaked nobody knows.
-                if flow.lane().is_idle() || !leaked {
+                if !flow.is_held() && (flow.lane().is_idle() || !leaked) {
                     self.finish(at, Err(why));
                 } else {
                     *ending = Some((why, Instant::now()));

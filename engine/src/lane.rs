@@ -453,6 +453,28 @@ impl Lane {
         }
     }
 
+    /// Where the next byte goes, for a thread that writes in the lane's stead: `None` for a stream. The lane is
+    /// idle until [`Lane::resume`].
+    pub(crate) fn lend(&mut self) -> Option<u64> {
+        self.place.settle(&self.fd);
+        match self.place {
+            Place::At(at) => Some(at),
+            _ => None,
+        }
+    }
+
+    /// Goes on where that thread stopped.
+    pub(crate) const fn resume(&mut self, at: Option<u64>) {
+        if let Some(at) = at {
+            self.place = Place::At(at);
+        }
+    }
+
+    /// The data fd.
+    pub(crate) const fn fd(&self) -> &Fd {
+        &self.fd
+    }
+
     /// Asks the ring to end what is in flight. The completions still come.
     pub(crate) fn cancel(&mut self, ring: &mut dyn Ring<Buffer>) {
         self.cancelled = true;
@@ -469,6 +491,8 @@ impl Lane {
     pub(crate) fn abandon(&mut self) -> usize {
         mem::forget(self.fd.clone());
         mem::forget(self.aside.clone());
+        // Nor is its position set.
+        self.place = Place::Stream;
         self.outstanding
     }
 }

@@ -154,7 +154,7 @@ pub use crate::{
     relay::{Relay, RelayBuilder, RelayReport},
     save::{SaveBuilder, SaveSession, SourceChannels},
     session::{Canceller, DeviceReport, DeviceSpec, Report},
-    settings::{ConfigGate, Settings, Spill},
+    settings::{ConfigGate, Settings, Spill, Writer},
     state::{DeviceState, MigrationFlags, PrecopyInfo, UnknownState},
     stats::{ChannelStats, DeviceStats, Latency, Phases, SpillStats, Stats},
     tasks::{Task, TaskKind},
@@ -165,7 +165,8 @@ pub use crate::{
 #[doc(hidden)]
 pub mod internals {
     pub use crate::reorder::{
-        doorbell, flags, memory_policy, pool, reorder_buffer, send_queue, slot, table, waiters,
+        doorbell, flags, memory_policy, pool, reorder_buffer, send_queue, slot, table, turn,
+        waiters,
     };
 
     pub mod router {

@@ -11,8 +11,8 @@
 //!
 //! | who | owns | may touch |
 //! |---|---|---|
-//! | a channel's thread | its socket, the buffer it cuts leases from (`LeaseCutter`) | every device's [`ReorderBuffer`] |
-//! | the I/O thread | every [`LoadTransfer`]: reader, lane, a clone of the data fd | the pool |
+//! | a channel's thread | its socket, the buffer it cuts leases from (`LeaseCutter`); while it has a device's turn, the reader and a clone of the data fd | every device's [`ReorderBuffer`] and turn |
+//! | the I/O thread | every [`LoadTransfer`]: lane, a clone of the data fd; the reader, unless the turn is lent | the pool |
 //! | a device's thread | the [`Device`](crate::Device): its state, its config, its data fd | its [`DeviceFlags`], its result |
 //! | the main thread | the session | the flags of stop, switchover and config |
 //!
@@ -37,9 +37,12 @@ mod channel_side;
 mod device_side;
 mod device_thread;
 mod main_channel;
+mod pace;
 mod publisher;
 mod session;
+mod through;
 
+use self::through::Through;
 pub(crate) use self::{
     backpressure::Backpressure,
     channel_side::{IncomingPacket, LoadSink},
@@ -61,6 +64,7 @@ use crate::{
         pool::{Pool, PoolLayout},
         reorder_buffer::ReorderBuffer,
         slot::{Packet, Payload},
+        turn::Turn,
         waiters::Waiters,
     },
     router::Router,
@@ -98,6 +102,10 @@ pub(crate) struct LoadDevice {
     /// Who waits for that.
     progress: Waiters,
     unplugged: AtomicBool,
+    /// Who writes.
+    turn: Turn,
+    /// With what, where it is not the I/O thread.
+    through: Through,
 }
 
 impl LoadDevice {
@@ -222,6 +230,8 @@ impl Load {
             written: AtomicU32::new(0),
             progress: Waiters::new(),
             unplugged: AtomicBool::new(false),
+            turn: Turn::new(),
+            through: Through::new(),
         });
         self.add_route(id, Route::Device(device.clone()))?;
         // Partner: the fence in `fail`, which sets the reason and then looks for devices. One of the

@@ -16,6 +16,7 @@
 //! | [`slot`] | one packet, from its publisher to its taker |
 //! | [`table`] | the slots themselves: made on demand, freed behind the takers |
 //! | [`reorder_buffer`] | a device's packets, from the channels to the I/O thread, in order |
+//! | [`turn`] | who takes from it and writes, from the I/O thread to a channel and back |
 //! | [`send_queue`] | all devices' packets, from the I/O thread to the channels, each to one |
 //! | [`doorbell`] | a wake-up, to the I/O thread |
 //! | [`waiters`] | a wake-up, to any other thread |
@@ -36,4 +37,5 @@ pub mod reorder_buffer;
 pub mod send_queue;
 pub mod slot;
 pub mod table;
+pub mod turn;
 pub mod waiters;

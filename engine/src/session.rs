@@ -514,7 +514,7 @@ impl Common {
             backend: self.backend,
             ring_calls: io.ring_calls.get(),
             late_wakeups: io.late.get() + self.tasks.late(),
-            leaked_transfers: io.leaked.get(),
+            leaked_transfers: io.leaked.get() + io.kept.get(),
         }
     }
 

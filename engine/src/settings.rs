@@ -46,6 +46,18 @@ impl ConfigGate {
     }
 }
 
+/// Which thread writes what has been received to a device. See [`Settings::writer`].
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[non_exhaustive]
+pub enum Writer {
+    /// The I/O thread, through its ring.
+    #[default]
+    Ring,
+    /// The channel that has brought the next packet, while the device takes bytes as quickly as a copy
+    /// does; else the I/O thread. A pipe or a socket is the I/O thread's: it waits for its reader.
+    Auto,
+}
+
 /// A session's settings. Sizes are in bytes. A time of [`Duration::MAX`] is no limit.
 ///
 /// The start of a session checks every setting before a device changes its state. The error
@@ -97,6 +109,14 @@ pub struct Settings {
     /// memory too, unless it goes to a directory. When the limit is reached, packets wait after all. Default:
     /// 1 GiB.
     pub spill_limit: u64,
+    /// Load: which thread writes to a device. Default: [`Writer::Ring`].
+    ///
+    /// With [`Writer::Auto`] a channel's thread, or whoever calls a [`Publisher`](crate::Publisher), is within
+    /// the driver's `write` for as long as the driver takes. A driver that has been quick and then does not
+    /// return keeps that thread and its channel's other packets: they may be another device's. After
+    /// [`no_progress`](Self::no_progress), or a stop and [`grace`](Self::grace), its device is reported
+    /// stuck, and the thread is left behind.
+    pub writer: Writer,
     /// Load: the number of channels, 256 at most; a hello's id is below it. Input ends when this many
     /// channels have connected and closed, or when nothing is missing any more. A channel that never
     /// connects is not an error in itself; if a packet is missing, the load fails with
@@ -154,6 +174,7 @@ impl Default for Settings {
             max_packet: wire::DEFAULT_MAX_PACKET,
             spill: Spill::Auto,
             spill_limit: 1 << 30,
+            writer: Writer::Ring,
             channels: 1,
             uuid: [0; 16],
             max_devices: None,
@@ -196,6 +217,7 @@ setters! {
     max_packet: u32,
     spill: Spill,
     spill_limit: u64,
+    writer: Writer,
     channels: u32,
     uuid: [u8; 16],
     max_devices: u32 => Some,

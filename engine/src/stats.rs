@@ -170,6 +170,9 @@ pub struct DeviceStats {
     pub transfers: Latency,
     /// Ring entries for the data fd.
     pub entries: u64,
+    /// Load: bytes of data that channels have written themselves; all others went through the ring. See
+    /// [`Settings::writer`](crate::Settings::writer).
+    pub written_through: u64,
     /// The split of the downtime.
     pub phases: Phases,
 }
@@ -284,6 +287,10 @@ pub struct DeviceCounters {
     pub starved: Counter,
     /// Ring entries for the data fd.
     pub entries: Counter,
+    /// See [`DeviceStats::written_through`].
+    pub written_through: Counter,
+    /// How long those writes took.
+    pub through_time: Counter,
     transfers: Counter,
     transfer_total: Counter,
     transfer_max: Counter,
@@ -351,7 +358,18 @@ impl DeviceCounters {
 
     /// Counts one transfer that was submitted at `since`.
     pub fn transfer(&self, since: Instant) {
-        let took = nanos(since.elapsed());
+        self.took(since.elapsed());
+    }
+
+    /// Counts what a channel has written itself.
+    pub fn wrote_through(&self, bytes: usize, took: Duration) {
+        self.took(took);
+        self.through_time.add_time(took);
+        self.written_through.add(bytes as u64);
+    }
+
+    fn took(&self, took: Duration) {
+        let took = nanos(took);
         self.transfers.add(1);
         self.transfer_total.add(took);
         self.transfer_max.raise(took);
@@ -383,6 +401,7 @@ impl DeviceCounters {
                 max: self.transfer_max.get_time(),
             },
             entries: self.entries.get(),
+            written_through: self.written_through.get(),
             phases: self.phases.snapshot(),
         }
     }

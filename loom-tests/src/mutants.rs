@@ -36,7 +36,7 @@ const COPIED: [&str; 7] = [
 ];
 
 /// Each module, with the test files that its mutants have to pass, the most telling first.
-const FILES: [(&str, &[&str]); 10] = [
+const FILES: [(&str, &[&str]); 11] = [
     (
         "slot",
         &["slot", "reorder_buffer", "doorbell", "send_queue"],
@@ -47,6 +47,7 @@ const FILES: [(&str, &[&str]); 10] = [
         "reorder_buffer",
         &["reorder_buffer", "doorbell", "waiters", "io_loop"],
     ),
+    ("turn", &["turn"]),
     ("send_queue", &["send_queue"]),
     ("doorbell", &["doorbell", "io_loop"]),
     ("waiters", &["waiters", "send_queue", "flags"]),

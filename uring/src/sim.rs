@@ -76,10 +76,10 @@ pub struct SimConfig {
 
 /// Called where a wait would sleep, again and again until it says true (and the wait returns as
 /// when its time has passed) or there is something to do. It is told whether there was, since the
-/// call before: a test that steps a whole session in one thread gives its other tasks their turn
-/// here.
+/// call before, and how long the wait lasts at most: a test that steps a whole session in one thread
+/// gives its other tasks their turn here.
 #[derive(Clone)]
-pub struct Idle(pub Arc<dyn Fn(bool) -> bool + Send + Sync>);
+pub struct Idle(pub Arc<dyn Fn(bool, Duration) -> bool + Send + Sync>);
 
 impl fmt::Debug for Idle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -523,7 +523,7 @@ impl<B: Buffer> Ring<B> for SimRing<B> {
                 continue;
             }
             if let Some(Idle(idle)) = &self.config.idle {
-                if idle(mem::take(&mut fresh)) {
+                if idle(mem::take(&mut fresh), timeout.unwrap_or(Duration::MAX)) {
                     return Ok(false);
                 }
                 continue;

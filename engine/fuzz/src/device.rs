@@ -1,7 +1,10 @@
-//! A device over a small pipe, whose other end the target drains when it likes.
+//! A device over a small pipe, whose other end the target drains when it likes; or over a memory file, which
+//! takes all at once, and which channels may write to.
 
 use std::{
+    fs::File,
     io::{self, PipeReader, Read},
+    os::unix::fs::FileExt,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -20,11 +23,32 @@ pub struct Got {
     pub resets: u32,
 }
 
+/// What the target reads.
+#[derive(Debug)]
+enum Side {
+    Pipe(PipeReader),
+    Memory(File),
+}
+
+impl Side {
+    /// Reads on behind so many bytes.
+    fn read(&mut self, bytes: &mut [u8], at: usize) -> io::Result<usize> {
+        match self {
+            Self::Pipe(pipe) => pipe.read(bytes),
+            Self::Memory(file) => match file.read_at(bytes, at as u64)? {
+                // There may be more later.
+                0 => Err(io::ErrorKind::WouldBlock.into()),
+                count => Ok(count),
+            },
+        }
+    }
+}
+
 /// A target's end of a device.
 #[derive(Clone, Debug)]
 pub struct Drain {
     id: DeviceId,
-    reader: Arc<Mutex<Option<PipeReader>>>,
+    reader: Arc<Mutex<Option<Side>>>,
     got: Arc<Mutex<Got>>,
 }
 
@@ -51,7 +75,8 @@ impl Drain {
             return 0;
         };
         let mut bytes = vec![0; most];
-        match pipe.read(&mut bytes) {
+        let at = self.got().bytes.len();
+        match pipe.read(&mut bytes, at) {
             Ok(0) => {
                 *reader = None;
                 0
@@ -77,12 +102,12 @@ pub enum Loader {
     Refuses,
 }
 
-/// A device of this name. Both ends of it.
+/// A device of this name, over a memory file or a pipe. Both ends of it.
 ///
 /// # Panics
 ///
 /// Where the name is none.
-pub fn device(id: &DeviceId, config: Loader) -> (Device, Drain) {
+pub fn device(id: &DeviceId, config: Loader, in_memory: bool) -> (Device, Drain) {
     let drain = Drain {
         id: id.clone(),
         reader: Arc::default(),
@@ -91,11 +116,19 @@ pub fn device(id: &DeviceId, config: Loader) -> (Device, Drain) {
     let (opens, changes, resets, loads) =
         (drain.clone(), drain.clone(), drain.clone(), drain.clone());
     let piped = FdDevice::new(move |_state| {
+        if in_memory {
+            let file = nix::sys::memfd::memfd_create(c"fuzzed", nix::sys::memfd::MFdFlags::empty())?;
+            let file = File::from(file);
+            let side = Side::Memory(file.try_clone()?);
+            *opens.reader.lock().expect("nobody panics with it") = Some(side);
+            return Ok(file.into());
+        }
         let (reader, writer) = io::pipe()?;
         let flags = nix::fcntl::OFlag::O_NONBLOCK;
         nix::fcntl::fcntl(&reader, nix::fcntl::FcntlArg::F_SETFL(flags))?;
         nix::fcntl::fcntl(&writer, nix::fcntl::FcntlArg::F_SETPIPE_SZ(4096))?;
-        *opens.reader.lock().expect("nobody panics with it") = Some(reader);
+        *opens.reader.lock().expect("nobody panics with it") =
+            Some(Side::Pipe(reader));
         Ok(writer.into())
     })
     .on_change(move |_from, to| {

@@ -108,12 +108,16 @@ pub fn begin() {
 /// What the ring of a run does instead of sleeping.
 #[must_use]
 pub fn idle() -> Idle {
-    Idle(Arc::new(|fresh| {
+    Idle(Arc::new(|fresh, bound| {
         if fresh {
             moved();
         }
         give_way(Place::Ring);
-        BOUND.get()
+        let short = bound <= SHORT && PATIENCE.get();
+        if short {
+            moved();
+        }
+        short || BOUND.get()
     }))
 }
 

@@ -198,7 +198,7 @@ fuzz_target!(|bytes: &[u8]| {
     let mut drains: Vec<Drain> = Vec::new();
     for name in NAMES {
         let id = DeviceId::new(name, 0).expect("a name");
-        let (device, drain) = device(&id, Loader::Good);
+        let (device, drain) = device(&id, Loader::Good, false);
         builder = builder.device(device);
         drains.push(drain);
     }

@@ -237,7 +237,7 @@ fuzz_target!(|bytes: &[u8]| {
         .spawn_with(steps::spawn_task);
     let mut drains: Vec<Drain> = Vec::new();
     for id in &ids {
-        let (device, drain) = device(id, Loader::Good);
+        let (device, drain) = device(id, Loader::Good, false);
         builder = builder.device(device);
         drains.push(drain);
     }

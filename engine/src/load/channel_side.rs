@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use crossbeam_epoch::LocalHandle;
 use vfio_migration_uring::deadline;
 
-use super::{Load, LoadDevice, Route};
+use super::{Load, LoadDevice, Route, through};
 use crate::{
     channel::{PacketSink, Space},
     error::{Error, Phase, Result, Violation},
@@ -24,7 +24,9 @@ use crate::{
         memory_policy::{MemoryGrant, MemoryRequest},
         pool::{LeaseCutter, Pool},
         slot::{Packet, Payload, Publish},
+        turn::Passed,
     },
+    settings::Writer,
     spill::{SpillExtent, SpillFile},
     stats::ChannelCounters,
     sync::Arc,
@@ -423,7 +425,16 @@ impl LoadSink {
             }
         }
         let io = &self.load.io;
-        io.wake_if(device.reorder.ring(index, &io.doorbell));
+        // Where the turn is another channel's, that one sees what has been published.
+        let passed = match self.load.settings.writer {
+            Writer::Ring => Passed::Io,
+            Writer::Auto => through::write(&self.load, device, &self.epoch),
+        };
+        match passed {
+            Passed::Done => {}
+            Passed::Io => io.wake_if(device.reorder.ring(index, &io.doorbell)),
+            Passed::Ring => io.wake(),
+        }
         packet.first = false;
         packet.remaining -= len;
         self.counters.bytes.add(len as u64);

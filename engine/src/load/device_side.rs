@@ -14,12 +14,15 @@
 
 use nix::errno::Errno;
 
-use std::{io, mem, time::Instant};
+use std::{
+    io, mem,
+    time::{Duration, Instant},
+};
 
 use crossbeam_epoch::Guard;
-use vfio_migration_uring::{Completion, Fd, Ring};
+use vfio_migration_uring::{Completion, Fd, Ring, later};
 
-use super::{Load, LoadDevice, TransferResult};
+use super::{Load, LoadDevice, TransferResult, pace::Pace, through::Remainder};
 use crate::{
     error::{Error, ErrorKind, Phase, Result},
     io_loop::{Context, Transfer, TransferState},
@@ -28,7 +31,9 @@ use crate::{
         pool::{LeaseCutter, LeaseToken, Pool, PoolLayout},
         reorder_buffer::{Next, ReorderReader},
         slot::{Packet, Payload},
+        turn::Look,
     },
+    settings::Writer,
     spill::{BOUNCE, SpillExtent},
     sync::{Arc, atomic::Ordering},
     trace, wire,
@@ -37,6 +42,10 @@ use crate::{
 /// Packets up to this many bytes are gathered into one write where several are ready: copying them
 /// costs less than an operation for each.
 const GATHER_MAX: usize = 64 << 10;
+
+/// How long a packet may stand next while the turn is free, before the I/O thread takes it: a channel
+/// that brings another for the device takes both.
+const COMES: Duration = Duration::from_micros(200);
 
 /// The most bytes that all lanes together have in flight: enough to keep devices busy, few enough to stay in
 /// the cache. Busy lanes share it, down to 64 KiB each: with many lanes, their number keeps the kernel busy,
@@ -66,8 +75,28 @@ pub(crate) struct LoadTransfer {
     share: usize,
     started: Option<Instant>,
     starved: Option<Instant>,
+    /// How quick it has been.
+    pace: Pace,
+    /// Whether the data fd is one that channels do not write to.
+    ring_only: bool,
+    /// Where the turn is lent: `reader` and the lane's place stand still.
+    lent: Option<Lent>,
+    /// The first errno of a channel's write: final.
+    failure: Option<Error>,
     /// Last, so that the lane has given the data fd back before the result is there.
     outcome: ResultOnDrop,
+}
+
+/// What the I/O thread remembers of a turn that it has lent.
+struct Lent {
+    /// What was next at the last look.
+    next: u32,
+    /// Since when that has stood there, with nobody at it.
+    waiting: Option<Instant>,
+    /// Whether a channel that would come for it would have come by now.
+    nobody: bool,
+    /// What the channels' writes had taken before.
+    wrote: Duration,
 }
 
 /// A packet on its way back from the spill file.
@@ -104,6 +133,11 @@ struct Batch {
 }
 
 impl Batch {
+    /// Whether it has no bytes for the device.
+    const fn is_empty(&self) -> bool {
+        self.operations.is_empty() && self.staging.is_none()
+    }
+
     /// Whether nothing more should be added.
     fn is_full(&self, share: usize) -> bool {
         let staged = match &self.staging {
@@ -151,6 +185,7 @@ impl Drop for ResultOnDrop {
             .reorder
             .close(&epoch.pin(), |packet| load.recycle(packet));
         self.load.backpressure.notify_all();
+        self.device.through.end();
         let unfinished = || {
             let kind = ErrorKind::Internal("the I/O thread ended before this device's transfer");
             Err(Error::new(kind, Phase::Load).on_device(&self.device.id))
@@ -168,6 +203,7 @@ impl LoadTransfer {
             device: device.clone(),
             drained: None,
         };
+        let ring_only = load.settings.writer == Writer::Ring || !device.through.open(lane.fd());
         Self {
             load,
             device,
@@ -183,6 +219,10 @@ impl LoadTransfer {
             share: CHAIN_BYTES,
             started: None,
             starved: None,
+            pace: Pace::new(),
+            ring_only,
+            lent: None,
+            failure: None,
             outcome,
         }
     }
@@ -202,7 +242,139 @@ impl LoadTransfer {
             .or(self.ready.indices.first());
         let read_back = self.read_back.as_ref().map(|packet| packet.index);
         let taken = taken.copied().or(read_back);
-        taken.unwrap_or_else(|| self.reader.next())
+        let taken = taken.or_else(|| self.device.through.writing());
+        taken.unwrap_or_else(|| self.next())
+    }
+
+    /// The idx that is needed next, whoever takes it.
+    fn next(&self) -> u32 {
+        if self.lent.is_some() {
+            self.device.reorder.next()
+        } else {
+            self.reader.next()
+        }
+    }
+
+    /// Whether the turn is lent once the lane is idle.
+    fn lends(&self) -> bool {
+        !self.ring_only && self.pace.lets_channels_write()
+    }
+
+    /// Whether a channel may write what comes next: to a device that is as quick as a copy, while nothing of
+    /// it is under way here.
+    fn may_lend(&self) -> bool {
+        self.lends()
+            && self.started.is_some()
+            && self.lent.is_none()
+            && self.lane.is_idle()
+            && !self.config_taken
+            && self.read_back.is_none()
+            && self.ready.is_empty()
+    }
+
+    /// Whether a channel is writing to the device.
+    fn is_written(&self) -> bool {
+        self.lent.is_some() && self.device.turn.is_held()
+    }
+
+    /// Lends the turn.
+    fn lend(&mut self) {
+        self.device.through.lend(self.lane.lend());
+        self.reader.rest(&self.device.reorder);
+        // What a channel waits for that has what is next: the last to tell it.
+        self.next_missing();
+        self.lent = Some(Lent {
+            next: self.reader.next(),
+            waiting: None,
+            nobody: false,
+            wrote: self.device.counters.through_time.get_time(),
+        });
+        self.device.turn.lend();
+    }
+
+    /// Whether the turn should be taken back: it was handed over, or no channel has come for what is there.
+    fn is_due(&self, guard: &Guard) -> bool {
+        let Some(lent) = &self.lent else {
+            return false;
+        };
+        let device = &self.device;
+        self.load.input_ended()
+            || match device.turn.look(&device.reorder, guard) {
+                Look::Io => true,
+                Look::Free | Look::Held => false,
+                Look::Waiting => lent.nobody || lent.waiting.is_none(),
+            }
+    }
+
+    /// Looks at a turn that is lent. Returns whether channels have written since the last look.
+    fn look_at_lent(&mut self, guard: &Guard) -> bool {
+        let Some(lent) = &mut self.lent else {
+            return false;
+        };
+        let next = self.device.reorder.next();
+        let moved = mem::replace(&mut lent.next, next) != next;
+        if self.device.turn.look(&self.device.reorder, guard) != Look::Waiting {
+            lent.waiting = None;
+            lent.nobody = false;
+        } else if moved || lent.waiting.is_none() {
+            lent.waiting = Some(Instant::now());
+            lent.nobody = false;
+        } else {
+            lent.nobody |= lent.waiting.is_some_and(|since| since.elapsed() > COMES);
+        }
+        moved
+    }
+
+    /// Takes the turn back, if no channel has it. Returns whether it is here.
+    fn take_back(&mut self) -> bool {
+        let Some(Lent { wrote, .. }) = self.lent else {
+            return true;
+        };
+        if !self.device.turn.claim() {
+            return false;
+        }
+        self.lent = None;
+        self.reader = ReorderReader::resume(&self.device.reorder);
+        let (place, left) = self.device.through.take_back();
+        self.lane.resume(place);
+        if left.slow {
+            self.pace = self.pace.was_slow();
+        }
+        if let Some(since) = self.starved.take() {
+            let counters = &self.device.counters;
+            let wrote = counters.through_time.get_time().saturating_sub(wrote);
+            counters
+                .starved
+                .add_time(since.elapsed().saturating_sub(wrote));
+        }
+        if let Some((index, source)) = left.failure {
+            self.failure = Some(self.device_failed(index, source));
+        }
+        if let Some(Remainder {
+            index,
+            buffer,
+            gathered,
+            headers,
+        }) = left.remainder
+        {
+            let ready = &mut self.ready;
+            ready.gathered_at = gathered.first().map(|&(_, index)| index);
+            ready.indices.push(index);
+            let behind = gathered.iter().map(|&(_, index)| index);
+            ready.indices.extend(behind.skip_while(|&at| at == index));
+            ready.gathered = gathered;
+            ready.len += buffer.size();
+            ready.bytes += (buffer.size() + headers) as u64;
+            ready.operations.push((index, buffer));
+        }
+        true
+    }
+
+    fn device_failed(&self, index: u32, source: io::Error) -> Error {
+        Error::new(ErrorKind::Device, Phase::Load)
+            .on_device(&self.device.id)
+            .at_index(index)
+            .caused_by(source)
     }
 
     /// Tells how far the device is, while somebody may wait for it: before the switchover.
@@ -451,6 +623,24 @@ impl Transfer for LoadTransfer {
         if !self.device.flags.is_started() {
             return TransferState::Held;
         }
+        if self.lent.is_some() {
+            let moved = self.look_at_lent(context.guard);
+            if !(self.is_due(context.guard) && self.take_back()) {
+                // What channels write is progress too.
+                return if moved {
+                    TransferState::Held
+                } else {
+                    TransferState::Starved
+                };
+            }
+        } else if self.may_lend() {
+            self.lend();
+            self.look_at_lent(context.guard);
+            return TransferState::Held;
+        }
+        if let Some(error) = self.failure.take() {
+            return TransferState::Finished(Err(error));
+        }
         let first = self.reader.next() == 0;
         // A loader that has been started early does not count as waiting before the switchover.
         let switched = self.device.flags.is_switched();
@@ -540,7 +730,8 @@ impl Transfer for LoadTransfer {
 
     fn can_prepare(&self, guard: &Guard) -> bool {
         // A large packet goes as it is: there is nothing to prepare.
-        !self.config_taken
+        !self.lends()
+            && !self.config_taken
             && self.read_back.is_none()
             && !self.ready.is_full(self.share)
             && self.in_flight.gathered_at.is_some()
@@ -559,6 +750,8 @@ impl Transfer for LoadTransfer {
             trace::load_state_device_buffer_load_end(&self.device.id, *index);
         }
         self.device.counters.bytes.add(self.in_flight.bytes);
+        let took = self.lane.submitted().elapsed();
+        self.pace = self.pace.moved(self.in_flight.len, took);
         self.in_flight.clear();
         self.report_progress();
         Ok(())
@@ -581,21 +774,41 @@ impl Transfer for LoadTransfer {
             }
             _ => index,
         };
-        Error::new(ErrorKind::Device, Phase::Load)
-            .on_device(&self.device.id)
-            .at_index(index)
-            .caused_by(source)
+        self.device_failed(index, source)
     }
 
     fn starve(&mut self) {
         if self.started.is_some() && self.starved.is_none() {
             self.starved = Some(Instant::now());
-            trace::load_state_device_buffer_starved(&self.device.id, self.reader.next());
+            trace::load_state_device_buffer_starved(&self.device.id, self.next());
+        }
+        if self.lent.is_some() {
+            return;
         }
         self.reader.starve(&self.device.reorder);
     }
 
+    fn is_held(&mut self) -> bool {
+        !self.take_back()
+    }
+
+    fn look_again(&self) -> Option<Instant> {
+        let since = self.lent.as_ref()?.waiting?;
+        Some(later(since, COMES))
+    }
+
+    fn slept_until(&mut self, then: Instant) {
+        if let Some(lent) = &mut self.lent
+            && let Some(since) = lent.waiting
+        {
+            lent.nobody |= later(since, COMES) <= then;
+        }
+    }
+
     fn is_ready(&mut self, guard: &Guard) -> bool {
+        if self.lent.is_some() {
+            return self.is_due(guard);
+        }
         if self.config_taken {
             return self.device.flags.is_switched();
         }
@@ -606,7 +819,9 @@ impl Transfer for LoadTransfer {
     fn stalled(&self) -> Error {
         // Relaxed: for the message.
         let missing = match self.load.awaited.load(Ordering::Relaxed) {
-            _ if !self.lane.is_idle() => "the device has not taken what it was given".into(),
+            _ if !self.lane.is_idle() || self.is_written() => {
+                "the device has not taken what it was given".into()
+            }
             0 => "this packet has not come".into(),
             count => format!("this packet has not come, nor have {count} of the channels"),
         };
@@ -617,6 +832,8 @@ impl Transfer for LoadTransfer {
 
     fn finish(mut self, result: Result<()>) {
         let config = mem::take(&mut self.config);
+        // The device's own error says more than a stop that came on top.
+        let result = self.failure.take().map_or(result, Err);
         // Of a chain that failed, and of the empty packets behind the last.
         let mut bytes = self.in_flight.bytes;
         if self.ready.indices.is_empty() {

@@ -624,10 +624,12 @@ impl LoadSession {
             });
         }
         self.load.hang_up();
-        let short = Some(deadline(SLACK));
-        tasks.wait(short, || (tasks.at_work() <= 1).then_some(()));
+        let soon = || Some(deadline(SLACK));
+        tasks.wait(soon(), || (tasks.at_work() <= 1).then_some(()));
+        // What a driver keeps does not keep the I/O thread.
+        let kept = tasks.at_work().saturating_sub(1);
         self.load.close();
-        tasks.wait(short, || tasks.is_idle().then_some(()));
+        tasks.wait(soon(), || (tasks.at_work() <= kept).then_some(()));
         let leaked = self.load.has_leaked();
         let left_behind = tasks.join(leaked);
         self.common.canceller.retire();

@@ -126,6 +126,11 @@ impl LeaseToken {
         }
     }
 
+    /// How many bytes a piece in 59 bits names, of which the caller makes none.
+    pub(super) const fn size_in(bits: u64) -> usize {
+        (bits & ((1 << Self::LEN_BITS) - 1)) as usize
+    }
+
     /// How many bytes it names.
     #[must_use]
     pub const fn size(&self) -> usize {

@@ -1,8 +1,9 @@
-//! One device's packets: channels publish them in any order, and the I/O thread takes them in order.
+//! One device's packets: channels publish them in any order, and one thread at a time takes them in order: the I/O
+//! thread, or a channel that has the [turn](crate::reorder::turn).
 //!
 //! ```text
 //!   extent   highest idx seen │ the config packet's idx     checked before memory is spent
-//!   next     what the device needs next                     written by the I/O thread alone
+//!   next     what the device needs next                     written by whoever has the turn
 //!   starved  what the I/O thread waits for, if it waits     written by the I/O thread alone
 //!   awaited  the lowest idx whose turn a channel waits for  lowered by channels, reset by the I/O thread
 //!   table    the slots
@@ -37,7 +38,7 @@ use crate::{
     error::Violation,
     reorder::{
         doorbell::Doorbell,
-        slot::{Packet, Publish, Take},
+        slot::{Packet, Peek, Publish, Take},
         table::Table,
     },
     sync::atomic::{
@@ -230,7 +231,7 @@ impl fmt::Debug for ReorderBuffer {
     }
 }
 
-/// The I/O thread's side of an [`ReorderBuffer`]: there is one.
+/// The taker's side of a [`ReorderBuffer`]: there is one at a time.
 #[derive(Debug, Default)]
 pub struct ReorderReader {
     next: u32,
@@ -244,6 +245,35 @@ impl ReorderReader {
         Self {
             next: 0,
             starved: false,
+        }
+    }
+
+    /// Returns the reader of one that another reader has read: of whoever has just taken the [turn].
+    ///
+    /// [turn]: crate::reorder::turn::Turn
+    #[must_use]
+    pub fn resume(reorder: &ReorderBuffer) -> Self {
+        Self {
+            next: reorder.next(),
+            starved: false,
+        }
+    }
+
+    /// Says that the I/O thread does not wait for its next packet itself: it lends the turn.
+    pub fn rest(&mut self, reorder: &ReorderBuffer) {
+        if self.starved {
+            self.starved = false;
+            // Relaxed: at worst a publisher wakes us for nothing.
+            reorder.starved.store(NONE, Relaxed);
+        }
+    }
+
+    /// What is here of what is next, in one look.
+    #[must_use]
+    pub fn peek(&self, reorder: &ReorderBuffer, guard: &Guard) -> Option<Peek> {
+        match reorder.table.slot(self.next, guard) {
+            Some(slot) => slot.peek(),
+            None => reorder.table.is_closed(guard).then_some(Peek::Other),
         }
     }
 

@@ -184,6 +184,15 @@ pub enum Take {
     Closed,
 }
 
+/// What a slot has for its taker.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Peek {
+    /// So many bytes of data, in memory.
+    Data(usize),
+    /// A config, data that is kept outside of the pool, or an end.
+    Other,
+}
+
 /// One packet's place in the stream.
 pub struct Slot {
     word: AtomicU64,
@@ -256,6 +265,26 @@ impl Slot {
             Word(self.word.load(Relaxed)).phase(),
             Phase::Ready | Phase::Closed
         )
+    }
+
+    /// What is here to be taken, if anything is: for the taker, who confirms it.
+    #[must_use]
+    pub fn peek(&self) -> Option<Peek> {
+        // Relaxed: as above.
+        let word = Word(self.word.load(Relaxed));
+        match word.phase() {
+            Phase::Ready if word.0 & (Word::CONFIG | Word::ASIDE) == 0 => {
+                let bits = word.0 >> Word::PAYLOAD_SHIFT;
+                let is_empty = bits == LeaseToken::NONE;
+                Some(Peek::Data(if is_empty {
+                    0
+                } else {
+                    LeaseToken::size_in(bits)
+                }))
+            }
+            Phase::Ready | Phase::Closed => Some(Peek::Other),
+            Phase::Empty | Phase::Taken => None,
+        }
     }
 
     /// Abandons the slot, and returns the packet it held, if any.

@@ -15,6 +15,8 @@ mod spill;
 mod time_bounds;
 #[cfg(feature = "sim")]
 mod unplug;
+#[cfg(feature = "sim")]
+mod write_through;
 
 #[path = "../support/again.rs"]
 mod again;

@@ -16,7 +16,7 @@ use std::{
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
-use vfio_migration::{Backend, LoadSession, SaveSession, Settings, Spill, Task, TaskKind};
+use vfio_migration::{Backend, LoadSession, SaveSession, Settings, Spill, Task, TaskKind, Writer};
 
 use crate::{again::again, mock::Mock, pipes::collect};
 
@@ -31,7 +31,7 @@ fn numbers() -> BTreeMap<&'static str, i64> {
     }
     calls! {
         brk SYS_brk, clock_nanosleep SYS_clock_nanosleep, clone3 SYS_clone3, close SYS_close,
-        eventfd2 SYS_eventfd2, exit SYS_exit, fcntl SYS_fcntl, fstat SYS_fstat, newfstatat SYS_newfstatat, futex SYS_futex,
+        eventfd2 SYS_eventfd2, exit SYS_exit, fcntl SYS_fcntl, getrusage SYS_getrusage, fstat SYS_fstat, newfstatat SYS_newfstatat, futex SYS_futex,
         gettid SYS_gettid, ioctl SYS_ioctl, lseek SYS_lseek, io_uring_enter SYS_io_uring_enter,
         io_uring_register SYS_io_uring_register, io_uring_setup SYS_io_uring_setup,
         madvise SYS_madvise, memfd_create SYS_memfd_create, mmap SYS_mmap, mprotect SYS_mprotect, mremap SYS_mremap,
@@ -170,6 +170,7 @@ fn migrate(backend: Backend, cancelled: bool, filtered: bool) {
     save = save.device(Mock::new(file(&vec![7; 3 << 20])).device(2));
     let save = save.settings(settings.clone()).spawn_with(spawn.clone());
     settings.spill = Spill::Memfd;
+    settings.writer = Writer::Auto;
     let load = load.settings(settings).spawn_with(spawn);
     let setup = filter("setup", backend);
     let (sender, ended) = mpsc::channel();
@@ -236,6 +237,7 @@ fn the_engine_makes_the_calls_that_the_document_lists_and_no_other() {
         ("uring I/O io_uring_enter", true),
         ("uring channel writev", true),
         ("uring channel pwrite64", true),
+        ("uring channel getrusage", true),
         ("uring I/O lseek", true),
         ("uring device futex", true),
         ("uring device newfstatat", true),

@@ -178,6 +178,13 @@ const CALLS: &[Call] = &[
         ],
     },
     Call {
+        name: "pwrite64 of a channel",
+        number: libc::SYS_pwrite64,
+        backend: AUTO,
+        threads: Some("vfio-mig-ch"),
+        errnos: &[(EINTR, Success), (EAGAIN, Success), (EIO, Cause(EIO))],
+    },
+    Call {
         name: "ppoll (blocking)",
         number: libc::SYS_ppoll,
         backend: BLOCKING,

@@ -12,7 +12,7 @@ use std::{
 
 use vfio_migration::{
     Backend, Channel, Device, DeviceState, Error, ErrorKind, LoadSession, Phase, Report,
-    SaveSession, Settings,
+    SaveSession, Settings, Writer,
     sim::{SimConfig, SimDevice, SimHandle, Stream},
 };
 use vfio_migration_uring::sim::SimConfig as RingConfig;
@@ -148,6 +148,8 @@ fn settings(scene: &Scene) -> Settings {
     settings.data_len = Some(6 << 10);
     settings.grace = Duration::from_secs(10);
     settings.no_progress = scene.no_progress;
+    // The second device's channels write to it, once it has shown to be quick.
+    settings.writer = Writer::Auto;
     settings
 }
 
@@ -187,6 +189,9 @@ fn run(case: &dyn fmt::Display, scene: &Scene, expect: Expect) -> (bool, u64) {
             seed: 20,
             ..from.clone()
         };
+        if number > 0 {
+            to.stream = Stream::PlainWrite;
+        }
         if number == 0 {
             (scene.adjust)(&mut from, &mut to);
         }

@@ -42,6 +42,8 @@ const HEADER: usize = 40;
 
 #[derive(Default)]
 struct State {
+    /// How many more are answered at once.
+    passes: u32,
     /// The WRITE that is held, and how many bytes it brought.
     held: Option<(u64, u32)>,
     released: bool,
@@ -63,8 +65,8 @@ pub struct Held {
 }
 
 impl Held {
-    /// Mounts it. Fails without root or `/dev/fuse`.
-    pub fn mount() -> io::Result<Self> {
+    /// Mounts it. So many writes are answered before one is held. Fails without root or `/dev/fuse`.
+    pub fn mount(passes: u32) -> io::Result<Self> {
         let device = OpenOptions::new()
             .read(true)
             .write(true)
@@ -96,7 +98,10 @@ impl Held {
             return Err(error);
         }
         let shared = Arc::new(Shared {
-            state: Mutex::default(),
+            state: Mutex::new(State {
+                passes,
+                ..State::default()
+            }),
             changed: Condvar::new(),
             device,
         });
@@ -219,7 +224,8 @@ impl Shared {
                 WRITE => {
                     let len = number(request, HEADER + 16);
                     let mut state = self.state.lock().unwrap();
-                    if state.released {
+                    if state.released || state.passes > 0 {
+                        state.passes = state.passes.saturating_sub(1);
                         drop(state);
                         self.answer_write(unique, len);
                     } else {

@@ -19,8 +19,6 @@ mod mock;
 mod names;
 #[path = "../support/packets.rs"]
 mod packets;
-#[path = "../support/payload.rs"]
-mod payload;
 #[path = "../support/pipes.rs"]
 mod pipes;
 #[path = "../support/watchdog.rs"]
@@ -34,7 +32,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use vfio_migration::{Backend, DeviceState, ErrorKind, LoadSession, Settings, wire::wrap_config};
+use vfio_migration::{Backend, DeviceState, ErrorKind, LoadSession, Settings, Writer};
 
 use crate::{
     fuse::Held,
@@ -42,7 +40,6 @@ use crate::{
     mock::Mock,
     names::id,
     packets::{config_packet, hello, packet},
-    payload::payload,
     pipes::collect,
     watchdog::Watchdog,
 };
@@ -60,7 +57,7 @@ enum End {
 #[test]
 fn a_driver_that_holds_its_write_is_left_behind_and_harms_nobody() {
     let _watchdog = Watchdog::new();
-    if let Err(error) = Held::mount() {
+    if let Err(error) = Held::mount(0) {
         // Loud: this is where the machine decides what was tested.
         let text = format!(
             "NOT TESTED HERE: no FUSE file ({error}); the simulated ring's stuck operation is, by \
@@ -71,47 +68,64 @@ fn a_driver_that_holds_its_write_is_left_behind_and_harms_nobody() {
     }
     for backend in [Backend::Uring, Backend::Blocking] {
         for end in [End::Cancel, End::Cleanup, End::Drop, End::Stall] {
-            held(backend, end);
+            for writer in [Writer::Ring, Writer::Auto] {
+                held(backend, end, writer);
+            }
         }
     }
 }
 
-fn held(backend: Backend, end: End) {
-    let case = format!("{backend}, {end:?}");
+/// With [`Writer::Auto`] the write that is held is a channel's.
+fn held(backend: Backend, end: End, writer: Writer) {
+    let case = format!("{backend}, {end:?}, {writer:?}");
+    let by_channel = writer == Writer::Auto;
     let before = leftovers();
-    let driver = Held::mount().unwrap();
+    let driver = Held::mount(by_channel.into()).unwrap();
     let file = OpenOptions::new().write(true).open(driver.file()).unwrap();
     let mounted = leftovers();
     let mut settings = Settings::default();
     settings.backend = backend;
+    settings.writer = writer;
+    settings.channels = 2;
     settings.grace = Duration::from_millis(200);
     if end == End::Stall {
         settings.no_progress = Duration::from_millis(500);
     }
     let (other, to_other) = io::pipe().unwrap();
     let got = collect(other);
+    let channels = [(); 2].map(|()| UnixStream::pair().unwrap());
+    let [(mut near, far), (mut other_near, other_far)] = channels;
     let load = LoadSession::builder()
         .settings(settings)
         .device(Mock::new(file).device(1))
         .device(Mock::new(to_other).device(2))
+        .channel(far)
+        .channel(other_far)
         .start()
         .unwrap();
     load.switchover_start();
-    let mut publisher = load.publisher();
-    publisher.push(&id(1), &payload(0, false, b"held")).unwrap();
-    driver.wait_until_it_holds();
-    // The I/O thread goes on: another device is loaded to its end meanwhile.
-    let rest = [
-        payload(0, false, b"unharmed"),
-        payload(1, true, &wrap_config(b"c")),
-    ];
-    for packet in rest {
-        publisher.push(&id(2), &packet).unwrap();
+    near.write_all(&hello(0)).unwrap();
+    if by_channel {
+        // The ring writes the first, and lends.
+        near.write_all(&packet(1, 0, b"quick")).unwrap();
+        while load.stats().devices[0].transfers.count == 0 {
+            thread::sleep(Duration::from_millis(1));
+        }
+        thread::sleep(Duration::from_millis(50));
     }
+    let index = by_channel.into();
+    near.write_all(&packet(1, index, b"held")).unwrap();
+    driver.wait_until_it_holds();
+    // The I/O thread goes on, and so does the other channel: another device is loaded to its end meanwhile.
+    let rest = [
+        hello(1),
+        packet(2, 0, b"unharmed"),
+        config_packet(2, 1, b"c"),
+    ];
+    other_near.write_all(&rest.concat()).unwrap();
     while load.stats().devices[1].phases.resume.is_zero() {
         thread::sleep(Duration::from_millis(1));
     }
-    drop(publisher);
 
     let began = Instant::now();
     let report = match end {
@@ -133,7 +147,13 @@ fn held(backend: Backend, end: End) {
     if let Some(mut report) = report {
         let error = report.devices[0].result.as_ref().unwrap_err();
         assert_eq!(*error.kind(), ErrorKind::Stuck, "{case}: {error:?}");
-        assert_eq!((error.device(), error.index()), (Some(&id(1)), Some(0)));
+        assert_eq!((error.device(), error.index()), (Some(&id(1)), Some(index)));
+        if by_channel {
+            assert_eq!(
+                report.stats.devices[0].entries, 1,
+                "{case}: not a channel's write"
+            );
+        }
         assert!(report.devices[0].device.is_none(), "it must not be touched");
         assert_eq!(report.stats.leaked_transfers, 1, "{case}");
         assert_eq!(report.abandoned_threads, 1, "{case}");
@@ -142,11 +162,17 @@ fn held(backend: Backend, end: End) {
         let other = report.devices.remove(1).device.unwrap();
         assert_eq!(other.state(), DeviceState::Running);
     }
+    drop((near, other_near));
     assert_eq!(got.join().unwrap(), b"unharmed", "{case}");
     assert!(driver.holds(), "{case}: the write was never answered");
     // What is left is the one thread that the kernel holds (on the ring, one of its own besides) and
     // the one file; and what a worker of the blocking ring shares with its ring, two eventfds.
-    let shared = if backend == Backend::Blocking { 2 } else { 0 };
+    let shared = match (by_channel, backend) {
+        // A channel's thread has its socket, its file, and the session that it works for.
+        (true, _) => 6,
+        (false, Backend::Blocking) => 2,
+        (false, _) => 0,
+    };
     let most = (before.0 + 1, mounted.1 + shared);
     let now = settled(|now| now.0 <= most.0 && now.1 <= most.1);
     assert!(now.0 <= most.0, "{case}: {} threads", now.0 - before.0);

@@ -7,6 +7,7 @@ use vfio_migration::{
     sim::{SimConfig, SimDevice, SimHandle, Stream},
 };
 
+#[derive(Debug)]
 struct Shape {
     devices: u32,
     len: u64,
@@ -72,7 +73,12 @@ fn round_trip(shape: &Shape) -> (Report, Report) {
     saved.result.as_ref().unwrap();
     loaded.result.as_ref().unwrap();
     for (source, destination) in handles {
-        assert_eq!(source.digest(), destination.digest());
+        assert_eq!(
+            source.digest(),
+            destination.digest(),
+            "{shape:?} {:?}",
+            loaded.stats.devices
+        );
         assert_eq!(source.config_digest(), destination.config_digest());
         assert!(destination.has_loaded());
     }

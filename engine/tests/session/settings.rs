@@ -13,7 +13,7 @@ use std::{
 
 use vfio_migration::{
     Backend, Device, DeviceSpec, DeviceState, Error, ErrorKind, LoadSession, Relay, SaveSession,
-    Settings, SourceChannels, Spill,
+    Settings, SourceChannels, Spill, Writer,
     migration::{
         Capabilities, DeviceSettings, Incoming, MigratableDevice, OutgoingDevice, SwitchoverAck,
         SwitchoverAcks,
@@ -92,6 +92,7 @@ const SETTINGS: &[Row<Settings>] = &[
 const NO_NUMBERS: &[&str] = &[
     "backend",
     "spill",
+    "writer",
     "uuid",
     "config_after_iterables",
     "stop_after_load",
@@ -119,6 +120,7 @@ fn a_chain_sets_every_field_and_each_its_own() {
         .max_packet(105)
         .spill(Spill::Off)
         .spill_limit(106)
+        .writer(Writer::Auto)
         .channels(107)
         .uuid([108; 16])
         .max_devices(109)

@@ -333,6 +333,66 @@ pub(super) const HAND_WRITTEN: &[HandWritten] = &[
         "} else if self.table.is_closed(guard) {",
         "} else if false {",
     ),
+    // The turn.
+    mutant(
+        "turn",
+        "take takes what is not free",
+        "match self.word.compare_exchange(FREE, HELD, Acquire, Relaxed) {
+            Ok(_) => Took::Turn,",
+        "match self.word.compare_exchange(FREE, HELD, Acquire, Relaxed) {
+            Ok(_) | Err(HELD) => Took::Turn,",
+    ),
+    mutant(
+        "turn",
+        "a holder does not look once more",
+        "if !reader.is_ready(reorder, &guard) {",
+        "if true {",
+    ),
+    mutant(
+        "turn",
+        "a holder that was wanted rings for nobody",
+        "if !self.give_back() || end == End::Enough {
+                return Passed::Ring;",
+        "if !self.give_back() {
+                return Passed::Done;
+            }
+            if end == End::Enough {
+                return Passed::Ring;",
+    ),
+    mutant(
+        "turn",
+        "a turn that is handed over is free",
+        "self.word.swap(IO, Release)",
+        "self.word.swap(FREE, Release)",
+    ),
+    mutant(
+        "turn",
+        "the I/O thread claims what is held",
+        "HELD => WANTED,",
+        "HELD => IO,",
+    ),
+    mutant(
+        "turn",
+        "the I/O thread does not say that it wants the turn",
+        "HELD => WANTED,",
+        "HELD => return false,",
+    ),
+    mutant(
+        "turn",
+        "the I/O thread does not look for packets that are left to it",
+        "FREE if ReorderReader::resume(reorder).is_ready(reorder, guard) => Look::Waiting,",
+        "FREE if false => Look::Waiting,",
+    ),
+    mutant(
+        "turn",
+        "a holder that has written enough does not ring",
+        "if !self.give_back() || end == End::Enough {",
+        "let given = self.give_back();
+            if given && end == End::Enough {
+                return Passed::Done;
+            }
+            if !given {",
+    ),
     // The doorbell.
     mutant(
         "doorbell",

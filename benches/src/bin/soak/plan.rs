@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use vfio_migration::{
-    Backend, DeviceId, DeviceState, Settings, Spill,
+    Backend, DeviceId, DeviceState, Settings, Spill, Writer,
     migration::{Capabilities, OnOffAuto, SwitchoverAck},
     sim::{
         CallFault, Callback, Fault as CallEnd, On, SimConfig, Stall, Stream, TransitionFault, Which,
@@ -412,5 +412,6 @@ fn settings(random: &mut Random, scene: Scene, devices: usize) -> (Settings, Set
     load.buffer_len = random.of(&[4096, 64 << 10, 1 << 20]);
     load.window = random.of(&[1, 3, 100, 1 << 16]);
     load.config_after_iterables = random.percent(20);
+    load.writer = random.of(&[Writer::Ring, Writer::Auto, Writer::Auto]);
     (save, load)
 }

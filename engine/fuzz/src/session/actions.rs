@@ -223,7 +223,7 @@ impl Run {
 
     pub(super) fn add(&mut self, input: &mut Input<'_>) {
         let at = self.devices.len();
-        let (dev, device, bad) = make(at, input, false);
+        let (dev, device, bad) = make(at, input, false, true);
         let session = self.session.clone();
         let added = Rc::new(Cell::new(false));
         let result = added.clone();

@@ -8,7 +8,7 @@ use std::{
 };
 
 use vfio_migration::{
-    DeviceId, LoadSession, Settings,
+    DeviceId, LoadSession, Settings, Writer,
     wire::{self, DeviceKey, Hello},
 };
 use vfio_migration_uring::sim::{Fault, FaultPlan, SimConfig};
@@ -177,6 +177,11 @@ impl Run {
         settings.buffer_len = input.one_of(&[4096, 8192, 65_536, 1 << 20]);
         settings.window = input.one_of(&[1, 2, 5, 1 << 16]);
         settings.config_after_iterables = flags & 1 != 0;
+        settings.writer = if flags & 16 != 0 {
+            Writer::Auto
+        } else {
+            Writer::Ring
+        };
         settings.grace = Duration::ZERO;
         settings.no_progress = HOUR;
         settings.hello_timeout = HOUR;
@@ -214,7 +219,7 @@ impl Run {
             .spawn_with(steps::spawn_task);
         let mut all = Vec::new();
         for at in 0..devices {
-            let (dev, device, bad) = make(at, input, flags & 8 != 0);
+            let (dev, device, bad) = make(at, input, flags & 8 != 0, flags & 32 != 0);
             wrong |= bad;
             all.push(dev);
             builder = builder.device(device);
@@ -255,6 +260,7 @@ pub(super) fn make(
     at: usize,
     input: &mut Input<'_>,
     bad_configs: bool,
+    in_memory: bool,
 ) -> (Dev, vfio_migration::Device, bool) {
     let loader = match input.byte() {
         250..=252 if bad_configs => Loader::Refuses,
@@ -268,7 +274,7 @@ pub(super) fn make(
         Loader::Short => 10,
         _ => input.one_of(&[10, 0, 1, 5000, 70_000]),
     };
-    let (device, drain) = device(&id, loader);
+    let (device, drain) = device(&id, loader, in_memory);
     let dev = Dev {
         id,
         drain,
