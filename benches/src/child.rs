@@ -18,7 +18,6 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
-use vfio_migration::Settings;
 
 use crate::{
     engine,
@@ -204,7 +203,7 @@ fn memory(told: &mut Told) -> io::Result<()> {
     let plan = Plan::of_bytes(1, 4, 1 << 20, 1 << 30);
     let sinks = Sink::several(Kind::Memfd, 1, plan.device_bytes())?;
     let source = Source::new(plan.packet);
-    let outcome = engine::load_memory(&plan, &sinks, &source, Settings::default());
+    let outcome = engine::load_memory(&plan, &sinks, &source, engine::settings());
     told.faults_per_gib = outcome.sample.faults as f64;
     told.budget = outcome.stats.budget;
     Ok(())
@@ -212,7 +211,7 @@ fn memory(told: &mut Told) -> io::Result<()> {
 
 fn destination(sinks: &[Sink]) -> io::Result<u64> {
     let plan = Plan::of_bytes(DEVICES, 4, 1 << 20, DEVICE_BYTES * DEVICES as usize);
-    let mut settings = Settings::default();
+    let mut settings = engine::settings();
     settings.channels = plan.channels;
     let (session, _ended) = engine::start_load(&plan.ids(), sinks, settings, Vec::new());
     let listener = listen()?;

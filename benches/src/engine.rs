@@ -35,10 +35,16 @@ pub struct Outcome {
     pub stats: Stats,
 }
 
-/// The default settings with this backend.
+/// The settings that are measured: the defaults.
+#[must_use]
+pub fn settings() -> Settings {
+    Settings::default()
+}
+
+/// The same with this backend.
 #[must_use]
 pub fn with_backend(backend: Backend) -> Settings {
-    let mut settings = Settings::default();
+    let mut settings = settings();
     settings.backend = backend;
     settings
 }
@@ -142,6 +148,23 @@ pub(crate) fn nanos(since: Instant) -> u64 {
 /// Where the load fails, or a transfer was made outside the ring.
 #[must_use]
 pub fn load_memory(plan: &Plan, sinks: &[Sink], source: &Source, settings: Settings) -> Outcome {
+    load_memory_but(0, plan, sinks, source, settings)
+}
+
+/// As [`load_memory`], but the first `others` devices may be loaded whenever they like: what is measured ends with the
+/// last of the rest.
+///
+/// # Panics
+///
+/// As [`load_memory`].
+#[must_use]
+pub fn load_memory_but(
+    others: usize,
+    plan: &Plan,
+    sinks: &[Sink],
+    source: &Source,
+    settings: Settings,
+) -> Outcome {
     let backend = settings.backend;
     let ids = plan.ids();
     let (session, ended) = start_load(&ids, sinks, settings, Vec::new());
@@ -159,7 +182,7 @@ pub fn load_memory(plan: &Plan, sinks: &[Sink], source: &Source, settings: Setti
     session.no_more_channels();
     let stats = check(session.join(), backend);
     Outcome {
-        sample: Sample::between(begun, end(&ended), plan.bytes()).with_publishes(times),
+        sample: Sample::between(begun, end(&ended[others..]), plan.bytes()).with_publishes(times),
         stats,
     }
 }
@@ -235,7 +258,7 @@ pub(crate) fn feed_all(
 /// Where the save fails, or a transfer was made outside the ring.
 #[must_use]
 pub fn save_null(plan: &Plan, sinks: &[Sink]) -> Outcome {
-    let mut settings = Settings::default();
+    let mut settings = settings();
     settings.data_len = Some(plan.packet);
     let mut builder = SaveSession::builder().settings(settings);
     for (id, sink) in plan.ids().iter().zip(sinks) {

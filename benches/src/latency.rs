@@ -14,7 +14,7 @@ use std::{
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use vfio_migration::{
-    Device, DeviceId, LoadSession, Publisher, Settings, Stats,
+    Device, DeviceId, LoadSession, Publisher, Stats,
     wire::{self, PacketHeader},
 };
 use vfio_migration_uring::{self as uring, Fd, Link, Op, Token, Waker};
@@ -92,7 +92,7 @@ pub fn wake_engine(count: u32) -> io::Result<Vec<u64>> {
     let id = DeviceId::new("wake", 0).expect("a good name");
     let sinks = [sink];
     let ids = [id.clone()];
-    let (session, _ended) = engine::start_load(&ids, &sinks, Settings::default(), Vec::new());
+    let (session, _ended) = engine::start_load(&ids, &sinks, engine::settings(), Vec::new());
     let mut publisher = session.publisher();
     let mut times = Vec::new();
     for index in 0..count {
@@ -241,7 +241,7 @@ pub fn cancel(at: Cancelled) -> io::Result<Duration> {
     let (reader, writer) = io::pipe()?;
     let sinks = [Sink::over(File::from(OwnedFd::from(writer)))];
     let ids = [DeviceId::new("cancel", 0).expect("a good name")];
-    let (session, ended) = engine::start_load(&ids, &sinks, Settings::default(), Vec::new());
+    let (session, ended) = engine::start_load(&ids, &sinks, engine::settings(), Vec::new());
     if at == Cancelled::Blocked {
         let mut publisher = session.publisher();
         publish(&mut publisher, &ids[0], 0, &[7; 1 << 20]);
@@ -277,7 +277,7 @@ pub fn ready_64(bursts: u32) -> io::Result<(Stats, u32)> {
     };
     let sinks = Sink::several(Kind::Memfd, devices, plan.device_bytes())?;
     let ids = plan.ids();
-    let mut builder = LoadSession::builder();
+    let mut builder = LoadSession::builder().settings(engine::settings());
     for (id, sink) in ids.iter().zip(&sinks) {
         let (device, _): (Device, _) = sink::device(id, sink, 0);
         builder = builder.device(device);

@@ -21,4 +21,5 @@ pub mod measure;
 pub mod plan;
 pub mod sink;
 pub mod source;
+pub mod switchover;
 pub mod yardstick;

@@ -161,7 +161,7 @@ pub fn greet(stream: &mut Stream, number: u32) -> io::Result<()> {
 }
 
 /// Writes all of several buffers.
-fn write_all(stream: &mut Stream, mut buffers: &mut [IoSlice<'_>]) -> io::Result<()> {
+fn write_all(stream: &mut impl Write, mut buffers: &mut [IoSlice<'_>]) -> io::Result<()> {
     // Each round sends a byte at least, or ends.
     while !buffers.is_empty() {
         let count = stream.write_vectored(buffers)?;
@@ -171,6 +171,15 @@ fn write_all(stream: &mut Stream, mut buffers: &mut [IoSlice<'_>]) -> io::Result
         IoSlice::advance_slices(&mut buffers, count);
     }
     Ok(())
+}
+
+/// Writes a header and its data with one call, or as many as it takes.
+///
+/// # Errors
+///
+/// The kernel's.
+pub fn write_both(stream: &mut impl Write, header: &[u8], data: &[u8]) -> io::Result<()> {
+    write_all(stream, &mut [IoSlice::new(header), IoSlice::new(data)])
 }
 
 /// Sends the packets whose numbers it draws, and then ends the stream.

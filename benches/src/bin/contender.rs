@@ -7,7 +7,6 @@
 use std::io;
 
 use clap::{Parser, ValueEnum};
-use vfio_migration::Settings;
 use vfio_migration_benches::{
     engine,
     plan::Plan,
@@ -85,7 +84,7 @@ fn main() -> io::Result<()> {
     let sinks = Sink::several(kind, plan.devices, plan.device_bytes())?;
     let source = Source::new(plan.packet);
     let settings = || {
-        let mut settings = Settings::default();
+        let mut settings = engine::settings();
         settings.budget = arguments.budget.map(|mib| mib << 20);
         settings
     };

@@ -8,7 +8,6 @@
 
 use std::io;
 
-use vfio_migration::Settings;
 use vfio_migration_benches::{
     engine,
     measure::{
@@ -120,7 +119,7 @@ pub fn ours(ground: &Ground) -> Sample {
         &ground.plan,
         &ground.sinks,
         &ground.source,
-        Settings::default(),
+        engine::settings(),
     )
     .sample
 }
@@ -203,7 +202,7 @@ fn tcp(run: &Run, name: &str, packet: usize) -> io::Result<Found> {
         name,
         &mut [
             ("engine", &mut || {
-                engine::load_sockets(&plan, sinks, source, Wire::Tcp, Settings::default()).sample
+                engine::load_sockets(&plan, sinks, source, Wire::Tcp, engine::settings()).sample
             }),
             ("through", &mut || {
                 raw::load_sockets_through(&plan, &sinks[0], source, Wire::Tcp)

@@ -9,6 +9,9 @@
 //! | `load` | one device: from memory, from TCP |
 //! | `devices` | 64 devices; the two backends |
 //! | `save` | saves |
+//! | `switchover` | what a switchover costs beside its bytes |
+//! | `slow` | devices whose writes sleep |
+//! | `versus` | QEMU itself, in a guest: rounds that were measured before (`.ci/guest/versus`) |
 //! | `events` | wake-ups, cancellations, bursts |
 //! | `memory` | whole migrations between two processes; page faults, memory |
 //!
@@ -16,7 +19,7 @@
 //! least work that anyone must do, by a yardstick that shares no more than it must, over the same yardstick as the
 //! row, in the same rounds.
 
-use std::{io, process::ExitCode};
+use std::{io, path::PathBuf, process::ExitCode};
 
 use clap::Parser;
 use serde_json::json;
@@ -30,7 +33,10 @@ mod events;
 mod load;
 mod memory;
 mod save;
+mod slow;
 mod suite;
+mod switchover;
+mod versus;
 
 use suite::{Found, Run, Suite, summary};
 
@@ -40,6 +46,9 @@ fn suites() -> impl Iterator<Item = &'static Suite> {
         load::SUITES,
         devices::SUITES,
         save::SUITES,
+        switchover::SUITES,
+        slow::SUITES,
+        versus::SUITES,
         memory::SUITES,
         events::SUITES,
     ]
@@ -67,6 +76,9 @@ struct Arguments {
     /// Prints each contender's own rate too.
     #[arg(long)]
     verbose: bool,
+    /// Rounds that `.ci/guest/versus` has measured.
+    #[arg(long, value_name = "FILE")]
+    beside: Option<PathBuf>,
     #[arg(long, hide = true)]
     child: Option<String>,
 }
@@ -124,6 +136,7 @@ fn report(arguments: &Arguments) -> io::Result<()> {
         rounds: if arguments.quick { 2 } else { arguments.rounds },
         quick: arguments.quick,
         verbose: arguments.verbose,
+        beside: arguments.beside.clone(),
     };
     let mut lines = Vec::new();
     for suite in suites() {
@@ -147,6 +160,9 @@ fn report(arguments: &Arguments) -> io::Result<()> {
 
 /// A suite's rows in their order.
 fn line_up(suite: &Suite, found: &Found) -> Vec<Line> {
+    if found.0.is_empty() {
+        return Vec::new(); // rounds that were not measured
+    }
     assert_eq!(suite.rows.len(), found.0.len(), "a row that nobody knows");
     let line = |(name, goal): &(&'static str, Goal)| {
         let row = found.0.iter().find(|row| row.name == *name);

@@ -1,6 +1,6 @@
 //! What all suites share: rows, contests, and how much to do.
 
-use std::io;
+use std::{io, path::PathBuf};
 
 use vfio_migration_benches::{
     kept::Kept,
@@ -53,6 +53,8 @@ pub struct Run {
     pub rounds: usize,
     pub quick: bool,
     pub verbose: bool,
+    /// Rounds that were measured elsewhere, before.
+    pub beside: Option<PathBuf>,
 }
 
 impl Run {
