@@ -147,7 +147,7 @@ impl Child {
 }
 
 /// The most memory that this process ever had, in bytes.
-fn peak() -> io::Result<u64> {
+pub(crate) fn peak() -> io::Result<u64> {
     let status = fs::read_to_string("/proc/self/status")?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
     let kib = line.and_then(|line| line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok());

@@ -242,10 +242,12 @@ pub(crate) fn feed_all(
     thread::scope(|scope| {
         for mut stream in streams {
             let (keys, tickets) = (&keys, &tickets);
-            scope.spawn(move || {
+            let feeder = thread::Builder::new().name("feeder".to_owned());
+            let fed = feeder.spawn_scoped(scope, move || {
                 start.wait();
                 source::feed(&mut stream, plan, source, keys, tickets).expect("a receiver");
             });
+            fed.expect("a thread is to be had");
         }
         release(start)
     })

@@ -19,6 +19,8 @@ pub mod kept;
 pub mod latency;
 pub mod measure;
 pub mod plan;
+pub mod roles;
+pub mod scale;
 pub mod sink;
 pub mod source;
 pub mod switchover;

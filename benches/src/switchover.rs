@@ -46,8 +46,8 @@ use example_source::{Runs, source as run_source};
 
 /// Channels of each.
 const CHANNELS: u32 = 4;
-/// Until everybody sleeps who waits.
-const REST: Duration = Duration::from_millis(3);
+/// Until everybody sleeps who waits, the memory of both sides included that is touched before.
+const REST: Duration = Duration::from_millis(20);
 /// What a section of the main channel takes, about.
 const SECTION: usize = 96;
 

@@ -15,6 +15,8 @@
 //! | `events` | wake-ups, cancellations, bursts |
 //! | `memory` | whole migrations between two processes; page faults, memory |
 //!
+//! Beside it, `--scale`: what grows (`scale`, `chart`), and a model of other machines (`model`).
+//!
 //! Contenders that several rows share run once for all of them. It exits 0 whatever the figures. *Limit* is the
 //! least work that anyone must do, by a yardstick that shares no more than it must, over the same yardstick as the
 //! row, in the same rounds.
@@ -26,13 +28,17 @@ use serde_json::json;
 use vfio_migration_benches::{
     child, kept,
     measure::{Goal, Short},
+    scale as growth,
 };
 
+mod chart;
 mod devices;
 mod events;
 mod load;
 mod memory;
+mod model;
 mod save;
+mod scale;
 mod slow;
 mod suite;
 mod switchover;
@@ -79,6 +85,12 @@ struct Arguments {
     /// Rounds that `.ci/guest/versus` has measured.
     #[arg(long, value_name = "FILE")]
     beside: Option<PathBuf>,
+    /// Measures instead what grows with devices, channels, packets and state: a few minutes.
+    #[arg(long, conflicts_with_all = ["names", "json", "markdown"])]
+    scale: bool,
+    /// Where --scale writes scale.json and scale.svg.
+    #[arg(long, default_value = "target", requires = "scale")]
+    out: PathBuf,
     #[arg(long, hide = true)]
     child: Option<String>,
 }
@@ -93,7 +105,9 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let result = match arguments.child.as_deref() {
         Some(kept::ROLE) => kept::run(),
+        Some(growth::ROLE) => growth::run(),
         Some(role) => role.parse().and_then(child::run),
+        None if arguments.scale => scale::run(&arguments.out, arguments.quick),
         None => report(&arguments),
     };
     match result {

@@ -40,7 +40,7 @@ fn micros(time: Duration) -> u64 {
 
 /// The median of many, with the engine and bare, in turn.
 fn small(run: &Run, name: &str, devices: u32, len: usize) -> io::Result<Found> {
-    let count = if run.quick { 3 } else { 20 };
+    let count = if run.quick { 3 } else { 10 };
     let median = |switchover: fn(u32, usize) -> io::Result<Duration>| {
         let times: io::Result<Vec<_>> = (0..count)
             .map(|_| switchover(devices, len).map(micros))
