@@ -9,9 +9,7 @@ use crate::suite::{Found, Run, Suite};
 pub const SUITES: &[Suite] = &[Suite {
     rows: &[
         ("versus-qemu-1", AtLeast(1.2)),
-        ("versus-qemu-1-first", Open),
         ("versus-qemu-2", AtLeast(1.2)),
-        ("versus-qemu-2-first", Open),
         ("versus-qemu-memory", AtLeast(1.5)),
         ("versus-qemu-memory-grown", Open),
         ("versus-qemu-cpu", Open),
