@@ -88,15 +88,15 @@ use crate::{
 };
 
 /// What the ring asks the kernel to do, and all that the kernel will do for it.
-const OPCODES: [u8; 8] = [
-    opcode::Read::CODE,
-    opcode::Write::CODE,
-    opcode::Readv::CODE,
-    opcode::Writev::CODE,
-    opcode::Recv::CODE,
-    opcode::Send::CODE,
-    opcode::PollAdd::CODE,
-    opcode::AsyncCancel::CODE,
+const OPERATIONS: [(&str, u8); 8] = [
+    ("read", opcode::Read::CODE),
+    ("write", opcode::Write::CODE),
+    ("readv", opcode::Readv::CODE),
+    ("writev", opcode::Writev::CODE),
+    ("recv", opcode::Recv::CODE),
+    ("send", opcode::Send::CODE),
+    ("poll", opcode::PollAdd::CODE),
+    ("cancel", opcode::AsyncCancel::CODE),
 ];
 
 /// At the file's own position.
@@ -697,8 +697,47 @@ fn token(user_data: u64) -> Token {
     Token(u32::try_from(user_data & u64::from(u32::MAX)).expect("masked to 32 bits"))
 }
 
-/// Makes a ring that does what [`OPCODES`] says and nothing else, for any thread.
+/// What a host's io_uring has of what [`KernelRing`] needs.
+#[derive(Clone, Debug, Eq, PartialEq)]
+#[non_exhaustive]
+pub struct Support {
+    /// Each operation that a ring makes, and whether the kernel has it. A ring needs all.
+    pub operations: Vec<(&'static str, bool)>,
+    /// Whether a ring can be restricted to these. It works without, and its fd is then of more use to a thief.
+    pub restricted: bool,
+}
+
+/// Asks what this host's io_uring has, for this process, by a ring that is closed again.
+///
+/// # Errors
+///
+/// Why a ring cannot be had: `EPERM` or `ENOSYS` where the host forbids it, `Unsupported` where it is too old;
+/// otherwise what the kernel says.
+pub fn support() -> io::Result<Support> {
+    let ring = build(2)?;
+    let operations = operations(&ring)?;
+    let restricted = restrict(&ring);
+    ring.submitter().register_enable_rings()?;
+    try_out(ring)?;
+    Ok(Support {
+        operations: operations.into(),
+        restricted,
+    })
+}
+
+/// Makes a ring that does what [`OPERATIONS`] says and nothing else, for any thread.
 fn set_up(entries: u32) -> io::Result<IoUring> {
+    let ring = build(entries)?;
+    if operations(&ring)?.iter().any(|(_, is_there)| !is_there) {
+        return Err(unsupported("an io_uring without the operations needed"));
+    }
+    let _as_well_without = restrict(&ring);
+    ring.submitter().register_enable_rings()?;
+    try_out(ring)
+}
+
+/// Makes a ring that is not enabled.
+fn build(entries: u32) -> io::Result<IoUring> {
     let mut modern = IoUring::builder();
     modern
         .dontfork()
@@ -723,13 +762,18 @@ fn set_up(entries: u32) -> io::Result<IoUring> {
     {
         return Err(unsupported("io_uring before Linux 5.11"));
     }
+    Ok(ring)
+}
+
+/// Which operations the kernel has.
+fn operations(ring: &IoUring) -> io::Result<[(&'static str, bool); OPERATIONS.len()]> {
     let mut probe = Probe::new();
     ring.submitter().register_probe(&mut probe)?;
-    if !OPCODES.iter().all(|opcode| probe.is_supported(*opcode)) {
-        return Err(unsupported("an io_uring without the operations needed"));
-    }
-    restrict(&ring);
-    ring.submitter().register_enable_rings()?;
+    Ok(OPERATIONS.map(|(name, code)| (name, probe.is_supported(code))))
+}
+
+/// Makes the one call that moves bytes, without any.
+fn try_out(ring: IoUring) -> io::Result<IoUring> {
     // Nothing yet: a host may allow the calls above and forbid the one that counts.
     match ring.submitter().submit() {
         Err(error) if is_forbidden(&error) => Err(error),
@@ -745,13 +789,15 @@ fn is_forbidden(error: &io::Error) -> bool {
 }
 
 /// Gives up all that the ring does not need, so that whoever gets hold of its fd gains little.
-/// It works as well where that fails.
-fn restrict(ring: &IoUring) {
-    let mut restrictions: Vec<_> = OPCODES.map(Restriction::sqe_op).into();
+/// It works as well where that fails. Whether it did.
+fn restrict(ring: &IoUring) -> bool {
+    let mut restrictions: Vec<_> = OPERATIONS.map(|(_, code)| Restriction::sqe_op(code)).into();
     restrictions.push(Restriction::sqe_flags_allowed(
         (squeue::Flags::IO_LINK | squeue::Flags::ASYNC).bits(),
     ));
-    let _unrestricted = ring.submitter().register_restrictions(&mut restrictions);
+    ring.submitter()
+        .register_restrictions(&mut restrictions)
+        .is_ok()
 }
 
 fn unsupported(what: &'static str) -> io::Error {
@@ -770,6 +816,20 @@ mod tests {
                 eprintln!("skipped: no io_uring here: {error}");
                 None
             }
+        }
+    }
+
+    #[test]
+    fn what_the_kernel_has_is_what_a_ring_needs() {
+        match (support(), ring(2)) {
+            (Ok(support), Some(_)) => {
+                assert_eq!(support.operations.len(), OPERATIONS.len());
+                assert!(support.operations.iter().all(|(_, is_there)| *is_there));
+            }
+            (Ok(support), None) => {
+                assert!(support.operations.iter().any(|(_, is_there)| !is_there));
+            }
+            (Err(error), there) => assert!(there.is_none(), "{error}"),
         }
     }
 

@@ -73,7 +73,7 @@ mod time;
 pub use crate::{
     blocking::BlockingRing,
     buffer::Buffer,
-    kernel::KernelRing,
+    kernel::{KernelRing, Support, support},
     op::{Completion, Fd, Link, Op, Rejected, Token},
     open::{Backend, UnknownBackend, open},
     ring::{Drained, MAX_CAPACITY, Ring, Waker},

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   sysfs path ──▶ open ──▶ SysfsDevice (vfio-ioctls: container, group, device)  ┐
+//!   that, or cdev ──▶ open_cdev ──▶ CdevDevice (bound to an iommufd)             ┤
 //!   an fd that the VMM has (of a group, or a cdev)                               ┴─▶ VfioDevice
 //!                                                                                      │
 //!                            MigrationDevice ◀─────────────────────────────────────────┤
@@ -28,7 +29,7 @@ use nix::errno::Errno;
 
 pub use self::{
     ioctl::{DmaRange, Feature, Support},
-    open::{SysfsDevice, open},
+    open::{CdevDevice, SysfsDevice, cdev, open, open_cdev},
 };
 use super::{Hooked, Hooks, MigrationDevice};
 use crate::state::{DeviceState, MigrationFlags, PrecopyInfo};

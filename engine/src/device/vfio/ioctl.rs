@@ -6,6 +6,7 @@
 
 use std::{
     io,
+    mem::offset_of,
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
 };
 
@@ -22,6 +23,8 @@ const fn request(number: u32) -> u32 {
 const VFIO_DEVICE_FEATURE: u32 = request(17);
 /// `_IO(';', 100 + 11)`
 const VFIO_DEVICE_RESET: u32 = request(11);
+/// `_IO(';', 100 + 18)`, on a cdev.
+const VFIO_DEVICE_BIND_IOMMUFD: u32 = request(18);
 /// `_IO(';', 100 + 21)`, on the data fd.
 const VFIO_MIG_GET_PRECOPY_INFO: u32 = request(21);
 
@@ -248,6 +251,32 @@ pub fn precopy_info(data_fd: BorrowedFd<'_>) -> io::Result<PrecopyInfo> {
         dirty_bytes: info.dirty_bytes,
         reinit: info.flags & uapi::VFIO_PRECOPY_INFO_REINIT != 0,
     })
+}
+
+/// `VFIO_DEVICE_BIND_IOMMUFD`, on a *cdev*: from now on it answers as a group's device does, until it is closed.
+///
+/// # Errors
+///
+/// The kernel's: `EBUSY` where somebody else has the device, `ENOTTY` for a file that is no cdev.
+pub fn bind_iommufd(cdev: BorrowedFd<'_>, iommufd: BorrowedFd<'_>) -> io::Result<()> {
+    let mut bind = uapi::vfio_device_bind_iommufd {
+        // Without the VM's token, which older kernels do not know.
+        argsz: u32::try_from(offset_of!(uapi::vfio_device_bind_iommufd, token_uuid_ptr))
+            .expect("a few words"),
+        iommufd: iommufd.as_raw_fd(),
+        ..Default::default()
+    };
+    // SAFETY: `bind` is the header's struct, at least as long as `argsz` says, without an address, and
+    // outlives the call. The kernel takes a reference to the iommufd of its own.
+    let result = unsafe {
+        libc::ioctl(
+            cdev.as_raw_fd(),
+            VFIO_DEVICE_BIND_IOMMUFD as libc::Ioctl,
+            &raw mut bind,
+        )
+    };
+    Errno::result(result)?;
+    Ok(())
 }
 
 /// `VFIO_DEVICE_RESET`: RUNNING afterwards.

@@ -29,6 +29,7 @@ fn expected() -> Vec<(&'static str, u64)> {
         vfio_device_feature_migration { flags }
         vfio_device_feature_mig_state { device_state, data_fd }
         vfio_device_feature_mig_data_size { stop_copy_length }
+        vfio_device_bind_iommufd { argsz, flags, iommufd, out_devid }
         vfio_precopy_info { argsz, flags, initial_bytes, dirty_bytes }
         vfio_device_feature_dma_logging_control { page_size, num_ranges, __reserved, ranges }
         vfio_device_feature_dma_logging_range { iova, length }
@@ -37,6 +38,7 @@ fn expected() -> Vec<(&'static str, u64)> {
     all.extend([
         ("VFIO_DEVICE_FEATURE", VFIO_DEVICE_FEATURE.into()),
         ("VFIO_DEVICE_RESET", VFIO_DEVICE_RESET.into()),
+        ("VFIO_DEVICE_BIND_IOMMUFD", VFIO_DEVICE_BIND_IOMMUFD.into()),
         (
             "VFIO_MIG_GET_PRECOPY_INFO",
             VFIO_MIG_GET_PRECOPY_INFO.into(),
