@@ -148,7 +148,7 @@ fn check_scan(scan: &Scan, bytes: &[u8], page_size: PageSize, devices: &mut Devi
         }
     };
     assert!(places.next().is_none(), "a place without a packet");
-    assert_eq!((scan.ram_packets, scan.syncs), (ram, syncs));
+    assert_eq!((scan.ram_packets + scan.digests, scan.syncs), (ram, syncs));
     assert_eq!(scan.end, walk.offset() as u64);
     assert_eq!(scan.damage.is_some(), damaged, "{:?}", scan.damage);
     if let Some(damage) = &scan.damage {

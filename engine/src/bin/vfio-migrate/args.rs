@@ -148,7 +148,7 @@ pub(crate) fn packet(text: &str) -> Result<usize, String> {
 }
 
 /// What the engine's buffers have room for, headers included, less those headers.
-const MAX_PACKET: usize = (16 << 20) - 4096;
+pub(crate) const MAX_PACKET: usize = (16 << 20) - 4096;
 
 /// Reads a time in seconds: `60`, `0.5`.
 pub(crate) fn seconds(text: &str) -> Result<Duration, String> {

@@ -44,6 +44,26 @@ pub(crate) enum What {
         index: u32,
         config: bool,
     },
+    /// The sha256 of all that stands before it: a save file's last packet. To any other reader it is a
+    /// RAM packet without pages.
+    Digest([u8; 32]),
+}
+
+/// What the RAM block of a digest's packet is called, before the digits.
+pub(crate) const DIGEST_BLOCK: &str = "vfio-migrate/sha256:";
+
+/// The digest that a RAM packet of this block and so many pages is.
+fn digest(block: &[u8], pages: u32) -> Option<[u8; 32]> {
+    let digits = block.strip_prefix(DIGEST_BLOCK.as_bytes())?;
+    let mut digest = [0; 32];
+    if pages != 0 || digits.len() != 2 * digest.len() {
+        return None;
+    }
+    for (byte, digits) in digest.iter_mut().zip(digits.chunks(2)) {
+        let digits = std::str::from_utf8(digits).ok()?;
+        *byte = u8::from_str_radix(digits, 16).ok()?;
+    }
+    Some(digest)
 }
 
 /// A packet and where it stands.
@@ -214,14 +234,17 @@ fn what(frame: &Frame<'_>) -> What {
         Frame::Sync { packet_num } => What::Sync {
             packet_num: *packet_num,
         },
-        Frame::Ram(ram) => What::Ram {
-            flags: match ram.kind {
-                vfio_migration::wire::Kind::Ram { flags } => flags,
-                _ => 0,
+        Frame::Ram(ram) => match digest(ram.ramblock, ram.normal_pages + ram.zero_pages) {
+            Some(digest) => What::Digest(digest),
+            None => What::Ram {
+                flags: match ram.kind {
+                    vfio_migration::wire::Kind::Ram { flags } => flags,
+                    _ => 0,
+                },
+                pages: ram.normal_pages,
+                zero_pages: ram.zero_pages,
+                block: String::from_utf8_lossy(ram.ramblock).into_owned(),
             },
-            pages: ram.normal_pages,
-            zero_pages: ram.zero_pages,
-            block: String::from_utf8_lossy(ram.ramblock).into_owned(),
         },
         Frame::DeviceState(packet) => What::Device {
             key: Box::new(packet.header.key()),
@@ -237,6 +260,7 @@ impl fmt::Display for What {
             Self::Hello(_) => f.write_str("the hello"),
             Self::Sync { .. } => f.write_str("a SYNC packet"),
             Self::Ram { .. } => f.write_str("a RAM packet"),
+            Self::Digest(_) => f.write_str("the digest"),
             Self::Device { key, index, config } => {
                 let config = if *config { ", its config" } else { "" };
                 write!(f, "device {}, idx {index}{config}", show_key(key))
@@ -273,6 +297,8 @@ pub(crate) struct Scan {
     pub(crate) largest: u32,
     pub(crate) ram_packets: u64,
     pub(crate) syncs: u64,
+    /// How often it says what its sha256 is: once, at the end of a save file.
+    pub(crate) digests: u64,
     /// Where the last whole packet ends.
     pub(crate) end: u64,
     pub(crate) damage: Option<Damage>,
@@ -296,6 +322,7 @@ impl Scan {
             largest: 0,
             ram_packets: 0,
             syncs: 0,
+            digests: 0,
             end: 0,
             damage: None,
         };
@@ -318,6 +345,7 @@ impl Scan {
             What::Hello(hello) => self.hello = Some(hello),
             What::Sync { .. } => self.syncs += 1,
             What::Ram { .. } => self.ram_packets += 1,
+            What::Digest(_) => self.digests += 1,
             What::Device { key, index, config } => {
                 self.device_bytes += packet.len;
                 self.largest = self.largest.max(packet.payload);

@@ -20,7 +20,8 @@ use std::{
 use anyhow::{Context, bail, ensure};
 use sha2::{Digest, Sha256};
 use vfio_migration::{
-    Device, DeviceId, DeviceStats, MigrationDevice, Stats,
+    Device, DeviceId, DeviceState, DeviceStats, Duty, MigrationDevice, Stats,
+    migration::MigratableDevice,
     sim::{Image, SimConfig, SimDevice, SimHandle},
     wire::PACKET_HEADER_LEN,
 };
@@ -34,8 +35,11 @@ use crate::{
     state_files::{self, StateFile, Target},
 };
 
-/// What is said of SPEC in `send` and `receive`.
-pub(crate) const HELP: &str = "\
+/// What is said of each kind of SPEC.
+macro_rules! kinds {
+    ($end:literal) => {
+        concat!(
+            "\
 SPEC is one of:
   sim:id=ID[,size=SIZE][,seed=N][,precopy=SIZE]
                                   a simulated device. On a source, size (1MiB) and seed (0) choose
@@ -46,12 +50,30 @@ SPEC is one of:
                                   yet. It changes only when the whole migration has passed. A new
                                   file has mode 0600, an old one keeps its mode. The default id is
                                   file/NAME, where NAME is the last part of PATH
-  vfio:SYSFS_PATH[,id=ID]         a device of the kernel's, bound to a VFIO driver and not in use.
+  vfio:SYSFS_PATH[,id=ID]         a device of the kernel's, bound to a VFIO driver and not in use;
+                                  or its character device, vfio:/dev/vfio/devices/vfioN.
                                   The default id is vfio/NAME. Only what the driver saves is
                                   moved, and no digest of it is known. The kernel may reset the
                                   device when it is closed at the end
+",
+            $end
+        )
+    };
+}
+
+/// What is said of SPEC in `send` and `receive`.
+pub(crate) const HELP: &str = kinds!(
+    "\
 Each also takes instance=N, the instance id (0). Source and destination must name the same
-devices: the same ids and instances, in any order.";
+devices: the same ids and instances, in any order."
+);
+
+/// The same in `save` and `restore`.
+pub(crate) const HELP_OF_FILE: &str = kinds!(
+    "\
+Each also takes instance=N, the instance id (0). A save is a source here, a restore a destination:
+both must name the same devices, the same ids and instances, in any order."
+);
 
 /// Where a device's state is.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -66,6 +88,64 @@ enum Kind {
 pub(crate) struct Spec {
     id: DeviceId,
     kind: Kind,
+}
+
+/// Where a device is, when what was done with it is over.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Left<'a> {
+    id: &'a DeviceId,
+    state: DeviceState,
+    reset: bool,
+    duty: Duty,
+}
+
+impl<'a> From<&'a Device> for Left<'a> {
+    fn from(device: &'a Device) -> Self {
+        Self {
+            id: device.id(),
+            state: device.state(),
+            reset: device.was_reset(),
+            duty: device.duty(),
+        }
+    }
+}
+
+impl<'a> From<&'a MigratableDevice> for Left<'a> {
+    fn from(device: &'a MigratableDevice) -> Self {
+        Self {
+            id: device.id(),
+            state: device.state(),
+            reset: device.was_reset(),
+            duty: device.duty(),
+        }
+    }
+}
+
+impl Left<'_> {
+    /// Whether it is as before, and nothing is to be done about it.
+    pub(crate) fn is_whole(&self) -> bool {
+        !self.reset && self.duty == Duty::Nothing
+    }
+}
+
+/// Where the devices are, and what is to be done about those that something is to be done about.
+pub(crate) fn told<'a>(devices: impl Iterator<Item = Left<'a>>) -> String {
+    let told = devices.map(
+        |Left {
+             id,
+             state,
+             reset,
+             duty,
+         }| {
+            let reset = if reset { ", reset" } else { "" };
+            let duty = match duty {
+                Duty::Nothing => String::new(),
+                duty => format!(": {duty}"),
+            };
+            format!("{id} in {state}{reset}{duty}")
+        },
+    );
+    told.collect::<Vec<_>>().join("; ")
 }
 
 impl FromStr for Spec {
@@ -154,6 +234,11 @@ impl Spec {
         })
     }
 
+    /// The device's name.
+    pub(crate) const fn id(&self) -> &DeviceId {
+        &self.id
+    }
+
     /// How long the state is, where that is known.
     fn len(&self) -> Option<u64> {
         match &self.kind {
@@ -230,10 +315,7 @@ pub(crate) fn open(specs: &[Spec], source: bool) -> anyhow::Result<Vec<(Device, 
                     (Box::new(device), State::Written(written))
                 }
             }
-            Kind::Vfio(path) => {
-                let (device, _) = kernel::open(path)?;
-                (Box::new(device), State::Vfio)
-            }
+            Kind::Vfio(path) => (kernel::open(path)?.device, State::Vfio),
         };
         let config = ConfigDigest::default();
         let observed = DigestingDevice::new(inner, config.clone());
@@ -360,6 +442,11 @@ impl Subject {
 }
 
 impl Checked<'_> {
+    /// The state's length in bytes, without headers and config.
+    pub(crate) const fn state_bytes(&self) -> u64 {
+        self.state_bytes
+    }
+
     /// The sha256 of the state as it is now. Nobody's but its driver's of a device of the kernel's.
     fn digest(&self) -> anyhow::Result<Option<String>> {
         let path = match &self.subject.state {

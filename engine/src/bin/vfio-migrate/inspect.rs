@@ -35,6 +35,7 @@ use crate::{
 ///   ram     a RAM packet: pages sent and zero pages, and the RAM block's name
 ///   device  a piece of a device's state
 ///   config  a device's config, always its last packet
+///   digest  the end of a file of `vfio-migrate save`: the sha256 of all before it
 #[derive(Debug, clap::Args)]
 #[command(verbatim_doc_comment)]
 pub(crate) struct Options {
@@ -69,6 +70,11 @@ fn line(packet: &Packet) -> String {
         } => write!(
             line,
             "ram     flags {flags:#06x}    pages {pages} zero {zero_pages} block {block:?} size {size}"
+        ),
+        What::Digest(sha256) => write!(
+            line,
+            "digest  flags -         sha256 {} of the bytes before it",
+            hex(sha256)
         ),
         What::Device { key, index, config } => {
             let (kind, inner) = if *config {

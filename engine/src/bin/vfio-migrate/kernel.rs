@@ -1,30 +1,90 @@
 //! The kernel's own devices: opened by their sysfs paths, and asked whether they can migrate.
 //!
 //! ```text
-//!   path ──open──▶ vfio::VfioDevice ──probe──▶ Ability        or: why migration is refused
+//!   path ──open──▶ by its group, or its cdev ──probe──▶ Ability        or: why migration is refused
 //! ```
 //!
-//! Used by `probe`, and for the devices of a `SPEC`, from the command's main thread. A call lasts as
+//! Used by `probe`, `doctor`, and for the devices of a `SPEC`, from the command's main thread. A call lasts as
 //! long as the device's driver takes for it.
 
 use std::{
-    io,
+    fmt, io,
     path::{Path, PathBuf},
 };
 
 use anyhow::anyhow;
 use nix::errno::Errno;
-use vfio_migration::vfio::{self, Ability, SysfsDevice, VfioDevice};
+use vfio_migration::{
+    MigrationDevice,
+    vfio::{self, Ability},
+};
+
+/// The kernel's device, and what it says of itself.
+pub(crate) struct Opened {
+    pub(crate) device: Box<dyn MigrationDevice>,
+    pub(crate) ability: Ability,
+    pub(crate) way: Way,
+}
+
+/// How a device is had.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(crate) enum Way {
+    /// Its group, in a container.
+    Group,
+    /// Its character device, bound to an iommufd.
+    Cdev(PathBuf),
+}
+
+impl fmt::Display for Way {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Group => f.write_str("its group"),
+            Self::Cdev(path) => write!(f, "{} and an iommufd", path.display()),
+        }
+    }
+}
+
+/// A device that is open, and what it said when it was asked.
+type Asked = (Box<dyn MigrationDevice>, io::Result<Ability>, Way);
+
+fn by_group(path: &Path) -> io::Result<Asked> {
+    let device = vfio::open(path)?;
+    let ability = device.probe();
+    Ok((Box::new(device), ability, Way::Group))
+}
+
+fn by_cdev(path: &Path, cdev: PathBuf) -> io::Result<Asked> {
+    let device = vfio::open_cdev(path)?;
+    let ability = device.probe();
+    Ok((Box::new(device), ability, Way::Cdev(cdev)))
+}
+
+/// By its group where that can be had, as every kernel can; otherwise by its character device.
+fn ask(path: &Path) -> Result<Asked, String> {
+    let text = |error: io::Error| error.to_string();
+    match vfio::cdev(path) {
+        None => by_group(path).map_err(text),
+        Some(cdev) if cdev == path => by_cdev(path, cdev).map_err(text),
+        Some(cdev) => by_group(path).or_else(|group| {
+            by_cdev(path, cdev)
+                .map_err(|cdev| format!("{group}; nor by its character device: {cdev}"))
+        }),
+    }
+}
 
 /// Opens a device that can migrate.
-pub(crate) fn open(path: &Path) -> anyhow::Result<(VfioDevice<SysfsDevice>, Ability)> {
-    let device = vfio::open(path).map_err(|error| match driver(path) {
+pub(crate) fn open(path: &Path) -> anyhow::Result<Opened> {
+    let (device, ability, way) = ask(path).map_err(|error| match driver(path) {
         Some(driver) => anyhow!("cannot open the device: {error} (its driver is {driver})"),
         None if path.is_dir() => anyhow!("cannot open the device: {error} (it has no driver)"),
         None => anyhow!("cannot open the device: {error}"),
     })?;
-    match device.probe() {
-        Ok(ability) => Ok((device, ability)),
+    match ability {
+        Ok(ability) => Ok(Opened {
+            device,
+            ability,
+            way,
+        }),
         Err(error) => Err(anyhow!(
             "{}: migration is refused: {}",
             path.display(),
@@ -35,8 +95,14 @@ pub(crate) fn open(path: &Path) -> anyhow::Result<(VfioDevice<SysfsDevice>, Abil
 
 /// The driver that a device is bound to.
 pub(crate) fn driver(path: &Path) -> Option<String> {
-    let link: PathBuf = path.join("driver").read_link().ok()?;
-    Some(link.file_name()?.to_string_lossy().into_owned())
+    let named = |path: &Path| {
+        let link: PathBuf = path.join("driver").read_link().ok()?;
+        Some(link.file_name()?.to_string_lossy().into_owned())
+    };
+    named(path).or_else(|| {
+        let cdev = Path::new("/sys/class/vfio-dev").join(path.file_name()?);
+        named(&cdev.join("device"))
+    })
 }
 
 /// Why a device cannot migrate, from what it said when it was asked.
@@ -59,6 +125,8 @@ fn reason(error: &io::Error, driver: Option<&str>) -> String {
 #[cfg(test)]
 mod tests {
     use std::{fs::File, os::fd::AsFd};
+
+    use vfio_migration::vfio::VfioDevice;
 
     use super::*;
 

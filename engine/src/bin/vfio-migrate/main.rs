@@ -5,18 +5,22 @@
 //!   send ── receive    source ══ TCP or unix ═══▶ destination     two processes
 //!   relay              source ═══════▶ relay ═══════▶ destination   QEMU's on both sides, say
 //!   replay             captured channels ───────▶ destination     the state, out of a capture
+//!   save, restore      devices ──▶ a file, and back     while their VM stands
+//!   doctor             this host ────────────────────▶ what it can do     and what to mend
 //!   probe              a device of the kernel's ────▶ what it can do     or why not
 //!   inspect            a captured channel ──────▶ its packets     one line for each
 //! ```
 //!
 //! | file | what |
 //! |---|---|
-//! | `demo`, `send`, `receive`, `relay`, `probe`, `replay`, `inspect` | a subcommand each |
+//! | `demo`, `send`, `receive`, `relay`, `save`, `restore`, `doctor`, `probe`, `replay`, `inspect` | a subcommand each |
 //! | `main_channel` | what `send` and `receive` say to each other beside the packets |
 //! | `network`, `connect`, `listen`, `acceptor` | addresses and connections; how they are made, and taken in; which is what |
 //! | `limits` | how many files may be open |
 //! | `device`, `file`, `observed` | the devices of a `SPEC`, and what is known of them afterwards |
 //! | `state_files` | the files that a migration leaves: together, or not at all |
+//! | `save_file` | what `save` writes and `restore` checks: a channel's bytes, and their digest |
+//! | `measure` | `probe --measure`: a device saved to nowhere |
 //! | `kernel` | the kernel's own devices: opened, or refused with a reason |
 //! | `capture`, `contents` | a captured channel's packets and where they stand; what all together hold |
 //! | `output`, `failure`, `progress` | tables and JSON; exit statuses; bars |
@@ -53,6 +57,7 @@ mod config_digest;
 mod connect;
 mod demo;
 mod device;
+mod doctor;
 mod failure;
 mod file;
 mod host_memory;
@@ -62,6 +67,7 @@ mod kernel;
 mod limits;
 mod listen;
 mod main_channel;
+mod measure;
 mod network;
 mod output;
 mod probe;
@@ -70,6 +76,9 @@ mod receive;
 mod recorder;
 mod relay;
 mod replay;
+mod restore;
+mod save;
+mod save_file;
 mod send;
 mod state_files;
 mod stderr;
@@ -96,7 +105,10 @@ enum Command {
     Send(send::Options),
     Receive(receive::Options),
     Relay(relay::Options),
+    Save(save::Options),
+    Restore(restore::Options),
     Probe(probe::Options),
+    Doctor(doctor::Options),
     Replay(replay::Options),
     Inspect(inspect::Options),
 }
@@ -109,7 +121,10 @@ impl Command {
             Self::Send(options) => options.json,
             Self::Receive(options) => options.json,
             Self::Relay(options) => options.json,
+            Self::Save(options) => options.json,
+            Self::Restore(options) => options.json,
             Self::Probe(options) => options.json,
+            Self::Doctor(options) => options.json,
             Self::Replay(options) => options.json,
             Self::Inspect(_) => false,
         }
@@ -126,9 +141,16 @@ Examples:
     vfio-migrate receive --listen 0.0.0.0:4444 --device sim:id=gpu0
     vfio-migrate send --to host2:4444 --device sim:id=gpu0,size=1GiB,seed=7
 
+  What can this host do, and what is missing?
+    vfio-migrate doctor --devices 4 --channels 8
+
   What can a device of the kernel's do?
     vfio-migrate probe /sys/bus/pci/devices/0000:3b:00.2
     vfio-migrate send --to host2:4444 --device vfio:/sys/bus/pci/devices/0000:3b:00.2,id=nic0
+
+  Into a file, and out of it again:
+    vfio-migrate save nic0.save --device vfio:/sys/bus/pci/devices/0000:3b:00.2,id=nic0
+    vfio-migrate restore nic0.save --device vfio:/sys/bus/pci/devices/0000:3b:00.2,id=nic0
 
   Between two machines' VMMs, with the devices' states through the engine:
     vfio-migrate relay --listen 0.0.0.0:4444 --to host2:4444
@@ -205,7 +227,10 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Send(options) => send::run(&options),
         Command::Receive(options) => receive::run(&options),
         Command::Relay(options) => relay::run(&options),
+        Command::Save(options) => save::run(&options),
+        Command::Restore(options) => restore::run(&options),
         Command::Probe(options) => probe::run(&options),
+        Command::Doctor(options) => doctor::run(&options),
         Command::Replay(options) => replay::run(&options),
         Command::Inspect(options) => inspect::run(&options),
     }

@@ -296,7 +296,7 @@ impl Moved {
 /// A peer's whole transfer.
 #[derive(Debug, Serialize)]
 pub(crate) struct Transfer {
-    /// `send` or `receive`.
+    /// `send`, `receive`, `save` or `restore`.
     pub(crate) role: &'static str,
     pub(crate) devices: Vec<Moved>,
     /// On this side, in the devices' order.
@@ -324,6 +324,10 @@ impl Transfer {
         if json {
             return print_json(self);
         }
+        print(&self.text())
+    }
+
+    fn text(&self) -> String {
         let mut text = String::new();
         for (device, downtime) in self.devices.iter().zip(&self.downtime) {
             text.push_str(&device.text());
@@ -332,10 +336,11 @@ impl Transfer {
         let bytes: u64 = self.devices.iter().map(|device| device.state_bytes).sum();
         text.push_str(&format!(
             "{}: {} devices, {}, {:.2} s, {:.2} GB/s, {} channels, backend {}\n",
-            if self.role == "send" {
-                "sent"
-            } else {
-                "received"
+            match self.role {
+                "send" => "sent",
+                "save" => "saved",
+                "restore" => "restored",
+                _ => "received",
             },
             self.devices.len(),
             show(bytes),
@@ -348,7 +353,35 @@ impl Transfer {
             text.push_str(&format!("{} of it went before they stopped\n", show(bytes)));
         }
         text.push_str(&spilled(self.spilled_bytes));
-        print(&text)
+        text
+    }
+}
+
+/// A save or a restore, and its file.
+#[derive(Debug, Serialize)]
+pub(crate) struct Kept {
+    #[serde(flatten)]
+    pub(crate) transfer: Transfer,
+    pub(crate) file: String,
+    pub(crate) file_bytes: u64,
+    /// Of the whole file but its last packet, which says it.
+    pub(crate) file_sha256: String,
+}
+
+impl Kept {
+    /// Prints it where all has passed: what fails now is said, and no status.
+    pub(crate) fn tell(&self, json: bool) {
+        let printed = if json {
+            print_json(self)
+        } else {
+            let mut text = self.transfer.text();
+            text.push_str(&format!(
+                "{:?}: {} bytes, sha256 {}\n",
+                self.file, self.file_bytes, self.file_sha256
+            ));
+            print(&text)
+        };
+        warn("all is done", printed);
     }
 }
 

@@ -1,27 +1,39 @@
 //! `vfio-migrate probe`: what the kernel's device at a path can do, or why it cannot migrate.
 //!
-//! Opens the device, asks, and closes it; its state is not changed. One thread, no waits of its own.
+//! Opens the device, asks, and closes it; its state is not changed. One thread, no waits of its own. With
+//! `--measure` the device is saved to nowhere as well (`measure`).
 
 use std::path::PathBuf;
 
 use clap::Args;
 use serde::Serialize;
-use vfio_migration::{
-    DeviceState, MigrationFlags,
-    estimate::MAX_DATA_SIZE,
-    vfio::{Ability, Support},
-};
+use vfio_migration::{DeviceState, MigrationFlags, estimate::MAX_DATA_SIZE, vfio::Support};
 
-use crate::{kernel, output};
+use crate::{
+    kernel::{self, Opened},
+    measure::{self, Measured},
+    output,
+};
 
 /// Show what the VFIO device at a sysfs path can do, or why it cannot migrate
 ///
-/// The device must be bound to a VFIO driver, such as mlx5-vfio-pci, and not in use.
+/// The device must be bound to a VFIO driver, such as mlx5-vfio-pci, and not in use. It is opened by its
+/// group, or by its character device and an iommufd.
+///
+/// With --measure the device is also stopped, its state is read and thrown away, and the device goes back to
+/// the state in which it came: how large the state is, how fast it is read, and what downtime that means.
 #[derive(Debug, Args)]
 pub(crate) struct Options {
-    /// The device: /sys/bus/pci/devices/0000:3b:00.2, or /sys/bus/mdev/devices/UUID
-    #[arg(value_name = "SYSFS_PATH")]
+    /// The device: /sys/bus/pci/devices/0000:3b:00.2, /sys/bus/mdev/devices/UUID, or its character
+    /// device, /dev/vfio/devices/vfio0
+    #[arg(value_name = "PATH")]
     path: PathBuf,
+    /// Stop the device and read its state, to measure that; only for a device that is not in use
+    #[arg(long)]
+    measure: bool,
+    /// The bandwidth of the network, in Gbit/s [default: 10, 25 and 100]
+    #[arg(long, value_name = "GBIT", requires = "measure", value_parser = measure::gbit)]
+    bandwidth: Vec<f64>,
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
@@ -31,6 +43,9 @@ pub(crate) struct Options {
 #[derive(Debug, Serialize)]
 struct Found {
     device: String,
+    driver: Option<String>,
+    /// How it was opened.
+    opened_by: String,
     state: String,
     /// The states that it can be asked for.
     states: Vec<String>,
@@ -40,9 +55,11 @@ struct Found {
     precopy_info_flags: &'static str,
     /// Bytes that STOP_COPY would give now, by the driver's estimate.
     estimated_bytes: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    measured: Option<Measured>,
 }
 
-const fn say(support: Support) -> &'static str {
+pub(crate) const fn say(support: Support) -> &'static str {
     match support {
         Support::Yes => "yes",
         Support::NotThisKernel => "no: the kernel knows nothing of it",
@@ -51,10 +68,13 @@ const fn say(support: Support) -> &'static str {
 }
 
 impl Found {
-    fn new(options: &Options, ability: &Ability) -> Self {
+    fn new(options: &Options, opened: &Opened) -> Self {
+        let ability = &opened.ability;
         let states = DeviceState::ALL.into_iter();
         Self {
             device: options.path.display().to_string(),
+            driver: kernel::driver(&options.path),
+            opened_by: opened.way.to_string(),
             state: ability.state.to_string(),
             states: states
                 .filter(|state| *state != DeviceState::Error && ability.flags.supports(*state))
@@ -65,6 +85,7 @@ impl Found {
             dma_logging: say(ability.dma_logging),
             precopy_info_flags: say(ability.precopy_info_v2),
             estimated_bytes: ability.data_size,
+            measured: None,
         }
     }
 
@@ -78,24 +99,34 @@ impl Found {
             },
         );
         format!(
-            "{}\n  state        {}\n  states       {}\n  PRE_COPY     {}\n  P2P          {}\n  \
+            "{}\n  driver       {}\n  opened by    {}\n  state        {}\n  states       {}\n  PRE_COPY     {}\n  P2P          {}\n  \
              DMA logging  {}\n  info flags   {}\n  estimate     {size}\n",
             self.device,
+            self.driver.as_deref().unwrap_or("(none)"),
+            self.opened_by,
             self.state,
             self.states.join(" "),
             yes(self.precopy),
             yes(self.p2p),
             self.dma_logging,
             self.precopy_info_flags,
-        )
+        ) + &self
+            .measured
+            .as_ref()
+            .map_or_else(String::new, Measured::text)
     }
 }
 
 /// Runs `probe`.
 pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
-    let (device, ability) = kernel::open(&options.path)?;
-    drop(device);
-    let found = Found::new(options, &ability);
+    let opened = kernel::open(&options.path)?;
+    let mut found = Found::new(options, &opened);
+    // Before it is opened again.
+    drop(opened);
+    if options.measure {
+        let spec = format!("vfio:{}", options.path.display());
+        found.measured = Some(Measured::of(&spec, &options.bandwidth, !options.json)?);
+    }
     if options.json {
         output::print_json(&found)
     } else {
@@ -111,6 +142,8 @@ mod tests {
     fn words_and_estimates() {
         let mut found = Found {
             device: "/sys/x".into(),
+            driver: Some("mtty".into()),
+            opened_by: "its group".into(),
             state: "RUNNING".into(),
             states: vec!["STOP".into(), "RUNNING".into()],
             precopy: false,
@@ -118,9 +151,12 @@ mod tests {
             dma_logging: say(Support::NotThisKernel),
             precopy_info_flags: say(Support::NotThisDevice),
             estimated_bytes: Some(96),
+            measured: None,
         };
         let text = found.text();
         for line in [
+            "  driver       mtty",
+            "  opened by    its group",
             "  state        RUNNING",
             "  states       STOP RUNNING",
             "  PRE_COPY     no",

@@ -45,6 +45,7 @@ use crate::{
     output::{self, Moved, hex},
     progress::Progress,
     recorder::{self, Kept, Recorders, lock},
+    save_file::SaveFile,
     state_files::{self, Directory, StateFile, Target},
 };
 
@@ -56,6 +57,8 @@ use crate::{
 /// the config (its packet's data, framing tags included). RAM and SYNC packets are counted and skipped.
 ///
 /// Device state that the main channel carried is not in these files.
+///
+/// A file of `vfio-migrate save` is such a FILE too, by itself. Its sha256 is checked first.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
     /// A captured multifd channel
@@ -349,6 +352,9 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         scans.push(Scan::new(path, options.page_size)?);
     }
     check(&scans)?;
+    for scan in scans.iter().filter(|scan| scan.digests > 0) {
+        SaveFile::open(&scan.path)?;
+    }
     if let Some(directory) = &options.out {
         fs::create_dir_all(directory).with_context(|| directory.display().to_string())?;
     }

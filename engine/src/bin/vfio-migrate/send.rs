@@ -24,7 +24,7 @@ use std::{
 
 use anyhow::{Context, anyhow, bail};
 use vfio_migration::{
-    Canceller, Channel, Device, Duty, Error, Failed, SaveSession, Settings, SourceChannels, Stats,
+    Canceller, Channel, Device, Error, Failed, SaveSession, Settings, SourceChannels, Stats,
     migration::{
         DeviceSettings, MigratableDevice, OnOffAuto, Outgoing, OutgoingDevice, Saved,
         SwitchoverAck, SwitchoverAcks, vm,
@@ -37,7 +37,7 @@ use crate::{
     Interrupted,
     args::{self, BackendArg, CapabilitiesArgs},
     connect::connect,
-    device::{self, Spec, Subject},
+    device::{self, Left, Spec, Subject},
     host_memory::{NO_THREAD, Need, of_save},
     interrupt, limits,
     main_channel::{
@@ -425,8 +425,7 @@ fn migrate(
         }
         (result, saved) => {
             let back = saved.map(Saved::abort).unwrap_or_default();
-            let whole = |it: &MigratableDevice| !it.was_reset() && it.duty() == Duty::Nothing;
-            let result = if back.iter().all(whole) {
+            let result = if back.iter().map(Left::from).all(|it| it.is_whole()) {
                 result
             } else {
                 result.with_context(|| told(&back))
@@ -442,15 +441,7 @@ fn migrate(
 
 /// Where the devices are, and what is to be done about those that something is to be done about.
 fn told(devices: &[MigratableDevice]) -> String {
-    let told = devices.iter().map(|device| {
-        let reset = if device.was_reset() { ", reset" } else { "" };
-        let duty = match device.duty() {
-            Duty::Nothing => String::new(),
-            duty => format!(": {duty}"),
-        };
-        format!("{} in {}{reset}{duty}", device.id(), device.state())
-    });
-    told.collect::<Vec<_>>().join("; ")
+    device::told(devices.iter().map(Left::from))
 }
 
 /// What stands behind the end, for people.

@@ -19,6 +19,7 @@
 //! | two targets | are two files, however they are spelled |
 //! | a file system without O_TMPFILE | a name of its own beside PATH, by O_EXCL; removed on drop |
 //! | PATH changed under way | refused by [`publish`]: nobody's file is replaced unseen |
+//! | an old file's mode | is kept; `Target::private` is 0600 and its maker's in any case |
 //! | the process is killed | PATH is as it was; without O_TMPFILE a `.vfio-migrate-…` stays |
 //!
 //! | module | its idea |
@@ -77,7 +78,7 @@ pub(crate) fn publish(files: Vec<(&Target, StateFile)>) -> anyhow::Result<()> {
 
 fn publish_by(mut files: Vec<(&Target, StateFile)>, means: Means) -> anyhow::Result<()> {
     for (target, file) in &files {
-        let settled = file.settle(target.old);
+        let settled = file.settle(target.old.filter(|_| !target.private));
         settled.with_context(|| target.cannot_keep())?;
     }
     let mut put = 0;

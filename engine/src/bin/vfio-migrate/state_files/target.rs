@@ -20,6 +20,8 @@ pub(crate) struct Target {
     pub(super) directory: Directory,
     pub(super) name: OsString,
     pub(super) old: Option<Old>,
+    /// Whether the file is its owner's alone, whatever an old one's mode was.
+    pub(super) private: bool,
 }
 
 impl Target {
@@ -42,9 +44,16 @@ impl Target {
                 path: path.to_owned(),
                 name: name.to_owned(),
                 directory,
+                private: false,
             })
         };
         make().with_context(|| path.display().to_string())
+    }
+
+    /// The same, and the file's mode is 0600, whatever an old one's was.
+    pub(crate) const fn private(mut self) -> Self {
+        self.private = true;
+        self
     }
 
     /// Whether there is a file already.
