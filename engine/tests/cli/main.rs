@@ -2,6 +2,7 @@
 #![cfg(feature = "cli")]
 #![allow(missing_docs, reason = "a test")]
 
+mod activated;
 mod chain;
 mod channels;
 mod connect;

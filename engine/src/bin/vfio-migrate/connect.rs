@@ -45,7 +45,7 @@ use nix::{
 use vfio_migration_uring::{deadline, later};
 
 use crate::{
-    Interrupted, interrupt,
+    Interrupted, Usage, interrupt,
     network::{Address, Connection, TICK},
 };
 
@@ -76,6 +76,7 @@ impl Target {
     fn all(address: &Address, deadline: Instant, look: &mut Look<'_>) -> anyhow::Result<Vec<Self>> {
         Ok(match address {
             Address::Unix(path) => vec![Self::Unix(UnixAddr::new(path)?)],
+            Address::Stdin => bail!(Usage("stdin is an address for --listen".into())),
             Address::Tcp(address) => {
                 let found = resolve(address, deadline, look)?;
                 found.into_iter().map(Self::Tcp).collect()

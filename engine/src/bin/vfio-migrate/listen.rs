@@ -1,4 +1,5 @@
-//! Listening: a TCP port, or a unix socket's path, which may be taken by somebody else.
+//! Listening: a TCP port, or a unix socket's path, which may be taken by somebody else; or a socket that
+//! was passed as stdin, which stays its maker's.
 //!
 //! ```text
 //!   bind ─▶ the path is taken ─┬─ no socket                     ──▶ refused, untouched
@@ -25,7 +26,7 @@ use std::{
     io,
     net::TcpListener,
     os::{
-        fd::{AsFd, BorrowedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd},
         unix::{
             fs::{FileTypeExt, MetadataExt},
             net::{UnixDatagram, UnixListener},
@@ -35,10 +36,13 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{anyhow, bail};
+use anyhow::{anyhow, bail, ensure};
 use nix::{
     errno::Errno,
-    sys::socket::{Backlog, listen},
+    sys::socket::{
+        AddressFamily, Backlog, SockType, SockaddrLike, SockaddrStorage, getsockname, getsockopt,
+        listen, sockopt,
+    },
 };
 use vfio_migration_uring::deadline;
 
@@ -121,6 +125,32 @@ fn bind_unix(path: &Path) -> anyhow::Result<(UnixListener, Identity)> {
     Ok((listener, identity))
 }
 
+/// The socket that was passed as stdin: TCP's or a path's, and it listens.
+fn passed() -> anyhow::Result<Socket> {
+    let stdin = io::stdin();
+    let listens = getsockopt(&stdin, sockopt::AcceptConn).unwrap_or(false);
+    ensure!(
+        listens && getsockopt(&stdin, sockopt::SockType)? == SockType::Stream,
+        "stdin is no socket that listens: in a unit, StandardInput=socket and a .socket with \
+         Accept=no"
+    );
+    let name: SockaddrStorage = getsockname(stdin.as_fd().as_raw_fd())?;
+    let fd = stdin.as_fd().try_clone_to_owned()?;
+    Ok(match name.family() {
+        Some(AddressFamily::Inet | AddressFamily::Inet6) => {
+            let listener = TcpListener::from(fd);
+            listener.set_nonblocking(true)?;
+            Socket::Tcp(listener)
+        }
+        Some(AddressFamily::Unix) => {
+            let listener = UnixListener::from(fd);
+            listener.set_nonblocking(true)?;
+            Socket::Unix(listener)
+        }
+        _ => bail!("stdin is a socket of neither TCP nor a path"),
+    })
+}
+
 // ------------------------------------------------------------------------------------ listener
 
 #[derive(Debug)]
@@ -166,6 +196,7 @@ impl Listener {
                     listener.set_nonblocking(true)?;
                     (Socket::Unix(listener), Some((path.clone(), identity)))
                 }
+                Address::Stdin => (passed()?, None),
             };
             let listener = Self {
                 socket: Some(socket),
@@ -195,7 +226,12 @@ impl Listener {
             (Socket::Tcp(listener), None) => listener
                 .local_addr()
                 .map_or_else(|_| "TCP".into(), |address| address.to_string()),
-            (Socket::Unix(_), None) => unreachable!("a unix socket has its path"),
+            // Its maker's, which stays.
+            (Socket::Unix(listener), None) => {
+                let address = listener.local_addr().ok();
+                let path = address.as_ref().and_then(|address| address.as_pathname());
+                path.map_or_else(|| "unix".into(), |path| format!("unix:{}", path.display()))
+            }
         }
     }
 

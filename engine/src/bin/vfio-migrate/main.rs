@@ -20,6 +20,7 @@
 //! | `device`, `file`, `observed` | the devices of a `SPEC`, and what is known of them afterwards |
 //! | `state_files` | the files that a migration leaves: together, or not at all |
 //! | `save_file` | what `save` writes and `restore` checks: a channel's bytes, and their digest |
+//! | `manual` | `man` and `completions`: made of the arguments |
 //! | `measure` | `probe --measure`: a device saved to nowhere |
 //! | `kernel` | the kernel's own devices: opened, or refused with a reason |
 //! | `capture`, `contents` | a captured channel's packets and where they stand; what all together hold |
@@ -67,6 +68,7 @@ mod kernel;
 mod limits;
 mod listen;
 mod main_channel;
+mod manual;
 mod measure;
 mod network;
 mod output;
@@ -93,7 +95,7 @@ use clap::{Parser, Subcommand};
 /// Without a command it runs `demo`: 4 simulated devices of 256 MiB each migrate within this
 /// process, over 4 connections, and the destination's state is compared with the source's.
 #[derive(Debug, Parser)]
-#[command(version, after_help = EXAMPLES)]
+#[command(name = "vfio-migrate", version, after_help = EXAMPLES)]
 struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
@@ -111,6 +113,8 @@ enum Command {
     Doctor(doctor::Options),
     Replay(replay::Options),
     Inspect(inspect::Options),
+    Man(manual::ManOptions),
+    Completions(manual::CompletionsOptions),
 }
 
 impl Command {
@@ -126,7 +130,7 @@ impl Command {
             Self::Probe(options) => options.json,
             Self::Doctor(options) => options.json,
             Self::Replay(options) => options.json,
-            Self::Inspect(_) => false,
+            Self::Inspect(_) | Self::Man(_) | Self::Completions(_) => false,
         }
     }
 }
@@ -233,6 +237,8 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Doctor(options) => doctor::run(&options),
         Command::Replay(options) => replay::run(&options),
         Command::Inspect(options) => inspect::run(&options),
+        Command::Man(options) => manual::man(&options),
+        Command::Completions(options) => manual::completions(&options),
     }
 }
 

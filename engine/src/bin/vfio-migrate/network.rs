@@ -65,12 +65,17 @@ pub(crate) enum Address {
     Tcp(String),
     /// A socket's path.
     Unix(PathBuf),
+    /// The socket that was passed as stdin, which listens already: by a service manager, for one.
+    Stdin,
 }
 
 impl FromStr for Address {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
+        if text == "stdin" {
+            return Ok(Self::Stdin);
+        }
         if let Some(path) = text.strip_prefix("unix:") {
             return if path.is_empty() {
                 Err("a path follows unix:".into())
@@ -93,6 +98,7 @@ impl fmt::Display for Address {
         match self {
             Self::Tcp(address) => f.write_str(address),
             Self::Unix(path) => write!(f, "unix:{}", path.display()),
+            Self::Stdin => f.write_str("stdin"),
         }
     }
 }

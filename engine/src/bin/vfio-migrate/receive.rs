@@ -57,7 +57,8 @@ use crate::{
 #[derive(Debug, clap::Args)]
 #[command(after_help = device::HELP)]
 pub(crate) struct Options {
-    /// Where to listen: HOST:PORT (port 0: any that is free) or unix:PATH
+    /// Where to listen: HOST:PORT (port 0: any that is free), unix:PATH, or stdin: a socket that listens
+    /// already, as a service manager passes it
     #[arg(long, value_name = "ADDR")]
     listen: Address,
     /// A device, as below; once for each

@@ -61,7 +61,8 @@ use crate::{
 /// source can connect.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
-    /// Where to listen: HOST:PORT (port 0: any that is free) or unix:PATH
+    /// Where to listen: HOST:PORT (port 0: any that is free), unix:PATH, or stdin: a socket that listens
+    /// already, as a service manager passes it
     #[arg(long, value_name = "ADDR")]
     listen: Address,
     /// Where the destination listens: HOST:PORT or unix:PATH
