@@ -1,6 +1,6 @@
 //! Packets that come in a stream of the VMM's own: the VMM reads it, and pushes what it brings.
 //!
-//! A TLS session that is `Read + Write` needs none of this: `Channel::from_stream_with_finish` takes it. This is
+//! A TLS session needs none of this: `TlsStream` is a channel, and so is each `ChannelStream` of the VMM's. This is
 //! for bytes that no thread of the engine may read: those of an async runtime, of a ring of the VMM's, of a
 //! protocol around the channels. Run it with `cargo run --features sim --example push`.
 

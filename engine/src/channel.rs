@@ -3,6 +3,7 @@
 //! | file | what |
 //! |---|---|
 //! | `channel/stream.rs` | the bytes: sockets, the VMM's own streams, and how they end |
+//! | `channel/tls.rs` | TLS as such a stream, by rustls or the kernel (feature `rustls`) |
 //! | `channel/receiver.rs` | the destination's side: headers, payloads into leased buffers, RAM, SYNCs |
 //! | `channel/sender.rs` | the source's side: the hello, whole packets with one call |
 //!
@@ -26,8 +27,13 @@ use std::{
 mod receiver;
 mod sender;
 mod stream;
+#[cfg(feature = "rustls")]
+mod tls;
 
-use self::stream::{Custom, ReadOnly, Stream};
+pub use self::stream::ChannelStream;
+use self::stream::{Custom, ReadOnly};
+#[cfg(feature = "rustls")]
+pub use self::tls::{KernelRefused, KernelTlsStream, TlsStream};
 pub(crate) use self::{
     receiver::{PacketSink, Receiver, STAGING, Space},
     sender::Sender,
@@ -79,15 +85,16 @@ pub trait RamSink: Send {
 /// The command sets both from its `--timeout`, also on the sockets that it accepts.
 #[must_use = "a channel carries nothing until a session has it"]
 pub struct Channel {
-    stream: Box<dyn Stream>,
+    stream: Box<dyn ChannelStream>,
     sink: Option<Box<dyn RamSink>>,
     page_size: PageSize,
 }
 
 impl Channel {
-    fn new(stream: Box<dyn Stream>) -> Self {
+    /// Makes a channel over a stream: a socket, TLS, or a VMM's own [`ChannelStream`].
+    pub fn new(stream: impl ChannelStream + 'static) -> Self {
         Self {
-            stream,
+            stream: Box::new(stream),
             sink: None,
             page_size: PageSize::new(4096).expect("4 KiB is a page size"),
         }
@@ -153,7 +160,7 @@ impl Channel {
         finish: impl FnMut(&mut S) -> io::Result<()> + Send + 'static,
         hangup: impl Fn() + Send + Sync + 'static,
     ) -> Self {
-        Self::new(Box::new(Custom::new(stream, finish, hangup)))
+        Self::new(Custom::new(stream, finish, hangup))
     }
 
     /// Makes a channel for receiving only, from a reader that never waits for long: a file, memory.
@@ -189,7 +196,7 @@ impl Channel {
 
     /// Makes it ready for its thread, which waits in it. Returns what ends those waits.
     pub(crate) fn adopt(&self) -> io::Result<Hangup> {
-        self.stream.adopt()
+        self.stream.hangup()
     }
 }
 

@@ -135,6 +135,8 @@ pub mod wire;
 
 pub use vfio_migration_uring::Backend;
 
+#[cfg(feature = "rustls")]
+pub use crate::channel::{KernelRefused, KernelTlsStream, TlsStream};
 #[cfg(feature = "sim")]
 pub use crate::device::sim;
 #[cfg(feature = "vfio")]
@@ -142,7 +144,7 @@ pub use crate::device::vfio;
 #[cfg(feature = "faults")]
 pub use crate::reorder::refusals::LeasePlan;
 pub use crate::{
-    channel::{Channel, RamSink},
+    channel::{Channel, ChannelStream, RamSink},
     device::{
         Device, Duty, FdDevice, Hooked, Hooks, MAX_CONFIG_LEN, MigrationDevice, Recover,
         StateEvent, estimate,

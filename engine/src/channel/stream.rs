@@ -1,7 +1,7 @@
 //! The byte streams under channels: sockets, and streams that a VMM brings instead. Also how they end.
 //!
 //! ```text
-//!   adopt ─▶ reads, writes ─▶ finish: nothing more will be sent ─▶ Finished ─▶ drained, closed
+//!   hangup ─▶ reads, writes ─▶ finish: nothing more will be sent ─▶ Finished ─▶ drained, closed
 //!                               the peer reads the end               until the embedder's cleanup
 //! ```
 //!
@@ -47,37 +47,87 @@ pub(super) const DRAIN_TIME: Duration = Duration::from_secs(1);
 /// How much of what the peer has written is read before a channel is closed.
 const DRAIN_BYTES: usize = 1 << 20;
 
-/// A byte stream that can be hung up on.
-pub(super) trait Stream: Read + Write + Send {
-    /// Makes it ready for a thread that waits in it. Returns what ends such a wait from another.
-    fn adopt(&self) -> io::Result<Hangup>;
+/// The bytes under a [`Channel`]: a stream that one thread reads or writes, and any other can hang up on.
+///
+/// `TcpStream` and `UnixStream` are such streams, and with the feature `rustls` `TlsStream` and `KernelTlsStream`. A
+/// VMM implements it for a stream of its own, and makes a channel with [`Channel::new`].
+///
+/// | call | from which thread |
+/// |---|---|
+/// | `hangup` | the one that gives the channel to a session |
+/// | what `hangup` returns | any, at any time, more than once, also while another is in a read or a write |
+/// | `wait_readable`, `is_ended`, and every read, write and `finish` | the one that serves the channel |
+///
+/// A read or write that runs out of its time fails with `WouldBlock` or `TimedOut`. A write that returns so many
+/// bytes has done with them: the engine does not flush between packets.
+pub trait ChannelStream: Read + Write + Send {
+    /// Makes the stream ready for a thread that waits in it. Returns what ends such a wait from another: its
+    /// reads and writes must then return soon, with an error or the end.
+    ///
+    /// # Errors
+    ///
+    /// The system's, where the stream cannot be made ready.
+    fn hangup(&self) -> io::Result<Box<dyn Fn() + Send + Sync>>;
 
-    /// Bounds the waits within a packet.
+    /// Bounds each later read and write.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
     fn set_timeout(&self, timeout: Duration) -> io::Result<()>;
 
-    /// Ends the sending side: nothing more will be sent.
+    /// Ends the sending side: what was written is on its way, the peer reads the end behind it, and this side
+    /// can still read. Called once all has been sent, or read.
+    ///
+    /// # Errors
+    ///
+    /// The stream's.
     fn finish(&mut self) -> io::Result<()>;
 
-    /// Whether a read would return at once.
-    fn is_readable(&self) -> bool;
+    /// Waits up to `timeout` for bytes, or the end, and leaves them there: whether there are any. `None` where
+    /// the stream can only be read. Then the engine hangs up on its last read in time.
+    fn wait_readable(&self, timeout: Duration) -> Option<bool> {
+        let _unknown = timeout;
+        None
+    }
 
     /// Whether the peer has ended its side, as far as that can be seen without a read.
-    fn is_ended(&self) -> bool;
+    fn is_ended(&self) -> bool {
+        false
+    }
+}
 
-    /// Reads what the peer has written, to its end or the bounds, or until it is hung up on.
-    fn drain(&mut self, deadline: Instant);
-
-    /// Whether its `drain` needs to be hung up on at the deadline.
-    fn drains_until_hung_up(&self) -> bool;
+/// Reads what the peer has written, to its end or the bounds, or until it is hung up on.
+fn drain(stream: &mut dyn ChannelStream, deadline: Instant) {
+    let mut scratch = [0; 4096];
+    let mut count = 0;
+    while count < DRAIN_BYTES {
+        // Nothing left still finds what is there.
+        let left = deadline.saturating_duration_since(Instant::now());
+        match stream.wait_readable(left) {
+            Some(true) => {}
+            Some(false) => return,
+            // A read may not last for nothing at all.
+            None if stream.set_timeout(left.max(AT_ONCE)).is_err() => return,
+            None => {}
+        }
+        match stream.read(&mut scratch) {
+            Ok(read @ 1..) => count += read,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            // Its own time-out may be shorter than ours.
+            Err(error) if super::is_timeout(&error) && Instant::now() < deadline => {}
+            _ => return,
+        }
+    }
 }
 
 // -------------------------------------------------------------------------------------- sockets
 
 /// The peer has ended its side. (No name in `nix`.)
-const PEERS_END: PollFlags = PollFlags::from_bits_retain(libc::POLLRDHUP);
+pub(super) const PEERS_END: PollFlags = PollFlags::from_bits_retain(libc::POLLRDHUP);
 
 /// Waits for events of a socket, or for its end. Whether something has come.
-fn wait(fd: BorrowedFd<'_>, events: PollFlags, timeout: Duration) -> bool {
+pub(super) fn wait(fd: BorrowedFd<'_>, events: PollFlags, timeout: Duration) -> bool {
     let mut fds = [PollFd::new(fd, events)];
     let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX);
     matches!(poll(&mut fds, timeout), Ok(1..))
@@ -85,8 +135,8 @@ fn wait(fd: BorrowedFd<'_>, events: PollFlags, timeout: Duration) -> bool {
 
 macro_rules! socket_stream {
     ($socket:ty) => {
-        impl Stream for $socket {
-            fn adopt(&self) -> io::Result<Hangup> {
+        impl ChannelStream for $socket {
+            fn hangup(&self) -> io::Result<Hangup> {
                 // An async runtime's sockets do not block.
                 self.set_nonblocking(false)?;
                 let socket = self.try_clone()?;
@@ -105,41 +155,19 @@ macro_rules! socket_stream {
                 self.shutdown(Shutdown::Write)
             }
 
-            fn is_readable(&self) -> bool {
-                wait(self.as_fd(), PollFlags::POLLIN, Duration::ZERO)
+            fn wait_readable(&self, timeout: Duration) -> Option<bool> {
+                Some(wait(self.as_fd(), PollFlags::POLLIN, timeout))
             }
 
             fn is_ended(&self) -> bool {
                 wait(self.as_fd(), PEERS_END, Duration::ZERO)
-            }
-
-            fn drain(&mut self, deadline: Instant) {
-                let mut scratch = [0; 4096];
-                let mut count = 0;
-                while count < DRAIN_BYTES {
-                    // Nothing left still finds what is there.
-                    let left = deadline.saturating_duration_since(Instant::now());
-                    if !wait(self.as_fd(), PollFlags::POLLIN, left) {
-                        return;
-                    }
-                    match self.read(&mut scratch) {
-                        Ok(0) => return,
-                        Ok(read) => count += read,
-                        Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                        Err(_) => return,
-                    }
-                }
-            }
-
-            fn drains_until_hung_up(&self) -> bool {
-                false
             }
         }
 
         impl From<$socket> for Channel {
             /// The socket is set to block when the channel is given to a session.
             fn from(socket: $socket) -> Self {
-                Self::new(Box::new(socket))
+                Self::new(socket)
             }
         }
     };
@@ -242,12 +270,12 @@ impl<S: Write, F> Write for Custom<S, F> {
     }
 }
 
-impl<S, F> Stream for Custom<S, F>
+impl<S, F> ChannelStream for Custom<S, F>
 where
     S: Read + Write + Send,
     F: FnMut(&mut S) -> io::Result<()> + Send,
 {
-    fn adopt(&self) -> io::Result<Hangup> {
+    fn hangup(&self) -> io::Result<Hangup> {
         let hangup = self.hangup.clone();
         Ok(Box::new(move || hangup()))
     }
@@ -259,34 +287,6 @@ where
 
     fn finish(&mut self) -> io::Result<()> {
         patiently(&mut self.stream, self.timeout.get(), &mut self.finish)
-    }
-
-    fn is_readable(&self) -> bool {
-        true
-    }
-
-    fn is_ended(&self) -> bool {
-        false
-    }
-
-    fn drain(&mut self, deadline: Instant) {
-        let mut scratch = [0; 4096];
-        let mut count = 0;
-        while count < DRAIN_BYTES {
-            let left = deadline.saturating_duration_since(Instant::now());
-            self.timeout.set(left);
-            match self.read(&mut scratch) {
-                Ok(read @ 1..) => count += read,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // Its own time-out may be shorter than ours.
-                Err(error) if super::is_timeout(&error) && Instant::now() < deadline => {}
-                _ => return,
-            }
-        }
-    }
-
-    fn drains_until_hung_up(&self) -> bool {
-        true
     }
 }
 
@@ -336,15 +336,15 @@ impl Drop for Finished {
         let deadline = deadline(DRAIN_TIME);
         let (mut custom, mut sockets): (Vec<_>, Vec<_>) = std::mem::take(&mut self.0)
             .into_iter()
-            .partition(|channel| channel.stream.drains_until_hung_up());
+            .partition(|channel| channel.stream.wait_readable(Duration::ZERO).is_none());
         for channel in &mut sockets {
-            channel.stream.drain(deadline);
+            drain(&mut *channel.stream, deadline);
         }
         if custom.is_empty() {
             return;
         }
         // A read of a VMM's stream may last: one thread beside this one hangs up at the deadline.
-        let hangups: Vec<_> = custom.iter().map(|it| it.stream.adopt()).collect();
+        let hangups: Vec<_> = custom.iter().map(|it| it.stream.hangup()).collect();
         let (reading, read) = mpsc::channel::<()>();
         thread::scope(|scope| {
             let hang_up = move || {
@@ -355,7 +355,7 @@ impl Drop for Finished {
             };
             if spawn_scoped(scope, "vfio-mig-close", hang_up).is_ok() {
                 for channel in &mut custom {
-                    channel.stream.drain(deadline);
+                    drain(&mut *channel.stream, deadline);
                 }
             }
             drop(reading);

@@ -14,13 +14,9 @@ use std::{
 };
 
 use nix::sys::socket::{setsockopt, sockopt};
-use rustls::{
-    ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection, StreamOwned,
-    pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer},
-    server::WebPkiClientVerifier,
-};
+use rustls::{ClientConnection, ServerConnection, StreamOwned};
 use vfio_migration::{
-    Channel, Device, DeviceId, DeviceState, LoadSession, Relay, Report, SaveSession,
+    Channel, Device, DeviceId, DeviceState, LoadSession, Relay, Report, SaveSession, TlsStream,
     migration::{Outgoing, OutgoingDevice, SwitchoverAck, SwitchoverAcks},
     sim::{SimConfig, SimDevice, SimHandle},
 };
@@ -28,6 +24,7 @@ use vfio_migration::{
 use crate::{
     barrier::sync,
     packets::{config_packet, hello, packet},
+    tls::{configs, name},
     watchdog::Watchdog,
 };
 
@@ -45,46 +42,6 @@ fn device(seed: u64, len: u64) -> (Device, SimHandle) {
 
 // ------------------------------------------------------------------------------------------ TLS
 
-/// Certificates that were made for this test: their key is no secret. Both ends have the same.
-fn identity() -> (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>) {
-    let certificate = include_bytes!("tls/leaf.der").as_slice();
-    let key = include_bytes!("tls/leaf.pk8").as_slice();
-    (
-        vec![certificate.into()],
-        PrivatePkcs8KeyDer::from(key).into(),
-    )
-}
-
-fn roots() -> RootCertStore {
-    let mut roots = RootCertStore::empty();
-    roots
-        .add(include_bytes!("tls/ca.der").as_slice().into())
-        .unwrap();
-    roots
-}
-
-fn configs() -> (Arc<ClientConfig>, Arc<ServerConfig>) {
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let tls13 = &[&rustls::version::TLS13];
-    let (chain, key) = identity();
-    let client = ClientConfig::builder_with_provider(provider.clone())
-        .with_protocol_versions(tls13)
-        .unwrap()
-        .with_root_certificates(roots())
-        .with_client_auth_cert(chain, key)
-        .unwrap();
-    let (chain, key) = identity();
-    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots()), provider.clone());
-    let server = ServerConfig::builder_with_provider(provider)
-        .with_protocol_versions(tls13)
-        .unwrap()
-        .with_client_cert_verifier(verifier.build().unwrap())
-        .with_single_cert(chain, key)
-        .unwrap();
-    assert!(server.send_tls13_tickets > 0);
-    (Arc::new(client), Arc::new(server))
-}
-
 fn tcp() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
@@ -98,48 +55,36 @@ fn hang_up(socket: &TcpStream) -> impl Fn() + Send + Sync + 'static {
     }
 }
 
-/// Says that nothing more will be sent, and can still be read from.
-macro_rules! finish {
-    ($session:ty) => {
-        |tls: &mut StreamOwned<$session, TcpStream>| {
-            tls.conn.send_close_notify();
-            tls.flush()?;
-            tls.sock.shutdown(Shutdown::Write)
-        }
-    };
-}
-
-fn source(config: &Arc<ClientConfig>, socket: TcpStream) -> Channel {
-    let hang_up = hang_up(&socket);
-    let session = ClientConnection::new(config.clone(), "localhost".try_into().unwrap()).unwrap();
-    let stream = StreamOwned::new(session, socket);
-    Channel::from_stream_with_finish(stream, finish!(ClientConnection), hang_up)
-}
-
-fn destination(config: &Arc<ServerConfig>, socket: TcpStream) -> Channel {
-    let hang_up = hang_up(&socket);
-    let session = ServerConnection::new(config.clone()).unwrap();
-    let stream = StreamOwned::new(session, socket);
-    Channel::from_stream_with_finish(stream, finish!(ServerConnection), hang_up)
+/// The two ends of a channel: rustls's own stream, or the engine's.
+fn ends(own: bool, near: TcpStream, far: TcpStream) -> (Channel, Channel) {
+    let (client, server) = configs();
+    if own {
+        let near = TlsStream::client(near, client, name()).unwrap();
+        return (near.into(), TlsStream::server(far, server).unwrap().into());
+    }
+    let near = StreamOwned::new(ClientConnection::new(client, name()).unwrap(), near);
+    let far = StreamOwned::new(ServerConnection::new(server).unwrap(), far);
+    (near.into(), far.into())
 }
 
 #[test]
 fn five_hundred_loads_over_tls_whose_tickets_nobody_reads() {
-    let (client, server) = configs();
     let next = AtomicU32::new(0);
     thread::scope(|scope| {
         for _ in 0..4 {
             scope.spawn(|| {
-                while next.fetch_add(1, SeqCst) < 500 {
+                while let number = next.fetch_add(1, SeqCst)
+                    && number < 500
+                {
                     let _watchdog = Watchdog::new();
-                    tls_load(&client, &server);
+                    tls_load(number % 2 == 0);
                 }
             });
         }
     });
 }
 
-fn tls_load(client: &Arc<ClientConfig>, server: &Arc<ServerConfig>) {
+fn tls_load(own: bool) {
     let (from, saved) = device(1, 400_000);
     let (to, loaded) = device(2, 400_000);
     let mut load = LoadSession::builder().device(to);
@@ -148,8 +93,9 @@ fn tls_load(client: &Arc<ClientConfig>, server: &Arc<ServerConfig>) {
         let (near, far) = tcp();
         // So that some is still on its way when all has been sent.
         setsockopt(&near, sockopt::SndBuf, &(1 << 20)).unwrap();
-        save = save.channel(source(client, near));
-        load = load.channel(destination(server, far));
+        let (near, far) = ends(own, near, far);
+        save = save.channel(near);
+        load = load.channel(far);
     }
     let load = load.start().unwrap();
     let save = save.start().unwrap();

@@ -1,6 +1,6 @@
 //! What `migration` promises a VMM: the life cycle of a VM's devices on both sides, and which side runs, whatever
 //! fails.
-#![cfg(feature = "sim")]
+#![cfg(all(feature = "rustls", feature = "sim"))]
 #![allow(missing_docs, reason = "a test")]
 
 mod blockers;
@@ -14,6 +14,7 @@ mod outgoing;
 mod precopy_channels;
 mod quick;
 mod steps;
+mod tls_stream;
 mod vm_state;
 mod what_comes_back;
 mod which_side_runs;
@@ -32,6 +33,8 @@ mod packets;
 mod payload;
 #[path = "../support/pipes.rs"]
 mod pipes;
+#[path = "../support/tls.rs"]
+mod tls;
 #[path = "../support/vm.rs"]
 mod vm;
 #[path = "../support/watchdog.rs"]
