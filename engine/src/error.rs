@@ -245,6 +245,10 @@ pub enum Violation {
     },
     /// The main channel has something of an unknown type, or one that cannot stand here.
     SectionType(u8),
+    /// A control message is broken, stands where it may not, or does not fit the devices here.
+    Message(&'static str),
+    /// A control message of a version that this engine does not speak.
+    MessageVersion(u16),
     /// The main channel, or the return path, ended inside something.
     SectionTruncated {
         /// How many bytes had come since the reading began.
@@ -649,6 +653,10 @@ impl fmt::Display for Violation {
             Self::Section(what) => f.write_str(what),
             Self::SectionOrder { section, what } => write!(f, "{what}, section id {section}"),
             Self::SectionType(kind) => write!(f, "unexpected section type {kind:#04x}"),
+            Self::Message(what) => f.write_str(what),
+            Self::MessageVersion(version) => {
+                write!(f, "unknown version {version} of control messages")
+            }
             Self::SectionTruncated { offset } => {
                 write!(f, "the stream ended after {offset} bytes, inside something")
             }

@@ -115,6 +115,7 @@ mod io_loop;
 mod lane;
 mod load;
 mod memory_plan;
+mod message;
 pub mod migration;
 mod relay;
 mod reorder;
@@ -213,6 +214,15 @@ pub mod internals {
 /// [`DeviceSettings`]: crate::migration::DeviceSettings
 /// [`Settings`]: crate::Settings
 /// [`Hooks`]: crate::Hooks
+/// [`LoadBuilder::expect`]: crate::LoadBuilder::expect
+/// [`Incoming::add_device`]: crate::migration::Incoming::add_device
+/// [`Incoming::message`]: crate::migration::Incoming::message
+/// [`Incoming::setup_by_messages`]: crate::migration::Incoming::setup_by_messages
+/// [`Precopy::setup`]: crate::migration::Precopy::setup
+/// [`Precopy::start`]: crate::migration::Precopy::start
+/// [`Precopy::message`]: crate::migration::Precopy::message
+/// [`Precopy::switch_over`]: crate::migration::Precopy::switch_over
+/// [`PrecopyLimit`]: crate::migration::PrecopyLimit
 /// [`Hooked`]: crate::Hooked
 /// [`Duty`]: crate::Duty
 pub mod guide {}

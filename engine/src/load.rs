@@ -23,6 +23,7 @@
 //! | a channel's thread | bytes | see `channel.rs` |
 //! | a channel's thread | memory | see `load/backpressure.rs` |
 //! | the I/O thread | | see `io_loop.rs` |
+//! | packets of a device that is expected | the device | it; the end of the wait for all devices, which fails without it; a failure |
 //! | a device's thread | the I/O thread's result | the result; after a stop, the result or the grace time |
 //! | a device's thread | the notice that the config may be loaded | the notice; a stop; `config_ready_timeout` |
 //! | the thread that cleans up | a device's end | the end; the grace time |
@@ -68,8 +69,8 @@ use crate::{
         waiters::Waiters,
     },
     router::Router,
-    session::DeviceSpec,
-    settings::{ConfigGate, Settings, Spill},
+    session::{DeviceSpec, Expected, LoadRules},
+    settings::{Settings, Spill},
     spill::{SpillExtent, SpillFile},
     stats::{Counter, DeviceCounters, SpillStats, Stats},
     sync::{
@@ -92,10 +93,7 @@ pub(crate) struct LoadDevice {
     counters: DeviceCounters,
     /// For iterable data: from setup to the switchover's start, or an earlier one of the loader's.
     iterable: Mutex<Option<Fd>>,
-    /// When its config may be loaded.
-    config_gate: ConfigGate,
-    /// Whether it goes to STOP then.
-    stops: bool,
+    rules: LoadRules,
     drained: Mutex<Option<TransferResult>>,
     /// How many packets are in the device, as far as that is told: before the switchover.
     written: AtomicU32,
@@ -106,6 +104,8 @@ pub(crate) struct LoadDevice {
     turn: Turn,
     /// With what, where it is not the I/O thread.
     through: Through,
+    /// Its packets may come; the device itself has not.
+    expected: AtomicBool,
 }
 
 impl LoadDevice {
@@ -119,6 +119,17 @@ impl LoadDevice {
     pub(crate) fn is_unplugged(&self) -> bool {
         // Relaxed: as above.
         self.unplugged.load(Ordering::Relaxed)
+    }
+
+    /// Whether it has not been added yet.
+    pub(crate) fn is_expected(&self) -> bool {
+        // Acquire: with `claim`.
+        self.expected.load(Ordering::Acquire)
+    }
+
+    /// The device has come. Returns whether it is the first, and so the one that was expected.
+    fn claim(&self) -> bool {
+        self.expected.swap(false, Ordering::AcqRel)
     }
 
     /// See [`Waiters::late`].
@@ -216,7 +227,44 @@ impl Load {
 
     /// Adds a device under its name.
     pub(crate) fn add(&self, spec: &DeviceSpec, ordinal: u32) -> Result<Arc<LoadDevice>> {
+        let rules = spec.rules(&self.settings);
+        self.insert(spec.device.id(), rules, ordinal, false)
+    }
+
+    /// Adds a name, whose device comes later: see [`Load::arrive`].
+    pub(crate) fn expect(&self, expected: &Expected, ordinal: u32) -> Result<()> {
+        let rules = expected.rules(&self.settings);
+        self.insert(&expected.id, rules, ordinal, true).map(drop)
+    }
+
+    /// A device that was expected comes; `None` where it was not.
+    pub(crate) fn arrive(&self, spec: &DeviceSpec) -> Result<Option<Arc<LoadDevice>>> {
         let id = spec.device.id();
+        let devices = self.devices();
+        let mut expected = devices.iter().filter(|device| device.is_expected());
+        let Some(device) = expected.find(|device| device.id == *id) else {
+            return Ok(None);
+        };
+        if spec.rules(&self.settings) != device.rules {
+            let what = "when its config may be loaded is not what was expected";
+            return Err(Error::misuse(Phase::Setup, what).on_device(id));
+        }
+        Ok(device.claim().then(|| device.clone()))
+    }
+
+    /// A device that was expected and has not been added.
+    pub(crate) fn missing(&self) -> Option<Arc<LoadDevice>> {
+        let mut devices = self.devices().into_iter();
+        devices.find(|device| device.is_expected())
+    }
+
+    fn insert(
+        &self,
+        id: &DeviceId,
+        rules: LoadRules,
+        ordinal: u32,
+        expected: bool,
+    ) -> Result<Arc<LoadDevice>> {
         let device = Arc::new(LoadDevice {
             id: id.clone(),
             ordinal,
@@ -224,14 +272,14 @@ impl Load {
             flags: DeviceFlags::new(),
             counters: DeviceCounters::default(),
             iterable: Mutex::new(None),
-            config_gate: spec.gate(&self.settings),
-            stops: spec.stops(&self.settings),
+            rules,
             drained: Mutex::new(None),
             written: AtomicU32::new(0),
             progress: Waiters::new(),
             unplugged: AtomicBool::new(false),
             turn: Turn::new(),
             through: Through::new(),
+            expected: AtomicBool::new(expected),
         });
         self.add_route(id, Route::Device(device.clone()))?;
         // Partner: the fence in `fail`, which sets the reason and then looks for devices. One of the

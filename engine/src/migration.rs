@@ -137,6 +137,52 @@
 //! body as `Write` or `Read`. [`stream`](crate::stream) does the rest for a VMM that has no main channel
 //! yet.
 //!
+//! A main channel that is not QEMU's carries control messages instead: [`Precopy`] on the source and
+//! [`Incoming::message`] on the destination. Their page is `docs/wire.md`.
+//!
+//! ```
+//! # #[cfg(feature = "sim")] {
+//! # use vfio_migration::{*, migration::*, sim::{SimConfig, SimDevice}};
+//! # let id = DeviceId::new("0000:00:03.0/vfio", 0)?;
+//! # let device = |seed| -> Result<MigratableDevice, Box<dyn std::error::Error>> {
+//! #     let config = SimConfig { seed, precopy_initial: 5000, ..SimConfig::default() };
+//! #     let device = Device::new(id.clone(), Box::new(SimDevice::new(config)?))?;
+//! #     Ok(MigratableDevice::new(device, DeviceSettings::default()))
+//! # };
+//! # let (near, far) = std::os::unix::net::UnixStream::pair()?;
+//! let mut capabilities = Capabilities::default();
+//! capabilities.switchover_ack = SwitchoverAck::Once;
+//! // The destination's VMM makes its device when it is asked for it.
+//! let session = LoadSession::builder().channel(far).expect(id.clone());
+//! let incoming = Incoming::setup_by_messages(Vec::new(), &capabilities, session)?;
+//! let mut late = Some(device(1)?);
+//! let mut carry = |message: Vec<u8>| incoming.message(&message, |_id| late.take());
+//!
+//! let channels = SourceChannels::greet(vec![near.into()], &Settings::default())?;
+//! let mut precopy = Precopy::setup(vec![device(2)?], &capabilities, channels)?;
+//! precopy.start(PrecopyLimit::default())?; // on a thread of the engine's
+//! while !precopy.is_switchover_ready() {
+//!     // … a round of the VMM's memory …
+//!     if let Some(message) = precopy.message() {
+//!         carry(message)?;
+//!         precopy.acknowledged();
+//!     }
+//! }
+//! // … the processors stop …
+//! let mut outgoing = precopy.switch_over(SaveSession::builder())?;
+//! carry(outgoing.message().expect("SWITCHOVER_START"))?;
+//! outgoing.acknowledged();
+//! let mut saved = outgoing.finish()?;
+//! carry(saved.message().expect("END"))?;
+//! let mut loaded = incoming.finish()?;
+//! vm::start(loaded.devices_mut())?; // and that is the answer to END
+//! let devices = (saved.cleanup()?, loaded.join()?);
+//! # assert_eq!(devices.0[0].state(), DeviceState::Stop);
+//! # assert_eq!(devices.1[0].state(), DeviceState::Running);
+//! # }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
 //! # Threads
 //!
 //! On the source everything before [`Outgoing::begin`], and on the destination everything until
@@ -150,10 +196,13 @@ mod capabilities;
 mod incoming;
 mod incoming_device;
 mod incoming_member;
+mod incoming_messages;
 mod loaded;
 mod members;
+mod messages;
 mod outgoing;
 mod outgoing_device;
+mod precopy;
 mod saved;
 mod switchover_acks;
 pub mod vm;
@@ -168,9 +217,11 @@ pub use self::{
     loaded::Loaded,
     outgoing::Outgoing,
     outgoing_device::{Iteration, OutgoingDevice, Pending},
+    precopy::{Precopy, PrecopyLimit, PrecopyProgress},
     saved::Saved,
     switchover_acks::SwitchoverAcks,
 };
+pub use crate::message::{MAX_MESSAGE_LEN, MessageKind};
 use crate::{
     device::{Device, Duty, set::for_all},
     id::DeviceId,

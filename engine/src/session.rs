@@ -45,6 +45,7 @@ use vfio_migration_uring::{Backend, Ring, Waker, deadline, later};
 mod canceller;
 mod device_spec;
 
+pub(crate) use self::device_spec::{Expected, LoadRules};
 pub use self::{canceller::Canceller, device_spec::DeviceSpec};
 #[cfg(feature = "faults")]
 use crate::reorder::refusals::LeasePlan;

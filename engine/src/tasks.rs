@@ -48,6 +48,9 @@ pub enum TaskKind {
     /// Changes one device's state outside of a session, while other devices' states change too. If the task is
     /// refused, dropped or late, the waiting thread does its work.
     State(DeviceId),
+    /// Iterates all devices in PRE_COPY, beside the VMM's own iterations
+    /// ([`Precopy`](crate::migration::Precopy)). Sleeps in a device's driver, or in a channel's socket.
+    Precopy,
 }
 
 impl fmt::Display for TaskKind {
@@ -57,6 +60,7 @@ impl fmt::Display for TaskKind {
             Self::Channel(number) => write!(f, "channel {number}"),
             Self::Device(id) => write!(f, "device {id}"),
             Self::State(id) => write!(f, "a state of device {id}"),
+            Self::Precopy => f.write_str("PRE_COPY"),
         }
     }
 }
@@ -114,7 +118,10 @@ pub(crate) fn start(
     spawner: Option<&Spawner>,
     work: impl FnOnce() + Send + 'static,
 ) -> io::Result<Option<JoinHandle<()>>> {
-    let name = "vfio-mig-state";
+    let name = match kind {
+        TaskKind::Precopy => "vfio-mig-pre",
+        _ => "vfio-mig-state",
+    };
     match spawner {
         Some(spawner) => spawner(Task {
             kind,
@@ -297,7 +304,7 @@ impl End {
     fn announce(&mut self, error: Option<Error>) {
         if let Some(ended) = self.ended.take() {
             let error = error.map(|error| match &self.kind {
-                TaskKind::Io => error,
+                TaskKind::Io | TaskKind::Precopy => error,
                 TaskKind::Channel(number) => error.on_channel(*number),
                 TaskKind::Device(id) | TaskKind::State(id) => error.on_device(id),
             });

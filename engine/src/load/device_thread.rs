@@ -51,7 +51,13 @@ fn set_up_device(load: &Arc<Load>, shared: &Arc<LoadDevice>, device: &mut Device
     device.set_state(DeviceState::Resuming, Recover::State(before))?;
     shared.counters.phases.set_state.add_time(since.elapsed());
     let fd = device.lend()?;
-    *lock(&shared.iterable) = Some(fd.clone());
+    {
+        let mut iterable = lock(&shared.iterable);
+        // Under the lock, as the start: a device that comes behind it has no iterable data.
+        if !shared.flags.is_started() {
+            *iterable = Some(fd.clone());
+        }
+    }
     let flow = LoadTransfer::new(load.clone(), shared.clone(), fd);
     let attached = load.io.attach(shared.ordinal, flow);
     attached.map_err(|_flow| Error::aborted(Phase::Setup).on_device(&shared.id))
@@ -61,7 +67,7 @@ fn finish_load(load: &Load, shared: &LoadDevice, device: &mut Device) -> Result<
     let aborted = |_stop| Error::aborted(Phase::Config).on_device(&shared.id);
     let config = wait_for_transfer(load, shared)?;
     let body = wire::config_body(&config).map_err(|error| error.on_device(&shared.id))?;
-    if shared.config_gate == ConfigGate::OnNotice {
+    if shared.rules.config_gate == ConfigGate::OnNotice {
         // A time beyond the clock's end is none.
         let until = Some(deadline(load.settings.config_ready_timeout));
         match shared.flags.wait_config_ready(until) {
@@ -84,7 +90,7 @@ fn finish_load(load: &Load, shared: &LoadDevice, device: &mut Device) -> Result<
             .in_phase(Phase::Config)
             .on_device(&shared.id));
     }
-    if shared.stops {
+    if shared.rules.stops {
         let since = Instant::now();
         device.set_state(DeviceState::Stop, Recover::Reset)?;
         shared.counters.phases.resume.add_time(since.elapsed());

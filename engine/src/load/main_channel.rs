@@ -25,9 +25,12 @@ impl Load {
     /// The switchover starts: all iterable data is in the devices.
     pub(super) fn switchover_start(&self) {
         for device in self.devices() {
-            drop(lock(&device.iterable).take());
+            let mut iterable = lock(&device.iterable);
+            drop(iterable.take());
             let switched = device.flags.switch();
-            if device.flags.start() || switched {
+            let wake = device.flags.start() || switched;
+            drop(iterable);
+            if wake {
                 self.io.wake();
             }
         }
@@ -36,8 +39,11 @@ impl Load {
     /// All of the device's data comes over the channels, what was read in PRE_COPY too: the I/O thread may
     /// write what comes before the switchover, but for the config.
     pub(super) fn start_early(&self, device: &LoadDevice) {
-        drop(lock(&device.iterable).take());
-        if device.flags.start() {
+        let mut iterable = lock(&device.iterable);
+        drop(iterable.take());
+        let started = device.flags.start();
+        drop(iterable);
+        if started {
             self.io.wake();
         }
     }
@@ -83,7 +89,7 @@ impl Load {
     /// The device's config may be loaded. Refuses the notice where none is awaited, or a second one, which
     /// fails the load.
     pub(super) fn config_load_ready(&self, device: &LoadDevice) -> Result<()> {
-        if device.config_gate == ConfigGate::OnNotice && device.flags.config_ready() {
+        if device.rules.config_gate == ConfigGate::OnNotice && device.flags.config_ready() {
             return Ok(());
         }
         let tag = wire::Tag::ConfigLoadReady.value();

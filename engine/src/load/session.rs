@@ -20,8 +20,8 @@ use crate::{
     io_loop::{IoHandle, IoLoop},
     reorder::flags::SLACK,
     session::{
-        Canceller, Common, DeviceHandoff, DeviceReport, DeviceSpec, FinishedDevice, Parts, Report,
-        builder_methods, host, unless_stuck,
+        Canceller, Common, DeviceHandoff, DeviceReport, DeviceSpec, Expected, FinishedDevice,
+        Parts, Report, builder_methods, host, unless_stuck,
     },
     settings::Settings,
     stats::{ChannelCounters, Stats},
@@ -41,6 +41,8 @@ pub struct LoadBuilder {
     parts: Parts,
     /// Devices whose data comes over the main channel.
     not_multifd: Vec<DeviceId>,
+    /// Devices that come later.
+    expected: Vec<Expected>,
 }
 
 impl LoadBuilder {
@@ -51,6 +53,36 @@ impl LoadBuilder {
     pub fn not_multifd(mut self, id: DeviceId) -> Self {
         self.not_multifd.push(id);
         self
+    }
+
+    /// Names a device that will be added later, by [`LoadSession::add_device`]: a VMM may build its devices from what
+    /// the source says last. Its packets are held until then, within the budget, and may spill where spilling is on.
+    ///
+    /// Held packets hold the source back once the budget is full. So what the VMM waits for must not come behind
+    /// them: see "Devices that do not exist yet" in the [`guide`](crate::guide). A device that has not been added
+    /// when somebody waits for all devices fails the load.
+    pub fn expect(self, id: DeviceId) -> Self {
+        self.expect_device(Expected {
+            id,
+            config_gate: None,
+            vm_starts: false,
+        })
+    }
+
+    pub(crate) fn expect_device(mut self, expected: Expected) -> Self {
+        self.expected.push(expected);
+        self
+    }
+
+    /// Those that are named so far.
+    pub(crate) fn take_expected(&mut self) -> Vec<DeviceId> {
+        let expected = std::mem::take(&mut self.expected).into_iter();
+        expected.map(|expected| expected.id).collect()
+    }
+
+    /// Whether no device is there or named.
+    pub(crate) fn is_without_devices(&self) -> bool {
+        self.parts.devices.is_empty() && self.expected.is_empty()
     }
 
     /// Allocates all memory, starts all threads, and sets all devices to RESUMING, all at once. From then on
@@ -66,10 +98,12 @@ impl LoadBuilder {
         let Self {
             mut parts,
             not_multifd,
+            expected,
         } = self;
         let devices = std::mem::take(&mut parts.devices);
-        match LoadSession::prepare(&mut parts, not_multifd, devices.len()) {
-            Ok((mut session, io_loop)) => match session.launch(parts, devices, io_loop) {
+        let count = devices.len() + expected.len();
+        match LoadSession::prepare(&mut parts, not_multifd, count) {
+            Ok((mut session, io_loop)) => match session.launch(parts, devices, expected, io_loop) {
                 Ok(()) => Ok(session),
                 Err(error) => {
                     session.cancel();
@@ -107,12 +141,18 @@ impl IdsInUse {
     }
 
     fn take(&mut self, id: &DeviceId) -> Result<u32> {
+        let ordinal = self.reserve(id)?;
+        self.devices.push((ordinal, id.clone()));
+        Ok(ordinal)
+    }
+
+    /// An ordinal for a device that has not come.
+    fn reserve(&mut self, id: &DeviceId) -> Result<u32> {
         if self.next >= self.limit {
             return Err(Error::misuse(Phase::Setup, "more devices than max_devices").on_device(id));
         }
         let ordinal = self.next;
         self.next += 1;
-        self.devices.push((ordinal, id.clone()));
         Ok(ordinal)
     }
 }
@@ -241,6 +281,7 @@ impl LoadSession {
         &self,
         parts: Parts,
         devices: Vec<DeviceSpec>,
+        expected: Vec<Expected>,
         io_loop: IoLoop<LoadTransfer>,
     ) -> Result<()> {
         let (backpressure, failing) = (self.load.clone(), self.load.clone());
@@ -273,6 +314,9 @@ impl LoadSession {
             started = started.and(self.spawn_device(spec, sender.clone()));
         }
         drop(sender);
+        for expected in &expected {
+            started = started.and(self.expect_device(expected));
+        }
         started?;
         self.common
             .set_up(&results, names, &self.load.first_failure)?;
@@ -288,13 +332,19 @@ impl LoadSession {
         set_up: mpsc::Sender<(DeviceId, Result<()>)>,
     ) -> Result<()> {
         let id = spec.device.id().clone();
-        let ordinal = lock(&self.ids).take(&id)?;
-        let shared = match self.load.add(&spec, ordinal) {
-            Ok(shared) => shared,
-            Err(error) => {
-                let result = Err(error.clone());
-                self.common.give_back(ordinal, spec.device, result);
-                return Err(error);
+        let arrived = self.load.arrive(&spec);
+        let (ordinal, shared) = if let Ok(Some(shared)) = arrived {
+            lock(&self.ids).devices.push((shared.ordinal, id.clone()));
+            (shared.ordinal, shared)
+        } else {
+            let ordinal = lock(&self.ids).take(&id)?;
+            match arrived.and_then(|_plug| self.load.add(&spec, ordinal)) {
+                Ok(shared) => (ordinal, shared),
+                Err(error) => {
+                    let result = Err(error.clone());
+                    self.common.give_back(ordinal, spec.device, result);
+                    return Err(error);
+                }
             }
         };
         let (load, common) = (self.load.clone(), self.common.clone());
@@ -336,12 +386,31 @@ impl LoadSession {
         )
     }
 
-    /// Adds a device while the session runs: a plug. Returns when the device is in RESUMING. `max_devices` must
-    /// leave room for it.
+    /// Names a device that will be added later: see [`LoadBuilder::expect`]. `max_devices` must leave room for it.
     ///
     /// # Errors
     ///
-    /// As for [`LoadBuilder::start`].
+    /// [`ErrorKind::Misuse`] for a name that is taken, and for one device too many.
+    pub fn expect(&self, id: DeviceId) -> Result<()> {
+        self.expect_device(&Expected {
+            id,
+            config_gate: None,
+            vm_starts: false,
+        })
+    }
+
+    fn expect_device(&self, expected: &Expected) -> Result<()> {
+        let ordinal = lock(&self.ids).reserve(&expected.id)?;
+        self.load.expect(expected, ordinal)
+    }
+
+    /// Adds a device while the session runs: one that was [expected](LoadSession::expect), whose packets may be here
+    /// already, or another: a plug. Returns when the device is in RESUMING. `max_devices` must leave room for a plug.
+    ///
+    /// # Errors
+    ///
+    /// As for [`LoadBuilder::start`]; [`ErrorKind::Misuse`] where the device comes with another
+    /// [`config_gate`](DeviceSpec::config_gate) than it was expected with.
     pub fn add_device(&self, device: impl Into<DeviceSpec>) -> Result<()> {
         let spec = device.into();
         let (sender, results) = mpsc::channel();
@@ -362,6 +431,10 @@ impl LoadSession {
     /// not return a transfer.
     pub fn remove_device(&self, id: &DeviceId) -> Result<Device> {
         let shared = self.device(id)?;
+        if shared.is_expected() {
+            let what = "it is expected, and has not been added";
+            return Err(Error::misuse(Phase::Setup, what).on_device(id));
+        }
         self.load.remove(&shared);
         let deadline = self.common.end_of_grace(Instant::now());
         let ended = shared.flags.wait_end(Some(deadline));
@@ -554,10 +627,22 @@ impl LoadSession {
     }
 
     fn devices_ended(&self) -> bool {
-        self.load
-            .devices()
-            .iter()
-            .all(|device| device.flags.is_ended())
+        let failed = self.failure().is_some();
+        let ended = |device: &Arc<LoadDevice>| {
+            // One that never came has no thread whose end could be waited for.
+            device.flags.is_ended() || failed && device.is_expected()
+        };
+        self.load.devices().iter().all(ended)
+    }
+
+    /// Whoever waits for all devices would wait for one that was not added for ever.
+    fn check_expected(&self) {
+        if let Some(device) = self.load.missing()
+            && self.failure().is_none()
+        {
+            let what = "a device was expected and has not been added";
+            self.fail(Error::misuse(Phase::Load, what).on_device(&device.id));
+        }
     }
 
     /// Returns the counters as they are now.
@@ -584,6 +669,7 @@ impl LoadSession {
     /// | has loaded | off | RESUMING: its driver checks the state in [`vm::start`](crate::migration::vm::start), and the source may be told only then that all is loaded |
     /// | has failed | | the state in which it came, after a reset |
     pub fn wait_devices(&self) -> Vec<DeviceReport> {
+        self.check_expected();
         let failed_at = || self.load.first_failure.failed_at();
         self.common.wait_for_end(failed_at, || self.devices_ended());
         let ids = std::mem::take(&mut lock(&self.ids).devices);
@@ -610,6 +696,7 @@ impl LoadSession {
 
     fn end(&mut self) -> Report {
         self.joined = true;
+        self.check_expected();
         let failed_at = || self.load.first_failure.failed_at();
         self.common.wait_for_end(failed_at, || self.devices_ended());
         // The channels end by themselves where the source has closed them.

@@ -30,14 +30,16 @@
 
 use std::{
     fmt,
+    sync::OnceLock,
     time::{Duration, Instant},
 };
 
 use super::{
     Capabilities, MigratableDevice, SwitchoverAck, at_once,
-    incoming_member::{Direct, Member, Way, all_stats},
+    incoming_member::{Arrived, Direct, Member, Way, all_stats},
     loaded::Loaded,
     members::{MemberSession, take_device},
+    messages::Heard,
 };
 use crate::{
     channel::Channel,
@@ -45,7 +47,7 @@ use crate::{
     error::{Error, ErrorKind, Failed, Phase, Result, Violation},
     id::DeviceId,
     load::{LoadBuilder, LoadSession},
-    session::DeviceSpec,
+    session::{DeviceSpec, Expected},
     state::{DeviceState, MigrationFlags},
     stats::{DeviceCounters, Stats},
     sync::{Mutex, lock},
@@ -63,6 +65,8 @@ pub(super) struct PendingAcks {
     pub(super) devices: Vec<DeviceId>,
     /// Devices whose PRE_COPY data is to come over the channels, and whose SETUP has not said so.
     pub(super) agreements: Vec<DeviceId>,
+    /// A device has said that its initial data is here.
+    pub(super) heard: bool,
     /// The switchover has started.
     pub(super) switched: bool,
 }
@@ -77,6 +81,9 @@ pub struct Incoming {
     pub(super) ack: SwitchoverAck,
     pub(super) stop_after_load: bool,
     pub(super) approve: SendSwitchoverAck,
+    capabilities: Capabilities,
+    /// Where the main channel carries control messages: what has come.
+    pub(super) heard: Option<Mutex<Heard>>,
     pub(super) pending_acks: Mutex<PendingAcks>,
 }
 
@@ -87,6 +94,9 @@ impl Incoming {
     ///
     /// Whether a device's data comes over the multifd channels is decided here, and not changed any
     /// more.
+    ///
+    /// `session` may name devices that come later ([`LoadBuilder::expect`]): [`Incoming::add_device`] adds each.
+    /// Their data comes over the channels.
     ///
     /// # Errors
     ///
@@ -127,6 +137,7 @@ impl Incoming {
             }
         };
         let mut session = session;
+        let expected = session.take_expected();
         let stop_after_load = session.settings_mut().stop_after_load.unwrap_or(false);
         let mut members = Vec::with_capacity(devices.len());
         for (migratable, (multifd, took)) in
@@ -152,19 +163,38 @@ impl Incoming {
             };
             members.push(Member {
                 id,
-                settings,
-                precopy,
+                arrived: OnceLock::from(Arrived { settings, precopy }),
                 over_channels: multifd && capabilities.precopy_over_channels,
                 config_gate,
                 way,
                 counters,
             });
         }
-        let asking = members.iter().filter(|member| member.precopy);
+        for id in expected {
+            let config_gate = capabilities.config_gate();
+            session = session.expect_device(Expected {
+                id: id.clone(),
+                config_gate: Some(config_gate),
+                vm_starts: true,
+            });
+            members.push(Member {
+                id,
+                arrived: OnceLock::new(),
+                over_channels: capabilities.precopy_over_channels,
+                config_gate,
+                way: Way::Channels,
+                counters: DeviceCounters::default(),
+            });
+        }
+        // One that is expected may have PRE_COPY.
+        let asking = members
+            .iter()
+            .filter(|member| member.has_precopy() || member.is_expected());
         let agreeing = members.iter().filter(|member| member.over_channels);
         let pending_acks = PendingAcks {
             devices: asking.map(|member| member.id.clone()).collect(),
             agreements: agreeing.map(|member| member.id.clone()).collect(),
+            heard: false,
             switched: false,
         };
         let mut incoming = Self {
@@ -173,9 +203,11 @@ impl Incoming {
             ack: capabilities.switchover_ack,
             stop_after_load,
             approve,
+            capabilities: capabilities.clone(),
+            heard: None,
             pending_acks: Mutex::new(pending_acks),
         };
-        if session.device_count() > 0 {
+        if !session.is_without_devices() {
             match session.start() {
                 Ok(session) => incoming.session.set(session),
                 Err(failed) => {
@@ -199,7 +231,8 @@ impl Incoming {
                     Way::Channels => take_device(&mut devices, &member.id),
                     Way::Main(direct) => lock(direct).device.take(),
                 };
-                Some(MigratableDevice::new(device?, member.settings.clone()))
+                let settings = member.arrived.get()?.settings.clone();
+                Some(MigratableDevice::new(device?, settings))
             })
             .collect()
     }
@@ -209,6 +242,85 @@ impl Incoming {
     #[must_use]
     pub const fn session(&self) -> Option<&LoadSession> {
         self.session.get()
+    }
+
+    /// Adds a device that was expected. Returns when the device is in RESUMING. What has come for it is written into it
+    /// once the switchover has started, or at once where PRE_COPY data comes over the channels.
+    ///
+    /// Blocks for as long as the driver's change of state.
+    ///
+    /// # Errors
+    ///
+    /// | error | the migration | the device |
+    /// |---|---|---|
+    /// | [`ErrorKind::Misuse`]: it is not expected, it was added before, or its settings do not fit the capabilities | goes on | is given back |
+    /// | the migration's failure before | has failed | is given back |
+    /// | the device's refusal of RESUMING | has failed | comes back with the others, from [`Incoming::finish`] or [`Incoming::abort`] |
+    pub fn add_device(
+        &self,
+        migratable: MigratableDevice,
+    ) -> Result<(), Failed<Vec<MigratableDevice>>> {
+        let (member, session) = match self.expected_member(&migratable) {
+            Ok(found) => found,
+            Err(error) => {
+                let error = error.on_device(migratable.id());
+                return Err(Failed::new(error, vec![migratable]));
+            }
+        };
+        let MigratableDevice {
+            mut device,
+            settings,
+            ..
+        } = migratable;
+        device.set_off();
+        let precopy = device.flags().contains(MigrationFlags::PRE_COPY);
+        // Before it can end, so that it comes back whatever happens.
+        let _first = member.arrived.set(Arrived { settings, precopy });
+        let spec = DeviceSpec::under_way(device).config_gate(member.config_gate);
+        let added = session.add_device(spec).and_then(|()| {
+            if precopy {
+                Ok(())
+            } else {
+                self.asks_not(member)
+            }
+        });
+        added.map_err(|error| Failed::new(self.session.fail_device(&member.id, error), Vec::new()))
+    }
+
+    /// The member of a device that is expected, if this one may be added to it.
+    fn expected_member(&self, migratable: &MigratableDevice) -> Result<(&Member, &LoadSession)> {
+        let misuse = |what| Error::misuse(Phase::Setup, what);
+        if let Some(error) = self.failure() {
+            return Err(error);
+        }
+        let mut expected = self.members.iter().filter(|member| member.is_expected());
+        let found = expected.find(|member| member.id == *migratable.id());
+        let (Some(member), Some(session)) = (found, self.session.get()) else {
+            return Err(misuse("the device is not expected"));
+        };
+        let settings = &migratable.settings;
+        settings.check()?;
+        if !self.capabilities.decide(settings.transfer)? {
+            return Err(misuse(
+                "the data of an expected device comes over the channels",
+            ));
+        }
+        if self.capabilities.config_gate_of(settings) != member.config_gate {
+            return Err(misuse(
+                "an expected device has the VM's config_after_iterables",
+            ));
+        }
+        Ok((member, session))
+    }
+
+    /// An expected device that has come has no initial data: whoever waits for that waits for the others.
+    fn asks_not(&self, member: &Member) -> Result<()> {
+        let approved = {
+            let mut pending_acks = lock(&self.pending_acks);
+            pending_acks.devices.retain(|id| *id != member.id);
+            self.ack == SwitchoverAck::Once && pending_acks.heard && pending_acks.devices.is_empty()
+        };
+        if approved { (self.approve)() } else { Ok(()) }
     }
 
     /// Adds a channel. If no device uses the channels, this only closes the channel.
@@ -267,7 +379,7 @@ impl Incoming {
     pub(super) fn init_data_sent(&self, member: &Member) -> Result<bool> {
         let approved = {
             let mut pending_acks = lock(&self.pending_acks);
-            if !member.precopy || self.ack == SwitchoverAck::Off || pending_acks.switched {
+            if !member.has_precopy() || self.ack == SwitchoverAck::Off || pending_acks.switched {
                 return Ok(false);
             }
             let first = pending_acks.devices.iter().position(|id| *id == member.id);
@@ -278,6 +390,7 @@ impl Incoming {
                 }
                 (_, None) => {}
             }
+            pending_acks.heard = true;
             self.ack == SwitchoverAck::Reusable || pending_acks.devices.is_empty()
         };
         if approved {
@@ -330,7 +443,8 @@ impl Incoming {
     ///
     /// # Errors
     ///
-    /// The failure; [`ErrorKind::Missing`] for a device whose config has not come. The devices are given back,
+    /// The failure; [`ErrorKind::Missing`] for a device whose config has not come; [`ErrorKind::Misuse`] for a device that
+    /// was expected and has not been added, and before the END of control messages. The devices are given back,
     /// reset, in the state at set-up. The verdict to the source is a failure.
     pub fn finish(mut self) -> Result<Loaded, Failed<Vec<MigratableDevice>>> {
         if self.failure().is_none()
@@ -341,6 +455,11 @@ impl Incoming {
         }
         if self.session.get().is_some() && !self.is_switched() && self.failure().is_none() {
             self.fail(Error::misuse(Phase::Load, "the switchover has not started"));
+        }
+        let ended = |heard: &Mutex<Heard>| lock(heard).is_ended();
+        if !self.heard.as_ref().is_none_or(ended) && self.failure().is_none() {
+            let what = "the source has not said that all has been sent";
+            self.fail(Error::misuse(Phase::Load, what));
         }
         let mut devices = Vec::new();
         let mut failure = None;
@@ -415,10 +534,15 @@ fn decide(
     if session.device_count() > 0 {
         return Err(misuse("the session's devices are the migration's"));
     }
-    if devices.is_empty() {
+    if devices.is_empty() && session.is_without_devices() {
         return Err(misuse("a migration has a device"));
     }
     capabilities.prepare()?;
+    if !session.is_without_devices() && !capabilities.can_carry() {
+        return Err(misuse(
+            "the data of an expected device comes over the channels",
+        ));
+    }
     let mut multifd = Vec::with_capacity(devices.len());
     for (at, migratable) in devices.iter().enumerate() {
         let id = migratable.id();

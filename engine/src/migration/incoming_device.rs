@@ -42,14 +42,7 @@ impl Incoming {
     ///
     /// [`Violation::UnknownDevice`].
     pub fn device(&self, id: &DeviceId) -> Result<IncomingDevice<'_>> {
-        let found = self.members.iter().find(|member| member.id == *id);
-        let member = found.ok_or_else(|| {
-            let violation = Violation::UnknownDevice {
-                idstr: id.idstr().to_owned(),
-                instance: id.instance(),
-            };
-            Error::protocol(violation).in_phase(Phase::Section)
-        })?;
+        let member = self.member(id)?;
         Ok(IncomingDevice {
             incoming: self,
             member,
@@ -228,7 +221,7 @@ impl SectionSink for Sink<'_> {
 
     fn init_data_sent(&mut self) -> Result<bool> {
         if self.member.over_channels {
-            if !self.member.precopy
+            if !self.member.has_precopy()
                 || self.incoming.ack == SwitchoverAck::Off
                 || self.incoming.is_switched()
             {

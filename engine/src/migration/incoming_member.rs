@@ -1,11 +1,14 @@
 //! One device of the destination, by the way in which its data comes; and the counters of all devices.
 //!
+//! A device that is expected has a member from the set-up on, and becomes one with the device in `add_device`. Its
+//! data comes over the channels.
+//!
 //! | way | who has the device until it is loaded |
 //! |---|---|
-//! | over the channels | the session |
+//! | over the channels | the session; the VMM, while it is expected |
 //! | over the main channel | the member: the thread that reads the sections writes to the device |
 
-use std::time::Duration;
+use std::{sync::OnceLock, time::Duration};
 
 use super::{
     DeviceSettings, MigratableDevice,
@@ -36,16 +39,35 @@ pub(super) struct Direct {
     pub(super) loaded: bool,
 }
 
+/// What is known of a device that has come.
+pub(super) struct Arrived {
+    pub(super) settings: DeviceSettings,
+    /// Whether it has PRE_COPY.
+    pub(super) precopy: bool,
+}
+
 pub(super) struct Member {
     pub(super) id: DeviceId,
-    pub(super) settings: DeviceSettings,
-    pub(super) precopy: bool,
+    /// Not yet, if the device is expected.
+    pub(super) arrived: OnceLock<Arrived>,
     /// Whether its PRE_COPY data comes over the channels too.
     pub(super) over_channels: bool,
     /// When its config may be loaded, where it comes over the channels.
     pub(super) config_gate: ConfigGate,
     pub(super) way: Way,
     pub(super) counters: DeviceCounters,
+}
+
+impl Member {
+    /// Whether its device has not been added.
+    pub(super) fn is_expected(&self) -> bool {
+        self.arrived.get().is_none()
+    }
+
+    /// Whether its device has PRE_COPY.
+    pub(super) fn has_precopy(&self) -> bool {
+        self.arrived.get().is_some_and(|arrived| arrived.precopy)
+    }
 }
 
 /// The counters of all devices: the session's, and what it does not know. `started` are those that

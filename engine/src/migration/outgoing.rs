@@ -17,6 +17,7 @@ use std::{fmt, io::Write, time::Instant};
 use super::{
     DeviceSettings, MigratableDevice, OutgoingDevice, Saved, at_once,
     members::{MemberSession, merge, take_device},
+    messages::Messages,
     put_all_back,
 };
 use crate::{
@@ -76,6 +77,8 @@ impl Member {
 pub struct Outgoing {
     members: Vec<Member>,
     session: MemberSession<SaveSession>,
+    /// Where the main channel carries control messages.
+    messages: Option<Messages>,
 }
 
 impl Outgoing {
@@ -165,6 +168,7 @@ impl Outgoing {
         let mut switchover = Self {
             members,
             session: MemberSession::none(),
+            messages: None,
         };
         if session.device_count() > 0 {
             match session.start() {
@@ -193,6 +197,25 @@ impl Outgoing {
                 )),
             })
             .collect()
+    }
+
+    /// The main channel carries control messages, of which these are left.
+    pub(super) fn set_messages(&mut self, messages: Messages) {
+        self.messages = Some(messages);
+    }
+
+    /// Returns the next control message for the destination: see [`Precopy::message`](super::Precopy::message). The
+    /// first lets the destination write to its devices, so send it at once. `None` where the main channel carries
+    /// sections. Never waits.
+    pub fn message(&mut self) -> Option<Vec<u8>> {
+        self.messages.as_mut()?.next()
+    }
+
+    /// The destination has answered the last message with success. For an answer of failure call [`Outgoing::abort`].
+    pub fn acknowledged(&mut self) {
+        if let Some(messages) = &mut self.messages {
+            messages.acknowledged();
+        }
     }
 
     /// Writes the body of a device's END section. If the device's data goes over the channels, the body is only
@@ -336,12 +359,13 @@ impl Outgoing {
     /// become of
     /// the migration ([`Saved`]).
     ///
-    /// Write the main channel's end after this, never before. With the end the destination may start its VM; if
+    /// Write the main channel's end ([`Saved::message`], where it carries control messages) after this, never before. With the end the destination may start its VM; if
     /// this call fails, the VM goes on here.
     ///
     /// # Errors
     ///
-    /// The failure; [`ErrorKind::Misuse`] if a device's sections have not been written. The devices are given
+    /// The failure; [`ErrorKind::Misuse`] if a device's sections have not been written, or a control message has not been
+    /// answered. The devices are given
     /// back in the state at set-up.
     pub fn finish(mut self) -> Result<Saved, Failed<Vec<MigratableDevice>>> {
         let left = self.members.iter();
@@ -350,6 +374,10 @@ impl Outgoing {
             let error = misuse("its sections have not all been written");
             let error = error.on_device(&member.id);
             self.fail(error);
+        }
+        let settled = |messages: &Messages| messages.is_settled();
+        if !self.messages.as_ref().is_none_or(settled) {
+            self.fail(misuse("a control message has not been answered"));
         }
         let mut failure = self.failure();
         let mut devices = Vec::new();
@@ -370,7 +398,7 @@ impl Outgoing {
         let stats = self.merge(stats);
         let mut back = self.take_back(devices);
         match failure {
-            None => Ok(Saved::new(back, stats, channels)),
+            None => Ok(Saved::new(back, stats, channels, self.messages.take())),
             Some(error) => {
                 channels.abandon();
                 put_all_back(&mut back);

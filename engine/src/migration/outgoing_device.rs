@@ -301,15 +301,7 @@ impl OutgoingDevice {
         if !self.over_channels {
             return self.iterate(body);
         }
-        let (count, all) = self.read()?;
-        if count > 0 {
-            let data = &self.buffer[..count];
-            let sent = channels.send(self.device.id(), self.precopy_packets, data)?;
-            self.precopy_packets += 1;
-            self.counters.published();
-            self.counters.taken(1);
-            self.counters.bytes.add(sent as u64);
-        }
+        let (count, all) = self.read_and_send(channels)?;
         let mut writer = section::Writer::new(body);
         let counted = if all {
             writer.precopy_sent(self.precopy_packets)
@@ -322,6 +314,52 @@ impl OutgoingDevice {
         Ok(self.iterated(count, all))
     }
 
+    /// Sends what the device has now, as a packet over the channels. The destination is told of the initial data's end
+    /// otherwise: see [`OutgoingDevice::take_initial_sent`]. Returns how much it was.
+    pub(super) fn send(&mut self, channels: &mut SourceChannels) -> Result<usize> {
+        let (count, _all) = self.read_and_send(channels)?;
+        trace::save_iterate(self.device.id(), self.initial, self.dirty);
+        Ok(count)
+    }
+
+    fn read_and_send(&mut self, channels: &mut SourceChannels) -> Result<(usize, bool)> {
+        let (count, all) = self.read()?;
+        if count > 0 {
+            let data = &self.buffer[..count];
+            let sent = channels.send(self.device.id(), self.precopy_packets, data)?;
+            self.precopy_packets += 1;
+            self.counters.published();
+            self.counters.taken(1);
+            self.counters.bytes.add(sent as u64);
+        }
+        Ok((count, all))
+    }
+
+    /// Whether the last of the initial data has been sent, and nobody has been told.
+    const fn is_initial_due(&self) -> bool {
+        self.asks && !self.init_sent && self.initial == 0
+    }
+
+    /// The count of packets that carried the initial data, once it has been sent: to be told to the destination.
+    pub(super) fn take_initial_sent(&mut self) -> Option<u32> {
+        if !self.is_initial_due() {
+            return None;
+        }
+        self.init_sent = true;
+        trace::send_init_data_flag(self.device.id());
+        Some(self.precopy_packets)
+    }
+
+    /// Whether no initial data of the device's is waited for.
+    pub(super) fn has_sent_initial(&self) -> bool {
+        !self.asks || self.init_sent || !self.vm_runs()
+    }
+
+    /// Whether all its data goes over the channels.
+    pub(super) const fn is_over_channels(&self) -> bool {
+        self.over_channels
+    }
+
     /// Reads once. Returns how much, and whether that is the last of the initial data.
     fn read(&mut self) -> Result<(usize, bool)> {
         trace::save_iterate_start(self.device.id());
@@ -330,7 +368,7 @@ impl OutgoingDevice {
             count = self.device.read_precopy(&mut self.buffer)?;
             self.was_read(count);
         }
-        Ok((count, self.asks && !self.init_sent && self.initial == 0))
+        Ok((count, self.is_initial_due()))
     }
 
     /// An iteration has been written.

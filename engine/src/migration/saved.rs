@@ -12,10 +12,11 @@
 
 use std::mem;
 
-use super::{MigratableDevice, at_once, put_all_back};
+use super::{MigratableDevice, at_once, messages::Messages, put_all_back};
 use crate::{
     channel::Finished,
     error::{Failed, Result},
+    message::MessageKind,
     stats::Stats,
     trace,
 };
@@ -34,19 +35,34 @@ pub struct Saved {
     devices: Vec<MigratableDevice>,
     stats: Stats,
     channels: Finished,
+    messages: Option<Messages>,
 }
 
 impl Saved {
-    pub(super) const fn new(
+    pub(super) fn new(
         devices: Vec<MigratableDevice>,
         stats: Stats,
         channels: Finished,
+        mut messages: Option<Messages>,
     ) -> Self {
+        if let Some(messages) = &mut messages {
+            messages.queue(MessageKind::End, Vec::new());
+        }
         Self {
             devices,
             stats,
             channels,
+            messages,
         }
+    }
+
+    /// Returns the last control message, once: all has been sent. With it the destination may start its VM. `None` where
+    /// the main channel carries sections. Never waits.
+    ///
+    /// The destination's verdict comes behind it, in an answer of the VMM's own. An answer to this message alone says
+    /// nothing of where the VM runs; but if it is one of failure, the VM does not run there.
+    pub fn message(&mut self) -> Option<Vec<u8>> {
+        self.messages.as_mut()?.next()
     }
 
     /// Returns the counters at the end.

@@ -2,6 +2,7 @@
 
 use crate::{
     device::Device,
+    id::DeviceId,
     settings::{ConfigGate, Settings},
 };
 
@@ -74,20 +75,55 @@ impl DeviceSpec {
         self
     }
 
-    /// When its config may be loaded.
-    pub(crate) fn gate(&self, settings: &Settings) -> ConfigGate {
-        let of_all = ConfigGate::after_iterables(settings.config_after_iterables);
-        self.config_gate.unwrap_or(of_all)
+    /// What holds for it.
+    pub(crate) const fn rules(&self, settings: &Settings) -> LoadRules {
+        LoadRules::new(settings, self.config_gate, self.vm_starts)
     }
+}
 
+/// What holds for one device's load.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) struct LoadRules {
+    /// When its config may be loaded.
+    pub(crate) config_gate: ConfigGate,
     /// Whether it goes to STOP once it is loaded.
-    pub(crate) fn stops(&self, settings: &Settings) -> bool {
-        settings.stop_after_load.unwrap_or(!self.vm_starts)
+    pub(crate) stops: bool,
+}
+
+impl LoadRules {
+    /// Of a device with a gate of its own, perhaps, and a start of its VM that follows, or not.
+    const fn new(settings: &Settings, gate: Option<ConfigGate>, vm_starts: bool) -> Self {
+        Self {
+            config_gate: match gate {
+                Some(gate) => gate,
+                None => ConfigGate::after_iterables(settings.config_after_iterables),
+            },
+            stops: match settings.stop_after_load {
+                Some(stops) => stops,
+                None => !vm_starts,
+            },
+        }
     }
 }
 
 impl From<Device> for DeviceSpec {
     fn from(device: Device) -> Self {
         Self::new(device)
+    }
+}
+
+/// A device that a load expects: its name, and what will hold for it when it comes.
+#[derive(Debug)]
+pub(crate) struct Expected {
+    pub(crate) id: DeviceId,
+    pub(crate) config_gate: Option<ConfigGate>,
+    /// As for [`DeviceSpec`].
+    pub(crate) vm_starts: bool,
+}
+
+impl Expected {
+    /// What will hold for it.
+    pub(crate) const fn rules(&self, settings: &Settings) -> LoadRules {
+        LoadRules::new(settings, self.config_gate, self.vm_starts)
     }
 }

@@ -4,6 +4,7 @@
 
 #[cfg(feature = "internals")]
 mod back_pressure;
+mod expected;
 mod memory;
 mod memory_bounds;
 #[cfg(feature = "sim")]

@@ -19,7 +19,7 @@ const LAYERS: &[&[&str]] = &[
     &["channel", "io_loop"],
     &["lane", "settings"],
     &["device", "stream"],
-    &["framed", "section", "spill"],
+    &["framed", "message", "section", "spill"],
     &["tasks", "router", "wire"],
     &["reorder"],
     &["host"],

@@ -9,6 +9,7 @@ mod example;
 mod lifecycle;
 mod long_precopy;
 mod main_channel;
+mod messages;
 mod midway;
 mod outgoing;
 mod precopy_channels;
