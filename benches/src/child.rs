@@ -101,6 +101,7 @@ impl Child {
     pub fn start(role: Role) -> io::Result<Self> {
         let mut process = Command::new(env::current_exe()?)
             .args([ARGUMENT, role.name()])
+            .args(engine::writer_arguments())
             .stdout(Stdio::piped())
             .spawn()?;
         let output = process.stdout.take().expect("it is a pipe");

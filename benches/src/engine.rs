@@ -9,13 +9,13 @@
 use std::{
     fs::File,
     io,
-    sync::{Arc, Barrier},
+    sync::{Arc, Barrier, OnceLock},
     thread,
     time::Instant,
 };
 
 use vfio_migration::{
-    Backend, Channel, DeviceId, LoadSession, Report, SaveSession, Settings, Stats,
+    Backend, Channel, DeviceId, LoadSession, Report, SaveSession, Settings, Stats, Writer,
     wire::{self, PacketHeader},
 };
 
@@ -35,10 +35,49 @@ pub struct Outcome {
     pub stats: Stats,
 }
 
-/// The settings that are measured: the defaults.
+/// A [`Writer`] on the command line.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub enum WriterArgument {
+    /// The I/O thread, through its ring.
+    Ring,
+    /// A channel, while the device is quick.
+    Auto,
+}
+
+impl From<WriterArgument> for Writer {
+    fn from(argument: WriterArgument) -> Self {
+        match argument {
+            WriterArgument::Ring => Self::Ring,
+            WriterArgument::Auto => Self::Auto,
+        }
+    }
+}
+
+/// Which thread writes, where somebody has said it.
+static WRITER: OnceLock<Writer> = OnceLock::new();
+
+/// Has all loads of this process and its children write so, instead of by default. The first call counts.
+pub fn write_by(writer: Writer) {
+    let _said_before = WRITER.set(writer);
+}
+
+/// What a child is to be told of [`write_by`], behind its role.
+pub(crate) fn writer_arguments() -> &'static [&'static str] {
+    match WRITER.get() {
+        None => &[],
+        Some(Writer::Ring) => &["--writer", "ring"],
+        Some(_) => &["--writer", "auto"],
+    }
+}
+
+/// The settings that are measured: the defaults, but for [`write_by`].
 #[must_use]
 pub fn settings() -> Settings {
-    Settings::default()
+    let mut settings = Settings::default();
+    if let Some(writer) = WRITER.get() {
+        settings.writer = *writer;
+    }
+    settings
 }
 
 /// The same with this backend.

@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     io::{self, Read, Write},
-    os::fd::OwnedFd,
+    os::{fd::OwnedFd, unix::fs::FileExt},
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering::Relaxed},
@@ -14,7 +14,7 @@ use std::{
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use vfio_migration::{
-    Device, DeviceId, LoadSession, Publisher, Stats,
+    Device, DeviceId, LoadSession, Publisher, Stats, Writer,
     wire::{self, PacketHeader},
 };
 use vfio_migration_uring::{self as uring, Fd, Link, Op, Token, Waker};
@@ -28,6 +28,9 @@ use crate::{
 
 /// Long enough for everybody to be asleep.
 const REST: Duration = Duration::from_micros(300);
+
+/// Long enough for what came before to have been written.
+const PAUSE: Duration = Duration::from_micros(20);
 
 /// The bytes of the packets whose wake-ups are timed: so few that copying them takes no time.
 const SMALL: usize = 64;
@@ -92,7 +95,9 @@ pub fn wake_engine(count: u32) -> io::Result<Vec<u64>> {
     let id = DeviceId::new("wake", 0).expect("a good name");
     let sinks = [sink];
     let ids = [id.clone()];
-    let (session, _ended) = engine::start_load(&ids, &sinks, engine::settings(), Vec::new());
+    let mut settings = engine::settings();
+    settings.writer = Writer::Ring;
+    let (session, _ended) = engine::start_load(&ids, &sinks, settings, Vec::new());
     let mut publisher = session.publisher();
     let mut times = Vec::new();
     for index in 0..count {
@@ -106,6 +111,55 @@ pub fn wake_engine(count: u32) -> io::Result<Vec<u64>> {
         let since = Instant::now();
         lease.publish().expect("a good packet");
         arrived(&mut reader)?;
+        times.push(nanos(since));
+    }
+    session.cancel();
+    drop(publisher);
+    let _cancelled = session.join();
+    times.sort_unstable();
+    Ok(times)
+}
+
+/// From publishing the next packet until it is in a device that takes bytes as quickly as a memfd does, in
+/// nanoseconds: whoever publishes may write.
+///
+/// # Errors
+///
+/// The kernel's.
+///
+/// # Panics
+///
+/// Where the load fails.
+pub fn through(count: u32) -> io::Result<Vec<u64>> {
+    let sinks = [Sink::new(Kind::Memfd, (count as usize + 1) * SMALL)?];
+    let file = sinks[0].file()?;
+    let ids = [DeviceId::new("through", 0).expect("a good name")];
+    let mut settings = engine::settings();
+    settings.writer = Writer::Auto;
+    let (session, _ended) = engine::start_load(&ids, &sinks, settings, Vec::new());
+    let mut publisher = session.publisher();
+    let mut times = Vec::new();
+    for index in 0..count {
+        // A channel that receives is awake, and nothing else is on its way.
+        let since = Instant::now();
+        while since.elapsed() < PAUSE {
+            std::hint::spin_loop();
+        }
+        let header = PacketHeader {
+            index,
+            config: false,
+        };
+        let mut lease = publisher
+            .lease(&ids[0], header, SMALL)
+            .expect("memory comes");
+        lease.bytes_mut().fill(7);
+        let since = Instant::now();
+        lease.publish().expect("a good packet");
+        let last = (u64::from(index) + 1) * SMALL as u64 - 1;
+        let mut byte = [0];
+        while byte != [7] {
+            file.read_exact_at(&mut byte, last)?;
+        }
         times.push(nanos(since));
     }
     session.cancel();

@@ -22,6 +22,7 @@ pub mod plan;
 pub mod roles;
 pub mod scale;
 pub mod sink;
+pub mod slow;
 pub mod source;
 pub mod switchover;
 pub mod yardstick;

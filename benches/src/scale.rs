@@ -67,6 +67,7 @@ pub struct Measured {
 pub fn measure(point: Point) -> io::Result<Measured> {
     let mut child = Command::new(env::current_exe()?)
         .args([ARGUMENT, ROLE])
+        .args(engine::writer_arguments())
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()?;

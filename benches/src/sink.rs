@@ -5,7 +5,6 @@
 //!   PlainWrite  /proc/self/mem over memory of ours: a file with a plain write, as VFIO's
 //!   Null        /dev/null
 //!   Pipe        drained by a thread into one buffer
-//!   paced       a pipe that is drained slowly: a write sleeps in the kernel, as one into slow firmware does
 //! ```
 //!
 //! Every contender writes to (a duplicate of) the same fd, so the file, its pages and its position
@@ -20,11 +19,10 @@ use std::{
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     thread::{self, JoinHandle},
-    time::{Duration, Instant},
 };
 
 use nix::{
-    fcntl::{FcntlArg, SpliceFFlags, fcntl, splice},
+    fcntl::{FcntlArg, fcntl},
     sys::memfd::{MFdFlags, memfd_create},
 };
 use serde::{Deserialize, Serialize};
@@ -43,42 +41,6 @@ pub enum Kind {
     Null,
     /// A pipe that a thread drains.
     Pipe,
-}
-
-/// How slowly a device takes bytes.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Pace {
-    /// What each MiB takes.
-    pub for_each_mib: Duration,
-    /// So many bytes are quick, before the others are not.
-    pub quick: u64,
-    /// How long it stands still once, behind the first that it takes.
-    pub stands: Duration,
-}
-
-/// What a paced pipe holds: little enough that a write of a packet of 1 MiB must wait.
-const PACED_LEN: usize = 256 << 10;
-
-/// Takes bytes out of a pipe, without a copy, until nobody can write to it.
-fn drain_slowly(reader: &io::PipeReader, pace: Pace) -> io::Result<()> {
-    let null = File::options().write(true).open("/dev/null")?;
-    let (mut taken, mut due) = (0, Instant::now());
-    loop {
-        let count = splice(reader, None, &null, None, PACED_LEN, SpliceFFlags::empty())?;
-        if count == 0 {
-            return Ok(());
-        }
-        if taken == 0 {
-            thread::sleep(pace.stands);
-        }
-        taken += count as u64;
-        if taken > pace.quick && pace.for_each_mib > Duration::ZERO {
-            // A device that had nothing to do does not make up for it.
-            let part = u32::try_from(count).expect("a pipe is small");
-            due = due.max(Instant::now()) + pace.for_each_mib * part / (1 << 20);
-            thread::sleep(due.saturating_duration_since(Instant::now()));
-        }
-    }
 }
 
 /// A data fd.
@@ -125,23 +87,6 @@ impl Sink {
             }
         }
         sink.rewind()?;
-        Ok(sink)
-    }
-
-    /// One that takes bytes at this pace.
-    ///
-    /// # Errors
-    ///
-    /// The kernel's.
-    pub fn paced(pace: Pace) -> io::Result<Self> {
-        let (reader, writer) = io::pipe()?;
-        fcntl(
-            &writer,
-            FcntlArg::F_SETPIPE_SZ(i32::try_from(PACED_LEN).expect("it is small")),
-        )?;
-        let mut sink = Self::over(File::from(OwnedFd::from(writer)));
-        // A pipe that fails makes its writer fail.
-        sink._drain = Some(thread::spawn(move || drop(drain_slowly(&reader, pace))));
         Ok(sink)
     }
 

@@ -61,6 +61,9 @@ struct Arguments {
     /// The engine's budget, in MiB.
     #[arg(long)]
     budget: Option<usize>,
+    /// Which thread writes to a device: the default unless given.
+    #[arg(long, value_enum)]
+    writer: Option<engine::WriterArgument>,
     #[arg(long, default_value_t = 7)]
     rounds: usize,
     /// Prints CPU seconds for each GiB and page faults too.
@@ -70,6 +73,9 @@ struct Arguments {
 
 fn main() -> io::Result<()> {
     let arguments = Arguments::parse();
+    if let Some(writer) = arguments.writer {
+        engine::write_by(writer.into());
+    }
     let plan = Plan::of_bytes(
         arguments.devices,
         arguments.channels,

@@ -25,6 +25,10 @@ pub const SUITES: &[Suite] = &[
         run: wake,
     },
     Suite {
+        rows: &[("through-p50-us", AtMost(2.0))],
+        run: through,
+    },
+    Suite {
         rows: &[
             ("fd-syscalls-per-4k-packet", AtMost(0.03)),
             ("ring-calls-per-4k-packet", Open),
@@ -65,6 +69,17 @@ fn wake(run: &Run) -> io::Result<Found> {
     found.add_limited("wake-p50-vs-condvar", over(0), over(2));
     found.add("wake-p50-vs-condvar-ring", over(3));
     found.add("wake-p50-us", values(&medians, |round| round[0]));
+    Ok(found)
+}
+
+fn through(run: &Run) -> io::Result<Found> {
+    let count = if run.quick { 50 } else { 1000 };
+    let mut medians = Vec::new();
+    for _ in 0..run.rounds {
+        medians.push(percentile(&latency::through(count)?, 0.5) / 1000.0);
+    }
+    let mut found = Found::default();
+    found.add("through-p50-us", medians);
     Ok(found)
 }
 

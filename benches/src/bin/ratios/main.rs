@@ -26,7 +26,9 @@ use std::{io, path::PathBuf, process::ExitCode};
 use clap::Parser;
 use serde_json::json;
 use vfio_migration_benches::{
-    child, kept,
+    child,
+    engine::{self, WriterArgument as Writer},
+    kept,
     measure::{Goal, Short},
     scale as growth,
 };
@@ -82,6 +84,9 @@ struct Arguments {
     /// Prints each contender's own rate too.
     #[arg(long)]
     verbose: bool,
+    /// Which thread writes to a device: the default unless given.
+    #[arg(long, value_enum)]
+    writer: Option<Writer>,
     /// Rounds that `.ci/guest/versus` has measured.
     #[arg(long, value_name = "FILE")]
     beside: Option<PathBuf>,
@@ -103,6 +108,9 @@ impl Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    if let Some(writer) = arguments.writer {
+        engine::write_by(writer.into());
+    }
     let result = match arguments.child.as_deref() {
         Some(kept::ROLE) => kept::run(),
         Some(growth::ROLE) => growth::run(),
