@@ -81,6 +81,42 @@ fn timed(count: u32, pipe: &mut File, mut wake: impl FnMut(u32)) -> io::Result<V
     Ok(times)
 }
 
+/// Publishes packet after packet, each after a pause: from `publish` until it has arrived, in nanoseconds.
+fn timed_publishes(
+    count: u32,
+    sink: Sink,
+    writer: Writer,
+    pause: impl Fn(),
+    mut arrived: impl FnMut(u32) -> io::Result<()>,
+) -> io::Result<Vec<u64>> {
+    let ids = [DeviceId::new("timed", 0).expect("a good name")];
+    let mut settings = engine::settings();
+    settings.writer = writer;
+    let (session, _ended) = engine::start_load(&ids, &[sink], settings, Vec::new());
+    let mut publisher = session.publisher();
+    let mut times = Vec::new();
+    for index in 0..count {
+        pause();
+        let header = PacketHeader {
+            index,
+            config: false,
+        };
+        let mut lease = publisher
+            .lease(&ids[0], header, SMALL)
+            .expect("memory comes");
+        lease.bytes_mut().fill(7);
+        let since = Instant::now();
+        lease.publish().expect("a good packet");
+        arrived(index)?;
+        times.push(nanos(since));
+    }
+    session.cancel();
+    drop(publisher);
+    let _cancelled = session.join();
+    times.sort_unstable();
+    Ok(times)
+}
+
 /// From publishing to a sleeping I/O thread until the bytes are in its pipe, in nanoseconds.
 ///
 /// # Errors
@@ -92,32 +128,8 @@ fn timed(count: u32, pipe: &mut File, mut wake: impl FnMut(u32)) -> io::Result<V
 /// Where the load fails.
 pub fn wake_engine(count: u32) -> io::Result<Vec<u64>> {
     let (sink, mut reader) = pipe()?;
-    let id = DeviceId::new("wake", 0).expect("a good name");
-    let sinks = [sink];
-    let ids = [id.clone()];
-    let mut settings = engine::settings();
-    settings.writer = Writer::Ring;
-    let (session, _ended) = engine::start_load(&ids, &sinks, settings, Vec::new());
-    let mut publisher = session.publisher();
-    let mut times = Vec::new();
-    for index in 0..count {
-        thread::sleep(REST);
-        let header = PacketHeader {
-            index,
-            config: false,
-        };
-        let mut lease = publisher.lease(&id, header, SMALL).expect("memory comes");
-        lease.bytes_mut().fill(7);
-        let since = Instant::now();
-        lease.publish().expect("a good packet");
-        arrived(&mut reader)?;
-        times.push(nanos(since));
-    }
-    session.cancel();
-    drop(publisher);
-    let _cancelled = session.join();
-    times.sort_unstable();
-    Ok(times)
+    let rest = || thread::sleep(REST);
+    timed_publishes(count, sink, Writer::Ring, rest, |_| arrived(&mut reader))
 }
 
 /// From publishing the next packet until it is in a device that takes bytes as quickly as a memfd does, in
@@ -131,42 +143,23 @@ pub fn wake_engine(count: u32) -> io::Result<Vec<u64>> {
 ///
 /// Where the load fails.
 pub fn through(count: u32) -> io::Result<Vec<u64>> {
-    let sinks = [Sink::new(Kind::Memfd, (count as usize + 1) * SMALL)?];
-    let file = sinks[0].file()?;
-    let ids = [DeviceId::new("through", 0).expect("a good name")];
-    let mut settings = engine::settings();
-    settings.writer = Writer::Auto;
-    let (session, _ended) = engine::start_load(&ids, &sinks, settings, Vec::new());
-    let mut publisher = session.publisher();
-    let mut times = Vec::new();
-    for index in 0..count {
-        // A channel that receives is awake, and nothing else is on its way.
+    let sink = Sink::new(Kind::Memfd, (count as usize + 1) * SMALL)?;
+    let file = sink.file()?;
+    // A channel that receives is awake.
+    let pause = || {
         let since = Instant::now();
         while since.elapsed() < PAUSE {
             std::hint::spin_loop();
         }
-        let header = PacketHeader {
-            index,
-            config: false,
-        };
-        let mut lease = publisher
-            .lease(&ids[0], header, SMALL)
-            .expect("memory comes");
-        lease.bytes_mut().fill(7);
-        let since = Instant::now();
-        lease.publish().expect("a good packet");
+    };
+    timed_publishes(count, sink, Writer::Auto, pause, |index| {
         let last = (u64::from(index) + 1) * SMALL as u64 - 1;
         let mut byte = [0];
         while byte != [7] {
             file.read_exact_at(&mut byte, last)?;
         }
-        times.push(nanos(since));
-    }
-    session.cancel();
-    drop(publisher);
-    let _cancelled = session.join();
-    times.sort_unstable();
-    Ok(times)
+        Ok(())
+    })
 }
 
 /// The same with the peers' mutex and condition variable.
