@@ -45,6 +45,8 @@ const HOMES: &[(&str, &[&str])] = &[
 
 /// Where `unsafe` is opened.
 const UNSAFE: &[&str] = &[
+    "capi/src/border.rs",
+    "capi/src/callbacks.rs",
     "engine/src/arena.rs",
     "engine/src/channel/tls/kernel.rs",
     "engine/src/device/set.rs",
@@ -82,6 +84,7 @@ fn sources() -> BTreeMap<String, String> {
     walk(&root().join("engine/src"), &mut files);
     walk(&root().join("uring/src"), &mut files);
     walk(&root().join("benches/src/bin/soak"), &mut files);
+    walk(&root().join("capi/src"), &mut files);
     files
         .into_iter()
         .filter(|path| path.file_name().is_some_and(|name| name != "tests.rs"))
@@ -467,6 +470,10 @@ fn unsafe_is_opened_where_it_is_expected() {
     let opened: Vec<String> = sources()
         .into_iter()
         .filter(|(_, code)| code.contains("unsafe_code"))
+        // A file of exported functions opens it for their names alone; `capi/tests/header.rs` sees to that.
+        .filter(|(_, code)| {
+            !code.contains("unsafe_code, reason = \"the functions' names are exported\"")
+        })
         .map(|(file, _)| file)
         .collect();
     assert_eq!(opened, UNSAFE);
