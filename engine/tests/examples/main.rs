@@ -2,6 +2,9 @@
 #![cfg(feature = "sim")]
 #![allow(missing_docs, reason = "a test")]
 
+#[cfg(feature = "rustls")]
+#[path = "../../examples/embed_rpc.rs"]
+mod embed_rpc;
 #[path = "../../examples/event_loop.rs"]
 mod event_loop;
 #[path = "../../examples/push.rs"]
@@ -32,6 +35,21 @@ use vfio_migration::{
 };
 
 use crate::watchdog::Watchdog;
+
+#[cfg(feature = "rustls")]
+#[test]
+fn a_vm_moves_by_requests_over_tls_under_filters_with_devices_made_late() {
+    let _watchdog = Watchdog::new();
+    embed_rpc::main().unwrap();
+}
+
+/// It is no longer than it promises, without what such a VMM has anyway.
+#[test]
+fn the_integration_with_requests_stays_short() {
+    let lines = include_str!("../../examples/embed_rpc.rs").lines().count();
+    println!("embed_rpc has {lines} lines");
+    assert!(lines < 200, "{lines} lines");
+}
 
 #[test]
 fn packets_that_come_otherwise_are_pushed() {

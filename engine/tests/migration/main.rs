@@ -3,6 +3,7 @@
 #![cfg(all(feature = "rustls", feature = "sim"))]
 #![allow(missing_docs, reason = "a test")]
 
+mod adapter;
 mod blockers;
 mod channel_ends;
 mod example;
