@@ -14,10 +14,11 @@ use std::{
 use anyhow::Context;
 use nix::{
     errno::Errno,
-    fcntl::{AT_FDCWD, AtFlags, OFlag, RenameFlags, openat, renameat2},
+    fcntl::{AT_FDCWD, AtFlags, OFlag, openat},
     sys::stat::{Mode, SFlag, fstatat},
     unistd::{self, AccessFlags, UnlinkatFlags},
 };
+use rustix::fs::{RenameFlags, renameat_with};
 
 /// What tells one file from another, however it is spelled.
 pub(super) type Inode = (u64, u64);
@@ -74,7 +75,9 @@ impl Directory {
 
     /// Renames within it.
     pub(super) fn rename(&self, from: &OsStr, to: &OsStr, flags: RenameFlags) -> Result<(), Errno> {
-        renameat2(&self.0, from, &self.0, to, flags)
+        // nix has it with glibc alone.
+        let renamed = renameat_with(&self.0, from, &self.0, to, flags);
+        renamed.map_err(|errno| Errno::from_raw(errno.raw_os_error()))
     }
 
     /// Links within it.

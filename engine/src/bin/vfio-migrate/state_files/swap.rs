@@ -9,7 +9,8 @@ use std::{
 };
 
 use anyhow::{bail, ensure};
-use nix::{errno::Errno, fcntl::RenameFlags};
+use nix::errno::Errno;
+use rustix::fs::RenameFlags;
 
 use super::{
     directory::{Directory, with_new_name},
@@ -89,7 +90,7 @@ impl StateFile {
                 Err(errno) => return Err(errno),
             }
         } else {
-            match directory.rename(name, place, RenameFlags::RENAME_NOREPLACE) {
+            match directory.rename(name, place, RenameFlags::NOREPLACE) {
                 Err(errno) if CANNOT.contains(&errno) => {
                     // It was free a moment ago: no more can be had here.
                     directory.rename(name, place, RenameFlags::empty())?;
@@ -110,7 +111,7 @@ impl StateFile {
         means: Means,
     ) -> io::Result<OsString> {
         if means == Means::Exchange {
-            match directory.rename(name, place, RenameFlags::RENAME_EXCHANGE) {
+            match directory.rename(name, place, RenameFlags::EXCHANGE) {
                 Ok(()) => return Ok(name.to_owned()),
                 Err(errno) if CANNOT.contains(&errno) => {}
                 Err(errno) => return Err(errno.into()),
