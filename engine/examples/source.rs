@@ -144,7 +144,7 @@ fn switch_over(
 fn return_path(
     mut path: &UnixStream,
     acks: &SwitchoverAcks,
-    channels: &Canceller,
+    canceller: &Canceller,
     verdict: &mpsc::Sender<u32>,
 ) {
     while let Ok(Some(reply)) = Reply::read(&mut path) {
@@ -157,8 +157,8 @@ fn return_path(
             _ => {}
         }
     }
-    // While the VM runs this ends `converge`; later it does nothing.
-    channels.fail(gone());
+    // Before all is sent this ends the migration; later it does nothing.
+    canceller.fail(gone());
 }
 
 fn gone() -> Error {

@@ -48,7 +48,7 @@ use std::{
     io::{self, Read, Write},
     os::fd::{AsFd, OwnedFd},
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use nix::errno::Errno;
@@ -65,7 +65,7 @@ use crate::{
     error::{Error, ErrorKind, Phase, Result},
     id::DeviceId,
     state::{DeviceState, MigrationFlags, PrecopyInfo},
-    tasks::{self, Spawner, Task},
+    tasks::{Task, TaskKind, Threads},
     trace,
 };
 
@@ -148,13 +148,14 @@ enum Failure {
 #[must_use = "dropping it closes the data fd of the session"]
 pub struct Device {
     id: DeviceId,
-    inner: Box<dyn MigrationDevice>,
+    /// Behind a lock that is never taken: the VMM's may be `Send` alone.
+    inner: Mutex<Box<dyn MigrationDevice>>,
     flags: MigrationFlags,
     state: DeviceState,
     fd: Option<Fd>,
     health: Health,
     events: bool,
-    spawner: Option<Spawner>,
+    threads: Threads,
     rest: Rest,
 }
 
@@ -176,18 +177,18 @@ impl Device {
     ) -> Result<Self, (Error, Box<dyn MigrationDevice>)> {
         let mut device = Self {
             id,
-            inner,
+            inner: Mutex::new(inner),
             flags: MigrationFlags::default(),
             state: DeviceState::Error,
             fd: None,
             health: Health::Good,
             events: true,
-            spawner: None,
+            threads: Threads::default(),
             rest: Rest::new(),
         };
         match device.ask() {
             Ok(()) => Ok(device),
-            Err(error) => Err((error, device.inner)),
+            Err(error) => Err((error, device.into_inner())),
         }
     }
 
@@ -209,18 +210,25 @@ impl Device {
     /// ([`TaskKind::State`](crate::TaskKind::State)). A device also keeps the spawner of its first session: see
     /// [`SaveBuilder::spawn_with`](crate::SaveBuilder::spawn_with).
     pub fn spawn_with(&mut self, spawn: impl Fn(Task) -> io::Result<()> + Send + Sync + 'static) {
-        self.spawner = Some(tasks::spawner(spawn));
+        self.threads.spawn_with(spawn);
+    }
+
+    /// Calls `hook` on each thread that is made for such a state change, before it works. A device also keeps the
+    /// hook of its first session: see [`SaveBuilder::on_thread_start`](crate::SaveBuilder::on_thread_start).
+    pub fn on_thread_start(
+        &mut self,
+        hook: impl Fn(&TaskKind) -> io::Result<()> + Send + Sync + 'static,
+    ) {
+        self.threads.on_start(hook);
     }
 
     /// Keeps a session's, where it has none of its own.
-    pub(crate) fn adopt_spawner(&mut self, spawner: Option<&Spawner>) {
-        if self.spawner.is_none() {
-            self.spawner = spawner.cloned();
-        }
+    pub(crate) fn adopt_threads(&mut self, threads: &Threads) {
+        self.threads.adopt(threads);
     }
 
-    pub(crate) const fn spawner(&self) -> Option<&Spawner> {
-        self.spawner.as_ref()
+    pub(crate) const fn threads(&self) -> &Threads {
+        &self.threads
     }
 
     /// The device's name.
@@ -481,7 +489,8 @@ impl Device {
     /// Gives the VMM its device back, in its current state. Closes the data fd.
     #[must_use = "this is the VMM's device"]
     pub fn into_inner(self) -> Box<dyn MigrationDevice> {
-        self.inner
+        let inner = self.inner.into_inner();
+        inner.unwrap_or_else(PoisonError::into_inner)
     }
 
     /// SET, with the event that goes before the slowest of them.
@@ -656,7 +665,8 @@ impl Device {
     ) -> Result<R, Failure> {
         // What a panic leaves half done is behind `inner`, and `health` keeps everybody out of
         // there until it has been reset.
-        match catch_unwind(AssertUnwindSafe(|| f(&mut *self.inner))) {
+        let inner = self.inner.get_mut().unwrap_or_else(PoisonError::into_inner);
+        match catch_unwind(AssertUnwindSafe(|| f(&mut **inner))) {
             Ok(result) => result.map_err(Failure::Refused),
             Err(payload) => {
                 let error = Error::new(ErrorKind::Panicked, Phase::State)

@@ -32,7 +32,7 @@ struct Place {
     channel: Option<u32>,
     index: Option<u32>,
     states: Option<(DeviceState, DeviceState)>,
-    /// What the host does not have.
+    /// What the host does not have; or, of a stall, what has not come.
     lacking: Option<Arc<str>>,
     source: Option<Arc<io::Error>>,
 }
@@ -305,8 +305,8 @@ impl Error {
     /// Time is up: `missing` says what has not come.
     #[must_use]
     pub fn stalled(phase: Phase, missing: impl Into<String>) -> Self {
-        let missing = io::Error::new(io::ErrorKind::TimedOut, missing.into());
-        Self::new(ErrorKind::Stalled, phase).caused_by(missing)
+        let missing: String = missing.into();
+        Self::new(ErrorKind::Stalled, phase).with(|place| place.lacking = Some(missing.into()))
     }
 
     /// The host does not have `what`, and said why.
@@ -349,7 +349,10 @@ impl Error {
     /// Replaces the kind, and keeps the place and the cause.
     #[must_use]
     pub fn with_kind(self, kind: ErrorKind) -> Self {
-        self.with(|place| (place.kind, place.aborted) = (kind, false))
+        self.with(|place| {
+            (place.kind, place.aborted) = (kind, false);
+            place.lacking = None;
+        })
     }
 
     /// Names the phase anew.
@@ -455,7 +458,7 @@ impl fmt::Debug for Error {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Lower case, no full stop, and never the source: reporters walk the chain themselves.
+        // Lower case, no full stop. Of the source only the errno's name: reporters walk the chain themselves.
         write!(f, "{}", self.0.phase)?;
         if let Some(device) = &self.0.device {
             write!(f, ", device {device}")?;
@@ -470,8 +473,16 @@ impl fmt::Display for Error {
             write!(f, ", {from} to {to}")?;
         }
         match (&self.0.lacking, &self.0.kind) {
-            (Some(what), ErrorKind::Host) => write!(f, ": the host has no {what}"),
-            (_, kind) => write!(f, ": {kind}"),
+            (Some(what), ErrorKind::Host) => write!(f, ": the host has no {what}")?,
+            (Some(what), ErrorKind::Stalled) => write!(f, ": {}: {what}", ErrorKind::Stalled)?,
+            (_, kind) => write!(f, ": {kind}")?,
+        }
+        match self.raw_os_error() {
+            Some(errno) => match Errno::from_raw(errno) {
+                Errno::UnknownErrno => write!(f, " (errno {errno})"),
+                errno => write!(f, " ({errno:?})"),
+            },
+            None => Ok(()),
         }
     }
 }

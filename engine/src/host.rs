@@ -132,7 +132,7 @@ mod tests {
         let error = zeroed(1 << 50, "buffer").unwrap_err();
         assert_eq!(*error.kind(), ErrorKind::Host);
         assert_eq!(error.raw_os_error(), Some(Errno::ENOMEM as i32));
-        assert_eq!(error.to_string(), "setup: the host has no buffer");
+        assert_eq!(error.to_string(), "setup: the host has no buffer (ENOMEM)");
         let error = check_budget(usize::MAX).unwrap_err();
         assert!(error.to_string().contains("for the budget"), "{error}");
         check_budget(1 << 20).unwrap();

@@ -656,20 +656,18 @@ impl<F: Transfer> IoLoop<F> {
 
     /// The ring is broken: what it has is taken back, or leaked where the kernel keeps it.
     fn give_up(mut self, error: &std::io::Error, broken: impl FnOnce(Error)) {
-        let errno = error.raw_os_error().unwrap_or(Errno::EIO as i32);
-        let host = || {
-            Error::new(ErrorKind::Host, Phase::Load)
-                .caused_by(std::io::Error::from_raw_os_error(errno))
+        let cause = || match error.raw_os_error() {
+            Some(errno) => std::io::Error::from_raw_os_error(errno),
+            // What the embedder has said of a worker.
+            None => std::io::Error::new(error.kind(), error.to_string()),
         };
+        let host = || Error::new(ErrorKind::Host, Phase::Load).caused_by(cause());
         // First, so that what follows from it is not taken for the reason.
         broken(host());
         let leaked = self.ring.drain(self.limits.grace).leaked > 0;
         for at in 0..self.slots.len() {
             if let LaneSlot::Active { ending, flow, .. } = &mut self.slots[at] {
-                let why = flow
-                    .stalled()
-                    .with_kind(ErrorKind::Host)
-                    .caused_by(std::io::Error::from_raw_os_error(errno));
+                let why = flow.stalled().with_kind(ErrorKind::Host).caused_by(cause());
                 // Which lane's operations were leaked nobody knows.
                 if !flow.is_held() && (flow.lane().is_idle() || !leaked) {
                     self.finish(at, Err(why));

@@ -104,6 +104,7 @@
 compile_error!("`--cfg loom` without `--cfg crossbeam_loom` models the slots but not the epochs");
 
 mod arena;
+mod canceller;
 mod channel;
 mod device;
 mod error;
@@ -129,6 +130,7 @@ mod state;
 mod stats;
 pub mod stream;
 mod sync;
+mod system_calls;
 mod tasks;
 pub mod text;
 pub mod trace;
@@ -145,6 +147,7 @@ pub use crate::device::vfio;
 #[cfg(feature = "faults")]
 pub use crate::reorder::refusals::LeasePlan;
 pub use crate::{
+    canceller::Canceller,
     channel::{Channel, ChannelStream, RamSink},
     device::{
         Device, Duty, FdDevice, Hooked, Hooks, MAX_CONFIG_LEN, MigrationDevice, Recover,
@@ -156,12 +159,16 @@ pub use crate::{
     memory_plan::MemoryBound,
     relay::{Relay, RelayBuilder, RelayReport},
     save::{SaveBuilder, SaveSession, SourceChannels},
-    session::{Canceller, DeviceReport, DeviceSpec, Report},
+    session::{DeviceReport, DeviceSpec, Report},
     settings::{ConfigGate, Settings, Spill, Writer},
     state::{DeviceState, MigrationFlags, PrecopyInfo, UnknownState},
     stats::{ChannelStats, DeviceStats, Latency, Phases, SpillStats, Stats},
+    system_calls::Role,
     tasks::{Task, TaskKind},
 };
+
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+pub use crate::system_calls::{system_call_names, system_calls};
 
 /// The lock-free core, opened for the models and the benches. Outside semver.
 #[cfg(any(loom, feature = "internals"))]

@@ -30,7 +30,7 @@
 
 use std::fmt;
 
-use crossbeam_epoch::Collector;
+use crossbeam_epoch::{Collector, Guard, LocalHandle};
 use vfio_migration_uring::{Fd, deadline};
 
 mod backpressure;
@@ -80,6 +80,26 @@ use crate::{
     },
     trace,
 };
+
+/// A thread's part in an epoch.
+pub(crate) trait Epoch {
+    /// What is seen from now on is not freed before the guard has gone.
+    fn pin(&self) -> Guard;
+}
+
+/// Registered: for a thread that stays.
+impl Epoch for LocalHandle {
+    fn pin(&self) -> Guard {
+        Self::pin(self)
+    }
+}
+
+/// Registers for each guard: for what may move between threads.
+impl Epoch for Collector {
+    fn pin(&self) -> Guard {
+        self.register().pin()
+    }
+}
 
 /// What became of the I/O thread's part of a load: the config packet's data, framing tags included.
 type TransferResult = Result<Vec<u8>>;

@@ -226,7 +226,7 @@ use crate::{
     device::{Device, Duty, set::for_all},
     id::DeviceId,
     state::{DeviceState, MigrationFlags},
-    tasks::Task,
+    tasks::{Task, TaskKind},
     trace,
 };
 
@@ -296,6 +296,14 @@ impl MigratableDevice {
     /// Runs the device's state changes on the VMM's threads: see [`Device::spawn_with`].
     pub fn spawn_with(&mut self, spawn: impl Fn(Task) -> io::Result<()> + Send + Sync + 'static) {
         self.device.spawn_with(spawn);
+    }
+
+    /// Calls `hook` on each of the threads for the device's state changes: see [`Device::on_thread_start`].
+    pub fn on_thread_start(
+        &mut self,
+        hook: impl Fn(&TaskKind) -> io::Result<()> + Send + Sync + 'static,
+    ) {
+        self.device.on_thread_start(hook);
     }
 
     /// The device alone.

@@ -100,6 +100,7 @@ mod sequencer;
 
 use self::egress_channel::EgressChannel;
 use crate::{
+    canceller::{Attached, Canceller},
     channel::{Channel, ChannelLimits, Finished, Sender},
     error::{Error, ErrorKind, Phase, Result, Violation},
     first_failure::FirstFailure,
@@ -111,7 +112,6 @@ use crate::{
         waiters::Waiters,
     },
     router::Router,
-    session::Canceller,
     settings::Settings,
     stats::{ChannelCounters, DeviceCounters, SpillStats, Stats},
     sync::{
@@ -119,7 +119,7 @@ use crate::{
         atomic::{AtomicBool, AtomicU32, Ordering},
         lock,
     },
-    tasks::{self, Spawner, Task, TaskKind, Tasks},
+    tasks::{Task, TaskKind, Tasks, Threads},
     wire,
 };
 
@@ -326,7 +326,8 @@ pub struct RelayReport {
 #[must_use = "nothing happens before it is started"]
 pub struct RelayBuilder {
     settings: Settings,
-    spawner: Option<Spawner>,
+    threads: Threads,
+    canceller: Canceller,
 }
 
 impl RelayBuilder {
@@ -361,7 +362,23 @@ impl RelayBuilder {
         mut self,
         spawn: impl Fn(Task) -> io::Result<()> + Send + Sync + 'static,
     ) -> Self {
-        self.spawner = Some(tasks::spawner(spawn));
+        self.threads.spawn_with(spawn);
+        self
+    }
+
+    /// Ends the relay when `canceller` is cancelled. Without this it has one of its own.
+    pub fn cancelled_by(mut self, canceller: &Canceller) -> Self {
+        self.canceller = canceller.clone();
+        self
+    }
+
+    /// Calls `hook` on each thread of the relay before it works: see
+    /// [`LoadBuilder::on_thread_start`](crate::LoadBuilder::on_thread_start).
+    pub fn on_thread_start(
+        mut self,
+        hook: impl Fn(&TaskKind) -> io::Result<()> + Send + Sync + 'static,
+    ) -> Self {
+        self.threads.on_start(hook);
         self
     }
 
@@ -372,7 +389,7 @@ impl RelayBuilder {
     /// [`ErrorKind::Misuse`] for impossible settings; [`ErrorKind::Host`] for what the host lacks, or if
     /// `spawn` fails.
     pub fn start(self) -> Result<Relay> {
-        Relay::start(self.settings, self.spawner)
+        Relay::start(self.settings, self.threads, self.canceller)
     }
 }
 
@@ -430,7 +447,7 @@ pub struct Relay {
     greeted: Arc<Mutex<Vec<u8>>>,
     complete: AtomicBool,
     budget: usize,
-    canceller: Canceller,
+    canceller: Attached,
     joined: bool,
 }
 
@@ -440,7 +457,8 @@ impl Relay {
         RelayBuilder::default()
     }
 
-    fn start(settings: Settings, spawner: Option<Spawner>) -> Result<Self> {
+    fn start(settings: Settings, threads: Threads, canceller: Canceller) -> Result<Self> {
+        canceller.check_in(Phase::Setup)?;
         let (Memory { budget, pool, .. }, max_devices) = settings.relay_memory()?;
         let collector = Collector::new();
         let shared = Arc::new(Shared {
@@ -465,8 +483,8 @@ impl Relay {
         let cancelled = shared.clone();
         let relay = Self {
             shared: shared.clone(),
-            canceller: Canceller::new(Phase::Receive, move |error| cancelled.fail(error)),
-            tasks: Arc::new(Tasks::new(spawner)?),
+            canceller: canceller.attach(Phase::Receive, move |error| cancelled.fail(error)),
+            tasks: Arc::new(Tasks::new(threads)?),
             limits: ChannelLimits::new(&shared.settings, shared.settings.channels),
             greeted: Arc::default(),
             complete: AtomicBool::new(false),
@@ -613,7 +631,7 @@ impl Relay {
     /// A handle that cancels, also while another thread waits in [`Relay::join`].
     #[must_use]
     pub fn canceller(&self) -> Canceller {
-        self.canceller.clone()
+        self.canceller.canceller().clone()
     }
 
     /// Cancels the relay: hangs up both sides. Returns at once.
@@ -697,7 +715,7 @@ impl Relay {
         let abandoned_threads = self.tasks.join(false);
         self.canceller.retire();
         let result = self.failure().map_or(Ok(()), Err);
-        let mut channels = Finished::default();
+        let mut channels = Finished::new(self.tasks.threads().clone());
         if result.is_ok() {
             let egress_channels = std::mem::take(&mut *lock(&self.shared.egress_channels));
             // A task that was left behind may hold one.

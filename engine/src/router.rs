@@ -71,6 +71,11 @@ impl<T> Router<T> {
         }
     }
 
+    /// Where threads register for guards.
+    pub const fn collector(&self) -> &Collector {
+        &self.collector
+    }
+
     /// What a thread pins for its guards.
     pub fn register(&self) -> LocalHandle {
         self.collector.register()

@@ -63,6 +63,7 @@ use crate::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU32, Ordering::Relaxed},
     },
+    tasks::Threads,
     wire,
 };
 
@@ -136,6 +137,7 @@ impl Save {
         pool: Arc<Pool>,
         io: Arc<IoHandle<SaveTransfer>>,
         grace: Duration,
+        threads: Threads,
     ) -> Self {
         let collector = Collector::new();
         let count = u32::try_from(devices.len()).expect("the builder bounds their number");
@@ -166,7 +168,7 @@ impl Save {
             unfinished: AtomicU32::new(count),
             dry: AtomicBool::new(false),
             grace,
-            finished: Mutex::default(),
+            finished: Mutex::new(Finished::new(threads)),
             first_failure: FirstFailure::default(),
         }
     }

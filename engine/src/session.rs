@@ -40,16 +40,16 @@ use std::{collections::BTreeMap, fmt, io, sync::mpsc, time::Instant};
 
 #[cfg(feature = "sim")]
 use vfio_migration_uring::sim::{SimConfig, SimRing};
-use vfio_migration_uring::{Backend, Ring, Waker, deadline, later};
+use vfio_migration_uring::{Backend, Ring, Waker, deadline, later, open_with};
 
-mod canceller;
 mod device_spec;
 
+pub use self::device_spec::DeviceSpec;
 pub(crate) use self::device_spec::{Expected, LoadRules};
-pub use self::{canceller::Canceller, device_spec::DeviceSpec};
 #[cfg(feature = "faults")]
 use crate::reorder::refusals::LeasePlan;
 use crate::{
+    canceller::{Attached, Canceller},
     channel::{Channel, Finished},
     device::{Device, set::for_all},
     error::{Error, ErrorKind, Phase, Result},
@@ -62,7 +62,7 @@ use crate::{
     settings::{MAX_DEVICES, Settings},
     stats::{ChannelCounters, DeviceStats, SpillStats, Stats},
     sync::{Arc, Mutex, lock},
-    tasks::{IO_THREAD, Spawner, TaskKind, Tasks},
+    tasks::{IO_THREAD, TaskKind, Tasks, Threads},
     trace,
 };
 
@@ -96,7 +96,8 @@ pub(crate) struct Parts {
     pub(crate) settings: Settings,
     pub(crate) devices: Vec<DeviceSpec>,
     pub(crate) channels: Vec<Channel>,
-    pub(crate) spawner: Option<Spawner>,
+    pub(crate) threads: Threads,
+    pub(crate) canceller: Option<Canceller>,
     /// Save. Gone where what it was made from has changed since.
     pub(crate) prepared: Option<Prepared>,
     #[cfg(feature = "sim")]
@@ -121,9 +122,14 @@ impl Parts {
             };
             return Ok((Box::new(SimRing::new(config, waker).map_err(host)?), "sim"));
         }
-        let (ring, chosen) =
-            vfio_migration_uring::open(self.settings.backend, capacity, waker, grace)
-                .map_err(host)?;
+        let (ring, chosen) = open_with(
+            self.settings.backend,
+            capacity,
+            waker,
+            grace,
+            Some(self.threads.workers()),
+        )
+        .map_err(host)?;
         let name = match chosen {
             Backend::Blocking => "blocking",
             _ => "uring",
@@ -167,9 +173,9 @@ macro_rules! builder_methods {
         }
 
         /// Runs these devices' state changes on the threads on which the session's tasks run.
-        pub(crate) fn lend_spawner<'a>(&self, devices: impl IntoIterator<Item = &'a mut Device>) {
+        pub(crate) fn lend_threads<'a>(&self, devices: impl IntoIterator<Item = &'a mut Device>) {
             for device in devices {
-                device.adopt_spawner(self.parts.spawner.as_ref());
+                device.adopt_threads(&self.parts.threads);
             }
         }
 
@@ -202,14 +208,54 @@ macro_rules! builder_methods {
             self
         }
 
-        /// Runs the session's tasks on the VMM's threads. The session calls `spawn` once per task. `spawn`
-        /// must soon run the task on a thread of its own, and must not wait for the task's end. The session's
+        /// Runs every task of the session on the VMM's threads: the engine then makes no thread
+        /// ([`TaskKind`](crate::TaskKind) lists them). `spawn` is called once per task, on the thread that starts
+        /// the session or adds to it; for a [`TaskKind::Worker`](crate::TaskKind::Worker) on the I/O thread; for a
+        /// [`TaskKind::Close`](crate::TaskKind::Close) on the thread that drops the report. `spawn` must soon run
+        /// the task on a thread of its own, and must not wait for the task's end. The session's
         /// devices keep `spawn`, for their state changes outside of the session ([`Device::spawn_with`]).
         pub fn spawn_with(
             mut self,
             spawn: impl Fn(Task) -> std::io::Result<()> + Send + Sync + 'static,
         ) -> Self {
-            self.parts.spawner = Some(crate::tasks::spawner(spawn));
+            self.parts.threads.spawn_with(spawn);
+            self.parts.prepared = None;
+            self
+        }
+
+        /// Calls `hook` on each thread of the session before it works: the place for affinity, priority and a
+        /// seccomp filter. Holds for the engine's threads, and for those of [`spawn_with`](Self::spawn_with). The
+        /// session's devices keep it ([`Device::on_thread_start`]).
+        ///
+        /// A thread whose hook fails, or panics, does no work. A session's thread then fails the session
+        /// ([`ErrorKind::Host`](crate::ErrorKind::Host)). Where the thread is only to help
+        /// ([`TaskKind::State`](crate::TaskKind::State), [`TaskKind::Close`](crate::TaskKind::Close)), its work is
+        /// done as if the host had no thread.
+        ///
+        /// ```
+        /// use vfio_migration::{LoadSession, TaskKind};
+        ///
+        /// let builder = LoadSession::builder().on_thread_start(|kind| {
+        ///     if *kind == TaskKind::Io {
+        ///         // … sched_setaffinity …
+        ///     }
+        ///     Ok(()) // … the filter, made of `system_calls(kind.role(), …)` …
+        /// });
+        /// # drop(builder);
+        /// ```
+        pub fn on_thread_start(
+            mut self,
+            hook: impl Fn(&TaskKind) -> std::io::Result<()> + Send + Sync + 'static,
+        ) -> Self {
+            self.parts.threads.on_start(hook);
+            self.parts.prepared = None;
+            self
+        }
+
+        /// Ends the session when `canceller` is cancelled: that of the whole migration, or of several sessions.
+        /// Without this the session has one of its own.
+        pub fn cancelled_by(mut self, canceller: &crate::Canceller) -> Self {
+            self.parts.canceller = Some(canceller.clone());
             self
         }
 
@@ -346,7 +392,7 @@ pub(crate) struct FinishedDevice {
 /// What both kinds of session have.
 pub(crate) struct Common {
     pub(crate) tasks: Arc<Tasks>,
-    pub(crate) canceller: Canceller,
+    pub(crate) canceller: Attached,
     /// By ordinal: which devices there are, and those that have come back.
     pub(crate) returned: Mutex<BTreeMap<u32, FinishedDevice>>,
     pub(crate) channels: Mutex<Vec<Arc<ChannelCounters>>>,
@@ -535,11 +581,12 @@ impl Common {
             IO_THREAD.into(),
             move || io_loop.run(&collector, progressed, broken),
             move |error| {
-                // Whatever was attached and never taken in goes away here, and says so.
-                handle.abandon();
+                // First, so that it is the reason: whatever was attached and never taken in goes away below,
+                // and says so.
                 if let Some(error) = error {
                     failed(error);
                 }
+                handle.abandon();
             },
         )
     }

@@ -8,15 +8,18 @@
 //! ```
 //!
 //! The engine makes the threads, unless the VMM gives a spawner. Then the VMM runs each task on a thread
-//! that it made, with its own name, affinity and seccomp filter. Either way the task itself announces its
-//! end, so nobody waits in a join for a thread that the kernel holds.
+//! that it made. Either way the thread first calls the VMM's hook ([`Threads::begin`]): there the VMM sets
+//! affinity, priority and a seccomp filter. And either way the task itself announces its end, so nobody waits in
+//! a join for a thread that the kernel holds.
+//!
+//! Every thread of the engine is made by [`Threads::run`], also those that belong to no session.
 
 use std::{fmt, io, mem, panic, panic::AssertUnwindSafe, thread::JoinHandle, time::Instant};
 // Loom's takes no `dyn`.
 use std::sync::Arc as SharedFn;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use vfio_migration_uring::thread;
+use vfio_migration_uring::{SpawnWorker, Worker, thread};
 
 use crate::{
     error::{Error, ErrorKind, Phase, Result},
@@ -30,6 +33,7 @@ use crate::{
         },
         lock,
     },
+    system_calls::Role,
 };
 
 /// What a task does.
@@ -51,6 +55,27 @@ pub enum TaskKind {
     /// Iterates all devices in PRE_COPY, beside the VMM's own iterations
     /// ([`Precopy`](crate::migration::Precopy)). Sleeps in a device's driver, or in a channel's socket.
     Precopy,
+    /// Makes the system calls of one transfer at a time, for the I/O thread, which hands this task out. Only with
+    /// [`Backend::Blocking`](crate::Backend::Blocking). Sleeps in `ppoll` or in a data fd's read or write.
+    Worker,
+    /// Closes the channels over streams of the VMM's, when a save's report or a migration's clean-up ends: it hangs
+    /// up on those that have not ended in time. If the task is refused or dropped, they are closed at once.
+    Close,
+}
+
+impl TaskKind {
+    /// Which of a VMM's filters the thread takes: see [`system_calls`](crate::system_calls).
+    #[must_use]
+    pub const fn role(&self) -> Role {
+        match self {
+            Self::Io => Role::Io,
+            Self::Channel(_) => Role::Channel,
+            Self::Device(_) | Self::State(_) => Role::Device,
+            Self::Precopy => Role::Precopy,
+            Self::Worker => Role::Worker,
+            Self::Close => Role::Close,
+        }
+    }
 }
 
 impl fmt::Display for TaskKind {
@@ -61,6 +86,8 @@ impl fmt::Display for TaskKind {
             Self::Device(id) => write!(f, "device {id}"),
             Self::State(id) => write!(f, "a state of device {id}"),
             Self::Precopy => f.write_str("PRE_COPY"),
+            Self::Worker => f.write_str("a worker of the ring"),
+            Self::Close => f.write_str("the closing of channels"),
         }
     }
 }
@@ -103,39 +130,118 @@ impl fmt::Debug for Task {
 /// The name of the I/O thread.
 pub(crate) const IO_THREAD: &str = "vfio-mig-io";
 
-/// Puts a task on a thread.
-pub(crate) type Spawner = SharedFn<dyn Fn(Task) -> io::Result<()> + Send + Sync>;
+/// The name of a worker of the blocking ring.
+const WORKER_THREAD: &str = "uring-worker";
 
-/// The VMM's spawner.
-pub(crate) fn spawner(spawn: impl Fn(Task) -> io::Result<()> + Send + Sync + 'static) -> Spawner {
-    SharedFn::new(spawn)
+/// Puts a task on a thread.
+type Spawner = SharedFn<dyn Fn(Task) -> io::Result<()> + Send + Sync>;
+
+/// What each thread calls before it works.
+type Hook = SharedFn<dyn Fn(&TaskKind) -> io::Result<()> + Send + Sync>;
+
+/// What the VMM has said about threads: who makes them, and what each does first.
+#[derive(Clone, Default)]
+pub(crate) struct Threads {
+    spawner: Option<Spawner>,
+    hook: Option<Hook>,
 }
 
-/// Starts a task that belongs to no session: on a thread of the embedder's, or of the engine's. Nobody
-/// is told of its end; the engine's own thread is to be joined.
-pub(crate) fn start(
-    kind: TaskKind,
-    spawner: Option<&Spawner>,
-    work: impl FnOnce() + Send + 'static,
-) -> io::Result<Option<JoinHandle<()>>> {
-    let name = match kind {
-        TaskKind::Precopy => "vfio-mig-pre",
-        _ => "vfio-mig-state",
-    };
-    match spawner {
-        Some(spawner) => spawner(Task {
+impl Threads {
+    /// The VMM makes the threads.
+    pub(crate) fn spawn_with(
+        &mut self,
+        spawn: impl Fn(Task) -> io::Result<()> + Send + Sync + 'static,
+    ) {
+        self.spawner = Some(SharedFn::new(spawn));
+    }
+
+    /// Each thread calls this first.
+    pub(crate) fn on_start(
+        &mut self,
+        hook: impl Fn(&TaskKind) -> io::Result<()> + Send + Sync + 'static,
+    ) {
+        self.hook = Some(SharedFn::new(hook));
+    }
+
+    /// Takes from others what is not said here.
+    pub(crate) fn adopt(&mut self, others: &Self) {
+        if self.spawner.is_none() {
+            self.spawner.clone_from(&others.spawner);
+        }
+        if self.hook.is_none() {
+            self.hook.clone_from(&others.hook);
+        }
+    }
+
+    /// What a thread does first. A thread whose hook fails does no work.
+    fn begin(&self, kind: &TaskKind) -> io::Result<()> {
+        let Some(hook) = &self.hook else {
+            return Ok(());
+        };
+        panic::catch_unwind(AssertUnwindSafe(|| hook(kind)))
+            .unwrap_or_else(|_| Err(io::Error::other("on_thread_start has panicked")))
+    }
+
+    /// Runs a task: on a thread of the embedder's, or of the engine's, with all signals blocked, which is to be
+    /// joined. `work` is told why it must not work, where the thread's first step has failed.
+    fn run(
+        &self,
+        kind: TaskKind,
+        name: String,
+        work: impl FnOnce(io::Result<()>) + Send + 'static,
+    ) -> io::Result<Option<JoinHandle<()>>> {
+        let (threads, started) = (self.clone(), kind.clone());
+        let task = Task {
             kind,
-            name: name.into(),
-            body: Box::new(work),
+            name: name.clone(),
+            body: Box::new(move || work(threads.begin(&started))),
+        };
+        match &self.spawner {
+            Some(spawner) => spawner(task).map(|()| None),
+            None => thread::spawn(&name, || task.run()).map(Some),
+        }
+    }
+
+    /// Starts a task that belongs to no session. Nobody is told of its end; a thread whose first step fails
+    /// does no work.
+    pub(crate) fn start(
+        &self,
+        kind: TaskKind,
+        name: &str,
+        work: impl FnOnce() + Send + 'static,
+    ) -> io::Result<Option<JoinHandle<()>>> {
+        self.run(kind, name.into(), |begun| {
+            if begun.is_ok() {
+                work();
+            }
         })
-        .map(|()| None),
-        None => thread::spawn(name, work).map(Some),
+    }
+
+    /// Starts a ring's workers.
+    pub(crate) fn workers(&self) -> SpawnWorker {
+        let threads = self.clone();
+        SharedFn::new(move |worker: Worker| {
+            let work = |begun: io::Result<()>| match begun {
+                Ok(()) => worker.run(),
+                Err(error) => worker.fail(error),
+            };
+            threads.run(TaskKind::Worker, WORKER_THREAD.into(), work)
+        })
+    }
+}
+
+impl fmt::Debug for Threads {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Threads")
+            .field("spawn_with", &self.spawner.is_some())
+            .field("on_thread_start", &self.hook.is_some())
+            .finish()
     }
 }
 
 /// All threads of one session.
 pub(crate) struct Tasks {
-    spawner: Option<Spawner>,
+    made_by: Threads,
     threads: Mutex<Vec<JoinHandle<()>>>,
     at_work: AtomicU32,
     done: Waiters,
@@ -143,12 +249,12 @@ pub(crate) struct Tasks {
 }
 
 impl Tasks {
-    pub(crate) fn new(spawner: Option<Spawner>) -> Result<Self> {
+    pub(crate) fn new(made_by: Threads) -> Result<Self> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let event = EventFd::from_value_and_flags(0, flags)
             .map_err(|errno| Error::new(ErrorKind::Host, Phase::Setup).caused_by(errno))?;
         Ok(Self {
-            spawner,
+            made_by,
             threads: Mutex::new(Vec::new()),
             at_work: AtomicU32::new(0),
             done: Waiters::new(),
@@ -176,21 +282,23 @@ impl Tasks {
             handing: handing.clone(),
         };
         let thread = format!("thread for {kind}");
-        let task = Task {
-            kind,
-            name,
-            body: Box::new(move || {
-                end.ran = true;
-                if panic::catch_unwind(AssertUnwindSafe(body)).is_err() {
+        let work = move |begun: io::Result<()>| {
+            end.ran = true;
+            match begun.map(|()| panic::catch_unwind(AssertUnwindSafe(body))) {
+                Ok(Ok(())) => {}
+                Ok(Err(_panic)) => {
                     end.announce(Some(Error::new(ErrorKind::Panicked, Phase::Cleanup)));
                 }
-                drop(end);
-            }),
+                Err(error) => {
+                    let lacking = "start of a thread (on_thread_start)";
+                    end.announce(Some(Error::lacking(Phase::Setup, lacking, error)));
+                }
+            }
+            drop(end);
         };
-        let spawned = match &tasks.spawner {
-            Some(spawner) => spawner(task),
-            None => tasks.spawn_own(task),
-        };
+        let spawned = tasks.made_by.run(kind, name, work).map(|own| {
+            lock(&tasks.threads).extend(own);
+        });
         let spawned = spawned.map_err(|error| Error::lacking(Phase::Setup, &thread, error));
         let left = mem::replace(&mut *lock(&handing), Handing::Over);
         if let Handing::Dropped(mut end) = left {
@@ -201,17 +309,9 @@ impl Tasks {
         spawned
     }
 
-    /// Runs the task on a thread of the engine's own, with all signals blocked: they are the VMM's.
-    fn spawn_own(&self, task: Task) -> io::Result<()> {
-        let name = task.name.clone();
-        let thread = thread::spawn(&name, || task.run())?;
-        lock(&self.threads).push(thread);
-        Ok(())
-    }
-
-    /// The VMM's spawner, if there is one.
-    pub(crate) const fn spawner(&self) -> Option<&Spawner> {
-        self.spawner.as_ref()
+    /// Who makes the threads.
+    pub(crate) const fn threads(&self) -> &Threads {
+        &self.made_by
     }
 
     /// Whether every task has ended.
@@ -304,7 +404,7 @@ impl End {
     fn announce(&mut self, error: Option<Error>) {
         if let Some(ended) = self.ended.take() {
             let error = error.map(|error| match &self.kind {
-                TaskKind::Io | TaskKind::Precopy => error,
+                TaskKind::Io | TaskKind::Precopy | TaskKind::Worker | TaskKind::Close => error,
                 TaskKind::Channel(number) => error.on_channel(*number),
                 TaskKind::Device(id) | TaskKind::State(id) => error.on_device(id),
             });

@@ -9,8 +9,8 @@
 //! ```
 //!
 //! One thread calls the ring. The ring starts a worker for a new chain if no worker is idle, up to the
-//! ring's capacity. So a transfer that blocks delays no other. The workers block all signals. Everything
-//! that both sides touch is in [`State`], behind one mutex, which nobody holds over a system call that can
+//! ring's capacity. So a transfer that blocks delays no other. A worker's thread is the ring's own, and blocks
+//! all signals, or its owner's ([`SpawnWorker`]). Everything that both sides touch is in [`State`], behind one mutex, which nobody holds over a system call that can
 //! sleep.
 //!
 //! # What ends each wait
@@ -22,6 +22,7 @@
 //! |                               |                                      | the time-out       |
 //! | the ring, in `drain`          | `ready` not empty                    | `finish`, the grace time |
 //! | an idle worker                | `jobs` not empty, or `closed`        | `submit`, `drain`  |
+//! | the ring, in `drain`          | workers without a handle to be gone   | their ends, the grace time |
 //! | a worker, before a transfer   | its file, in `poll(2)`               | the file           |
 //! |                               | the worker's interrupt eventfd       | `cancel`           |
 //! | a worker, in `read` or `write` | the file's driver                   | the driver alone   |
@@ -44,7 +45,7 @@ use std::{
 };
 
 use crate::{
-    Buffer, Completion, Drained, Link, Op, Rejected, Ring, Token, Waker,
+    Buffer, Completion, Drained, Link, Op, Rejected, Ring, SpawnWorker, Token, Waker, Worker,
     ring::check_capacity,
     syscall::{self, Progress, Step},
     thread,
@@ -62,6 +63,7 @@ pub struct BlockingRing<B: Buffer> {
     /// Pushed, and not submitted yet.
     pending: Chain<B>,
     workers: Vec<JoinHandle<()>>,
+    spawn: Option<SpawnWorker>,
     closed: bool,
 }
 
@@ -70,8 +72,10 @@ struct Shared<B> {
     state: Mutex<State<B>>,
     /// Something came into `jobs`, or `closed` was set.
     work: Condvar,
-    /// Something came into `ready`, which was empty.
+    /// Something came into `ready`, which was empty, or into `lost`.
     done: Waker,
+    /// A worker has gone.
+    gone: Condvar,
 }
 
 struct State<B> {
@@ -80,6 +84,10 @@ struct State<B> {
     slots: Box<[Slot]>,
     /// Workers that will come for a job without being started for it.
     idle: usize,
+    /// Workers that have not ended.
+    alive: usize,
+    /// Why a worker has not come to work, until the ring's thread has seen it.
+    lost: Option<io::Error>,
     /// No more jobs will come: idle workers exit.
     closed: bool,
     /// The ring is gone: what ends now is leaked, as was announced.
@@ -162,7 +170,21 @@ impl<B> Shared<B> {
     }
 }
 
-/// A worker's life.
+/// A worker's whole life, on its thread.
+fn live<B: Buffer>(shared: &Shared<B>, interrupt: &Waker, begun: io::Result<()>) {
+    let begun = begun.map(|()| work(shared, interrupt));
+    let mut state = shared.lock();
+    state.alive -= 1;
+    shared.gone.notify_all();
+    if let Err(error) = begun {
+        state.idle -= 1;
+        state.lost = Some(error);
+        drop(state);
+        shared.done.wake();
+    }
+}
+
+/// A worker's work.
 fn work<B: Buffer>(shared: &Shared<B>, interrupt: &Waker) {
     while let Some(chain) = shared.next() {
         let mut broken = false;
@@ -225,6 +247,8 @@ impl<B: Buffer> BlockingRing<B> {
             ready: VecDeque::with_capacity(capacity),
             slots: vec![Slot::default(); capacity].into(),
             idle: 0,
+            alive: 0,
+            lost: None,
             closed: false,
             abandoned: false,
         };
@@ -233,6 +257,7 @@ impl<B: Buffer> BlockingRing<B> {
                 state: Mutex::new(state),
                 work: Condvar::new(),
                 done: Waker::new()?,
+                gone: Condvar::new(),
             }),
             waker,
             grace,
@@ -240,15 +265,33 @@ impl<B: Buffer> BlockingRing<B> {
             in_flight: 0,
             pending: Vec::with_capacity(capacity),
             workers: Vec::new(),
+            spawn: None,
             closed: false,
         })
     }
 
-    /// Starts a worker.
-    fn spawn(&self) -> io::Result<JoinHandle<()>> {
-        let interrupt = Waker::new()?;
+    /// Puts the workers on threads of the caller's.
+    #[must_use]
+    pub fn spawn_with(mut self, spawn: SpawnWorker) -> Self {
+        self.spawn = Some(spawn);
+        self
+    }
+
+    /// Starts a worker, which has been counted as idle.
+    fn spawn(&self) -> io::Result<Option<JoinHandle<()>>> {
+        let interrupt = Waker::new().inspect_err(|_| self.shared.lock().idle -= 1)?;
         let shared = self.shared.clone();
-        thread::spawn("uring-worker", move || work(&shared, &interrupt))
+        self.shared.lock().alive += 1;
+        let worker = Worker::new(move |begun| live(&shared, &interrupt, begun));
+        let spawned = match &self.spawn {
+            Some(spawn) => spawn(worker),
+            None => thread::spawn("uring-worker", move || worker.run()).map(Some),
+        };
+        // Not run, it has said so already; a refusal says why.
+        match (spawned, self.shared.lock().lost.take()) {
+            (Err(error), _) | (Ok(_), Some(error)) => Err(error),
+            (Ok(worker), None) => Ok(worker),
+        }
     }
 
     fn reaped(&mut self, completion: Completion<B>) -> Completion<B> {
@@ -323,9 +366,8 @@ impl<B: Buffer> Ring<B> for BlockingRing<B> {
             state.idle += 1;
             drop(state);
             match self.spawn() {
-                Ok(worker) => self.workers.push(worker),
+                Ok(worker) => self.workers.extend(worker),
                 Err(error) => {
-                    self.shared.lock().idle -= 1;
                     self.shared.work.notify_all();
                     return Err(error);
                 }
@@ -349,8 +391,14 @@ impl<B: Buffer> Ring<B> for BlockingRing<B> {
         // A time-out beyond the clock's end is none.
         let deadline = timeout.map(deadline);
         loop {
-            if !self.shared.lock().ready.is_empty() {
-                return Ok(self.waker.take());
+            {
+                let mut state = self.shared.lock();
+                if let Some(error) = state.lost.take() {
+                    return Err(error);
+                }
+                if !state.ready.is_empty() {
+                    return Ok(self.waker.take());
+                }
             }
             let mut polled = [
                 syscall::entry(self.shared.done.as_raw_fd(), libc::POLLIN),
@@ -434,6 +482,16 @@ impl<B: Buffer> Ring<B> for BlockingRing<B> {
                     .expect("a worker panics only where a buffer does");
             }
         }
+        let mut state = self.shared.lock();
+        while drained.leaked == 0 && state.alive > 0 {
+            let left = deadline.map_or(grace, |at| at.saturating_duration_since(Instant::now()));
+            if left.is_zero() {
+                break;
+            }
+            let waited = self.shared.gone.wait_timeout(state, left);
+            state = waited.expect("nothing panics while it holds the lock").0;
+        }
+        drop(state);
         drained
     }
 }

@@ -69,13 +69,15 @@ pub mod sim;
 mod syscall;
 pub mod thread;
 mod time;
+mod worker;
 
 pub use crate::{
     blocking::BlockingRing,
     buffer::Buffer,
     kernel::{KernelRing, Support, support},
     op::{Completion, Fd, Link, Op, Rejected, Token},
-    open::{Backend, UnknownBackend, open},
+    open::{Backend, UnknownBackend, open, open_with},
     ring::{Drained, MAX_CAPACITY, Ring, Waker},
     time::{deadline, later},
+    worker::{SpawnWorker, Worker},
 };

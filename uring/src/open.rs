@@ -12,7 +12,7 @@
 
 use std::{error, fmt, io, str::FromStr, time::Duration};
 
-use crate::{Buffer, Ring, Waker, blocking::BlockingRing, kernel::KernelRing};
+use crate::{Buffer, Ring, SpawnWorker, Waker, blocking::BlockingRing, kernel::KernelRing};
 
 /// Which ring.
 #[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
@@ -77,6 +77,21 @@ pub fn open<B: Buffer>(
     waker: Waker,
     grace: Duration,
 ) -> io::Result<(Box<dyn Ring<B>>, Backend)> {
+    open_with(backend, capacity, waker, grace, None)
+}
+
+/// As [`open`]; if this is the blocking ring, `spawn` puts its workers on threads.
+///
+/// # Errors
+///
+/// As for [`open`].
+pub fn open_with<B: Buffer>(
+    backend: Backend,
+    capacity: usize,
+    waker: Waker,
+    grace: Duration,
+    spawn: Option<SpawnWorker>,
+) -> io::Result<(Box<dyn Ring<B>>, Backend)> {
     if backend != Backend::Blocking {
         match KernelRing::new(capacity, waker.clone(), grace) {
             Ok(ring) => return Ok((Box::new(ring), Backend::Uring)),
@@ -84,7 +99,10 @@ pub fn open<B: Buffer>(
             Err(error) => return Err(error),
         }
     }
-    let ring = BlockingRing::new(capacity, waker, grace)?;
+    let mut ring = BlockingRing::new(capacity, waker, grace)?;
+    if let Some(spawn) = spawn {
+        ring = ring.spawn_with(spawn);
+    }
     Ok((Box::new(ring), Backend::Blocking))
 }
 

@@ -26,7 +26,7 @@ use std::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::net::UnixStream,
     },
-    sync::{Arc, mpsc},
+    sync::{Arc, Mutex, PoisonError, mpsc},
     thread,
     time::{Duration, Instant},
 };
@@ -36,10 +36,13 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
 };
 
-use vfio_migration_uring::{deadline, thread::spawn_scoped};
+use vfio_migration_uring::deadline;
 
 use super::Channel;
-use crate::first_failure::Hangup;
+use crate::{
+    first_failure::Hangup,
+    tasks::{TaskKind, Threads},
+};
 
 /// How long the peer may take to end its side of all channels, once they are to be closed.
 pub(super) const DRAIN_TIME: Duration = Duration::from_secs(1);
@@ -318,23 +321,41 @@ impl<R> Write for ReadOnly<R> {
 /// Channels on which all has been sent, until they may be closed: with this, which waits for the peer
 /// to have read it all, but no longer than [`DRAIN_TIME`].
 #[derive(Default)]
-pub(crate) struct Finished(Vec<Channel>);
+pub(crate) struct Finished {
+    /// Behind a lock that is never taken: a stream of the VMM's may be `Send` alone.
+    channels: Mutex<Vec<Channel>>,
+    threads: Threads,
+}
 
 impl Finished {
+    /// `threads` gives the one that hangs up.
+    pub(crate) fn new(threads: Threads) -> Self {
+        Self {
+            channels: Mutex::default(),
+            threads,
+        }
+    }
+
+    fn channels(&mut self) -> &mut Vec<Channel> {
+        self.channels
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
     pub(crate) fn push(&mut self, channel: Channel) {
-        self.0.push(channel);
+        self.channels().push(channel);
     }
 
     /// Closes them at once: the migration is off, and nobody reads on.
     pub(crate) fn abandon(&mut self) {
-        self.0.clear();
+        self.channels().clear();
     }
 }
 
 impl Drop for Finished {
     fn drop(&mut self) {
         let deadline = deadline(DRAIN_TIME);
-        let (mut custom, mut sockets): (Vec<_>, Vec<_>) = std::mem::take(&mut self.0)
+        let (mut custom, mut sockets): (Vec<_>, Vec<_>) = std::mem::take(self.channels())
             .into_iter()
             .partition(|channel| channel.stream.wait_readable(Duration::ZERO).is_none());
         for channel in &mut sockets {
@@ -346,25 +367,34 @@ impl Drop for Finished {
         // A read of a VMM's stream may last: one thread beside this one hangs up at the deadline.
         let hangups: Vec<_> = custom.iter().map(|it| it.stream.hangup()).collect();
         let (reading, read) = mpsc::channel::<()>();
-        thread::scope(|scope| {
-            let hang_up = move || {
-                let left = deadline.saturating_duration_since(Instant::now());
-                if read.recv_timeout(left) == Err(mpsc::RecvTimeoutError::Timeout) {
-                    hangups.iter().flatten().for_each(|hangup| hangup());
-                }
-            };
-            if spawn_scoped(scope, "vfio-mig-close", hang_up).is_ok() {
-                for channel in &mut custom {
-                    drain(&mut *channel.stream, deadline);
-                }
+        let (waiting, waits) = mpsc::channel::<()>();
+        let closing = move || {
+            let _gone = waiting.send(());
+            let left = deadline.saturating_duration_since(Instant::now());
+            if read.recv_timeout(left) == Err(mpsc::RecvTimeoutError::Timeout) {
+                hangups.iter().flatten().for_each(|hangup| hangup());
             }
-            drop(reading);
-        });
+        };
+        let closer = self
+            .threads
+            .start(TaskKind::Close, "vfio-mig-close", closing);
+        // Not before it waits: an embedder's thread may not come, or not get past its first step.
+        let left = deadline.saturating_duration_since(Instant::now());
+        if closer.is_ok() && waits.recv_timeout(left).is_ok() {
+            for channel in &mut custom {
+                drain(&mut *channel.stream, deadline);
+            }
+        }
+        drop(reading);
+        if let Ok(Some(thread)) = closer {
+            // A hang-up of the VMM's that panics has done what it could.
+            let _panicked = thread.join();
+        }
     }
 }
 
 impl fmt::Debug for Finished {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Finished").field(&self.0.len()).finish()
+        f.debug_struct("Finished").finish_non_exhaustive()
     }
 }

@@ -31,7 +31,7 @@ use std::{
 };
 
 use super::Device;
-use crate::tasks::{self, TaskKind};
+use crate::tasks::TaskKind;
 
 // Not `sync`'s: a wait here is for the device's own driver, and no model steps through that.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -117,7 +117,7 @@ pub(crate) fn for_all<T: Send, R: Send>(
         .iter_mut()
         .map(|one| {
             let device = device(one);
-            (device.id().clone(), device.spawner().cloned())
+            (device.id().clone(), device.threads().clone())
         })
         .collect();
     let results: Vec<Mutex<Option<thread::Result<R>>>> =
@@ -139,11 +139,11 @@ pub(crate) fn for_all<T: Send, R: Send>(
         jobs.places.push(Arc::new(Mutex::new(Some(job))));
     }
     let mut threads = Vec::new();
-    for (place, (id, spawner)) in jobs.places.iter().zip(owners).skip(1) {
+    for (place, (id, made_by)) in jobs.places.iter().zip(owners).skip(1) {
         let (place, running) = (place.clone(), jobs.running.clone());
         let work = move || Jobs::work(&place, &running);
         // What is refused the caller does.
-        if let Ok(Some(thread)) = tasks::start(TaskKind::State(id), spawner.as_ref(), work) {
+        if let Ok(Some(thread)) = made_by.start(TaskKind::State(id), "vfio-mig-state", work) {
             threads.push(thread);
         }
     }

@@ -11,10 +11,10 @@
 
 use std::time::{Duration, Instant};
 
-use crossbeam_epoch::LocalHandle;
+use crossbeam_epoch::{Collector, LocalHandle};
 use vfio_migration_uring::deadline;
 
-use super::{Load, LoadDevice, Route, through};
+use super::{Epoch, Load, LoadDevice, Route, through};
 use crate::{
     channel::{PacketSink, Space},
     error::{Error, Phase, Result, Violation},
@@ -53,13 +53,13 @@ pub(crate) struct IncomingPacket {
     dropped: bool,
 }
 
-/// What a thread that brings packets has of its own: `!Sync`, one for each.
-pub(crate) struct LoadSink {
+/// What a thread that brings packets has of its own: one for each.
+pub(crate) struct LoadSink<E: Epoch = LocalHandle> {
     load: Arc<Load>,
     /// For the devices' slots.
-    epoch: LocalHandle,
+    epoch: E,
     /// For the router.
-    routes: LocalHandle,
+    routes: E,
     cutter: LeaseCutter<Arc<Pool>>,
     /// The device of the packet before: most packets are for the same.
     recent: Option<Arc<LoadDevice>>,
@@ -82,8 +82,30 @@ impl LoadSink {
         counters: Arc<ChannelCounters>,
         spill: Option<Arc<SpillFile>>,
     ) -> Self {
-        let epoch = load.collector.register();
-        let routes = load.router.register();
+        let epochs = (load.collector.register(), load.router.register());
+        Self::with(epochs, load, counters, spill)
+    }
+}
+
+impl LoadSink<Collector> {
+    /// One that may move between threads, and registers for each packet.
+    pub(crate) fn to_move(
+        load: Arc<Load>,
+        counters: Arc<ChannelCounters>,
+        spill: Option<Arc<SpillFile>>,
+    ) -> Self {
+        let epochs = (load.collector.clone(), load.router.collector().clone());
+        Self::with(epochs, load, counters, spill)
+    }
+}
+
+impl<E: Epoch> LoadSink<E> {
+    fn with(
+        (epoch, routes): (E, E),
+        load: Arc<Load>,
+        counters: Arc<ChannelCounters>,
+        spill: Option<Arc<SpillFile>>,
+    ) -> Self {
         let cutter = LeaseCutter::new(load.pool.clone());
         Self {
             load,
@@ -488,7 +510,7 @@ impl LoadSink {
     }
 }
 
-impl PacketSink for LoadSink {
+impl<E: Epoch> PacketSink for LoadSink<E> {
     type Packet = IncomingPacket;
 
     fn announce(
@@ -549,7 +571,7 @@ impl PacketSink for LoadSink {
     }
 }
 
-impl Drop for LoadSink {
+impl<E: Epoch> Drop for LoadSink<E> {
     fn drop(&mut self) {
         self.release_buffer();
     }

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crossbeam_epoch::Collector;
+
 use super::{IncomingPacket, LoadSink};
 use crate::{
     channel::Space,
@@ -12,7 +14,7 @@ use crate::{
     wire,
 };
 
-/// Brings packets that came over the VMM's own connections. One thread owns it.
+/// Brings packets that came over the VMM's own connections. One thread at a time uses it; it may move to another.
 ///
 /// ```
 /// # #[cfg(feature = "sim")] {
@@ -35,12 +37,12 @@ use crate::{
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub struct Publisher {
-    sink: LoadSink,
+    sink: LoadSink<Collector>,
 }
 
 impl Publisher {
     /// `sink` counts as an open input until this is dropped.
-    pub(super) const fn new(sink: LoadSink) -> Self {
+    pub(super) const fn new(sink: LoadSink<Collector>) -> Self {
         Self { sink }
     }
 

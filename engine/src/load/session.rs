@@ -12,6 +12,7 @@ use vfio_migration_uring::{Waker, deadline};
 
 use super::{Load, LoadDevice, LoadSink, LoadTransfer, Publisher, Route, serve_device};
 use crate::{
+    canceller::Canceller,
     channel::{Channel, ChannelLimits, Receiver},
     device::Device,
     error::{Error, ErrorKind, Failed, Phase, Result, Violation},
@@ -20,8 +21,8 @@ use crate::{
     io_loop::{IoHandle, IoLoop},
     reorder::flags::SLACK,
     session::{
-        Canceller, Common, DeviceHandoff, DeviceReport, DeviceSpec, Expected, FinishedDevice,
-        Parts, Report, builder_methods, host, unless_stuck,
+        Common, DeviceHandoff, DeviceReport, DeviceSpec, Expected, FinishedDevice, Parts, Report,
+        builder_methods, host, unless_stuck,
     },
     settings::Settings,
     stats::{ChannelCounters, Stats},
@@ -47,6 +48,11 @@ pub struct LoadBuilder {
 
 impl LoadBuilder {
     builder_methods!();
+
+    /// What ends the session.
+    pub(crate) fn canceller(&mut self) -> Canceller {
+        self.parts.canceller.get_or_insert_default().clone()
+    }
 
     /// Names a device of this VM whose data does not come over the multifd channels. A packet for the device is
     /// refused by that name ([`Violation::MultifdNotInUse`]).
@@ -218,6 +224,8 @@ impl LoadSession {
         not_multifd: Vec<DeviceId>,
         devices: usize,
     ) -> Result<(Self, IoLoop<LoadTransfer>)> {
+        let canceller = parts.canceller.take().unwrap_or_default();
+        canceller.check_in(Phase::Setup)?;
         parts.settings.check_numbers()?;
         let limit = parts.settings.device_limit(devices)?;
         let memory = parts.settings.load_memory(limit)?;
@@ -248,8 +256,8 @@ impl LoadSession {
         let limits = ChannelLimits::new(&settings, expected);
         let session = Self {
             common: Arc::new(Common {
-                tasks: Arc::new(Tasks::new(parts.spawner.take())?),
-                canceller: Canceller::new(Phase::Load, {
+                tasks: Arc::new(Tasks::new(std::mem::take(&mut parts.threads))?),
+                canceller: canceller.attach(Phase::Load, {
                     let load = load.clone();
                     move |error| {
                         load.fail(error);
@@ -350,7 +358,7 @@ impl LoadSession {
         let (load, common) = (self.load.clone(), self.common.clone());
         let ending = (self.load.clone(), self.common.clone(), shared.clone());
         let mut device = spec.device;
-        device.adopt_spawner(self.common.tasks.spawner());
+        device.adopt_threads(self.common.tasks.threads());
         let handoff = DeviceHandoff::new(device);
         let left = handoff.clone();
         Tasks::spawn(
@@ -532,14 +540,13 @@ impl LoadSession {
         )
     }
 
-    /// Makes a [`Publisher`], for packets that do not come over the session's channels. Call this on the
-    /// thread that will use it. While a publisher exists the input has not ended.
+    /// Makes a [`Publisher`], for packets that do not come over the session's channels. While a publisher exists the input has not ended.
     pub fn publisher(&self) -> Publisher {
         let counters = Arc::new(ChannelCounters::default());
         self.load.open_input();
         // What can go wrong with it went wrong at the start.
         let spill = self.load.spill_for(false).ok().flatten();
-        Publisher::new(LoadSink::new(self.load.clone(), counters, spill))
+        Publisher::new(LoadSink::to_move(self.load.clone(), counters, spill))
     }
 
     /// Marks the channels as complete: no further channel will be added.
@@ -601,7 +608,7 @@ impl LoadSession {
     /// Returns a handle that cancels the session, also while another thread waits in [`LoadSession::join`].
     #[must_use]
     pub fn canceller(&self) -> Canceller {
-        self.common.canceller.clone()
+        self.common.canceller.canceller().clone()
     }
 
     /// Cancels the session (QEMU's should-quit). Returns at once.

@@ -26,7 +26,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crossbeam_epoch::{Guard, LocalHandle};
+use crossbeam_epoch::Guard;
 use nix::{
     errno::Errno,
     sys::{
@@ -37,7 +37,7 @@ use nix::{
 use vfio_migration_uring::Fd;
 
 use super::{
-    Load, LoadDevice,
+    Epoch, Load, LoadDevice,
     pace::{Shown, judge},
 };
 use crate::{
@@ -165,7 +165,7 @@ impl Through {
 
 /// A channel has published a packet of this device's: writes it, if the turn is free, and what is ready
 /// behind it.
-pub(super) fn write(load: &Load, device: &LoadDevice, epoch: &LocalHandle) -> Passed {
+pub(super) fn write(load: &Load, device: &LoadDevice, epoch: &dyn Epoch) -> Passed {
     let mut most = MOST;
     device.turn.pass(
         &device.reorder,
@@ -196,7 +196,7 @@ pub(super) fn write(load: &Load, device: &LoadDevice, epoch: &LocalHandle) -> Pa
 struct Writer<'a> {
     load: &'a Load,
     device: &'a LoadDevice,
-    epoch: &'a LocalHandle,
+    epoch: &'a dyn Epoch,
     lent: &'a mut Lent,
     reader: &'a mut ReorderReader,
 }

@@ -42,6 +42,7 @@ use super::{
     messages::Heard,
 };
 use crate::{
+    canceller::Canceller,
     channel::Channel,
     device::{Device, set::for_all},
     error::{Error, ErrorKind, Failed, Phase, Result, Violation},
@@ -112,11 +113,15 @@ impl Incoming {
         for migratable in &mut devices {
             migratable.device.set_off();
         }
-        let multifd = match decide(&devices, capabilities, &session) {
+        let mut session = session;
+        let canceller = session.canceller();
+        let checked = canceller.check_in(Phase::Setup);
+        let decided = checked.and_then(|()| decide(&devices, capabilities, &session));
+        let multifd = match decided {
             Ok(multifd) => multifd,
             Err(error) => return Err(Failed::new(error, devices)),
         };
-        session.lend_spawner(devices.iter_mut().map(|migratable| &mut migratable.device));
+        session.lend_threads(devices.iter_mut().map(|migratable| &mut migratable.device));
         let mut both: Vec<_> = devices.iter_mut().zip(&multifd).collect();
         let resume = |(migratable, multifd): &mut (&mut MigratableDevice, &bool)| {
             if **multifd {
@@ -136,7 +141,6 @@ impl Incoming {
                 return Err(Failed::new(error, devices));
             }
         };
-        let mut session = session;
         let expected = session.take_expected();
         let stop_after_load = session.settings_mut().stop_after_load.unwrap_or(false);
         let mut members = Vec::with_capacity(devices.len());
@@ -199,7 +203,7 @@ impl Incoming {
         };
         let mut incoming = Self {
             members,
-            session: MemberSession::none(),
+            session: MemberSession::none(&canceller, Phase::Load),
             ack: capabilities.switchover_ack,
             stop_after_load,
             approve,
@@ -399,6 +403,13 @@ impl Incoming {
         Ok(true)
     }
 
+    /// Returns a handle that cancels the migration from any thread: that of
+    /// [`LoadBuilder::cancelled_by`], if it was given.
+    #[must_use]
+    pub fn canceller(&self) -> Canceller {
+        self.session.canceller()
+    }
+
     /// Cancels the migration. Returns at once; [`Incoming::finish`] puts the devices back.
     pub fn cancel(&self) {
         self.fail(Error::cancelled(Phase::Load));
@@ -472,7 +483,7 @@ impl Incoming {
         // The first reason of all is the session's; a device's own is what it made of that.
         let failure = self.failure().or(failure);
         let mut back = self.take_back(devices);
-        let session = std::mem::replace(&mut self.session, MemberSession::none());
+        let session = self.session.leave();
         match failure {
             None => Ok(Loaded {
                 devices: back,

@@ -4,11 +4,12 @@
 //! migration has one first reason to fail, one set of counters, and gives the devices back in the order given.
 //! The caller's thread; nothing waits here.
 
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use crate::{
+    canceller::{Attached, Canceller},
     device::Device,
-    error::Error,
+    error::{Error, Phase},
     id::DeviceId,
     load::LoadSession,
     save::SaveSession,
@@ -52,15 +53,26 @@ is_a_session!(LoadSession, SaveSession);
 pub(super) struct MemberSession<S> {
     session: Option<S>,
     /// Without a session. The first reason has one place: the session's, if there is one.
-    failure: OnceLock<Error>,
+    failure: Arc<OnceLock<Error>>,
+    canceller: Attached,
 }
 
 impl<S: Session> MemberSession<S> {
-    pub(super) const fn none() -> Self {
+    pub(super) fn none(canceller: &Canceller, phase: Phase) -> Self {
+        let failure: Arc<OnceLock<Error>> = Arc::default();
+        let failing = failure.clone();
         Self {
             session: None,
-            failure: OnceLock::new(),
+            failure,
+            canceller: canceller.attach(phase, move |error| {
+                let _first = failing.get_or_init(|| error);
+            }),
         }
+    }
+
+    /// What ends it.
+    pub(super) fn canceller(&self) -> Canceller {
+        self.canceller.canceller().clone()
     }
 
     pub(super) fn set(&mut self, session: S) {
@@ -69,6 +81,13 @@ impl<S: Session> MemberSession<S> {
 
     pub(super) const fn get(&self) -> Option<&S> {
         self.session.as_ref()
+    }
+
+    /// Takes all of it out; what is left has no session.
+    pub(super) fn leave(&mut self) -> Self {
+        let phase = Phase::Cleanup;
+        let left = Self::none(&self.canceller(), phase);
+        std::mem::replace(self, left)
     }
 
     pub(super) const fn take(&mut self) -> Option<S> {

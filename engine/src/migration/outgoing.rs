@@ -21,6 +21,7 @@ use super::{
     put_all_back,
 };
 use crate::{
+    canceller::Canceller,
     channel::Finished,
     device::Device,
     error::{Error, ErrorKind, Failed, Phase, Refusal, Result},
@@ -119,11 +120,13 @@ impl Outgoing {
             put_all_back(&mut back);
             Err(Failed::new(error, back))
         };
-        if let Err(error) = check(&sources, &session) {
+        let (mut sources, mut session) = (sources, session);
+        let canceller = session.canceller();
+        let checked = canceller.check_in(Phase::Save);
+        if let Err(error) = checked.and_then(|()| check(&sources, &session)) {
             return failed(error, sources);
         }
-        let mut sources = sources;
-        session.lend_spawner(sources.iter_mut().map(|source| &mut *source.device));
+        session.lend_threads(sources.iter_mut().map(|source| &mut *source.device));
         let stopped = at_once(&mut sources, |source| {
             if source.multifd {
                 return Ok(());
@@ -139,7 +142,6 @@ impl Outgoing {
         if let Err(error) = stopped.into_iter().collect::<Result<()>>() {
             return failed(error, sources);
         }
-        let mut session = session;
         let mut members = Vec::with_capacity(sources.len());
         for source in sources {
             let id = source.id().clone();
@@ -167,7 +169,7 @@ impl Outgoing {
         }
         let mut switchover = Self {
             members,
-            session: MemberSession::none(),
+            session: MemberSession::none(&canceller, Phase::Save),
             messages: None,
         };
         if session.device_count() > 0 {
@@ -322,8 +324,15 @@ impl Outgoing {
         self.session.is_finished()
     }
 
-    /// Cancels the switchover. Returns at once; [`Outgoing::finish`] puts the devices back. For the thread that owns this;
-    /// any other has the session's [`canceller`](SaveSession::canceller), where there is a session.
+    /// Returns a handle that cancels the switchover from any thread. It is that of the session's channels
+    /// ([`SourceChannels::greet_with`](crate::SourceChannels::greet_with)), or of
+    /// [`SaveBuilder::cancelled_by`].
+    #[must_use]
+    pub fn canceller(&self) -> Canceller {
+        self.session.canceller()
+    }
+
+    /// Cancels the switchover. Returns at once; [`Outgoing::finish`] puts the devices back.
     pub fn cancel(&self) {
         self.fail(Error::cancelled(Phase::Save));
     }

@@ -37,12 +37,12 @@ use super::{
     SwitchoverAcks, messages::Messages, vm,
 };
 use crate::{
+    canceller::Canceller,
     error::{Error, ErrorKind, Failed, Phase, Result},
     id::DeviceId,
     message::MessageKind,
     save::{SaveBuilder, SourceChannels},
-    session::Canceller,
-    tasks::{self, Spawner, Task, TaskKind},
+    tasks::{Task, TaskKind, Threads},
 };
 
 /// How long the thread sleeps when no device has anything.
@@ -219,7 +219,7 @@ pub struct Precopy {
     asking: usize,
     messages: Messages,
     canceller: Canceller,
-    spawner: Option<Spawner>,
+    threads: Threads,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -269,7 +269,7 @@ impl Precopy {
             acks,
             messages,
             canceller: channels.canceller(),
-            spawner: None,
+            threads: Threads::default(),
             thread: None,
         };
         lock(&precopy.shared.state).complete = complete;
@@ -280,7 +280,16 @@ impl Precopy {
     /// Runs the thread on one of the VMM's ([`TaskKind::Precopy`]). `spawn` must soon run the task and must not wait for
     /// its end.
     pub fn spawn_with(&mut self, spawn: impl Fn(Task) -> io::Result<()> + Send + Sync + 'static) {
-        self.spawner = Some(tasks::spawner(spawn));
+        self.threads.spawn_with(spawn);
+    }
+
+    /// Calls `hook` on the thread before it works: see
+    /// [`SaveBuilder::on_thread_start`](crate::SaveBuilder::on_thread_start). If it fails, PRE_COPY has failed.
+    pub fn on_thread_start(
+        &mut self,
+        hook: impl Fn(&TaskKind) -> io::Result<()> + Send + Sync + 'static,
+    ) {
+        self.threads.on_start(hook);
     }
 
     /// Starts the thread, which iterates until the limit. Returns at once.
@@ -307,7 +316,7 @@ impl Precopy {
             result: Err(unrun),
         };
         let work = move || hands.run(limit);
-        match tasks::start(TaskKind::Precopy, self.spawner.as_ref(), work) {
+        match self.threads.start(TaskKind::Precopy, "vfio-mig-pre", work) {
             Ok(thread) => {
                 self.thread = thread;
                 Ok(())
@@ -414,8 +423,8 @@ impl Precopy {
         }
     }
 
-    /// Returns a handle that cancels, also while the thread waits for the destination. It does nothing any more once
-    /// [`Precopy::switch_over`] has begun.
+    /// Returns a handle that cancels, also while the thread waits for the destination. It goes on with
+    /// [`Precopy::switch_over`].
     #[must_use]
     pub fn canceller(&self) -> Canceller {
         self.canceller.clone()
@@ -493,7 +502,11 @@ fn misuse(what: &'static str) -> Error {
 
 impl Drop for Precopy {
     fn drop(&mut self) {
-        self.canceller.cancel();
+        let running = lock(&self.shared.state).progress.running;
+        // Whoever has switched over has taken the work, and the canceller is the switchover's.
+        if running || lock(&self.shared.work).is_some() {
+            self.canceller.cancel();
+        }
         drop(self.end());
     }
 }

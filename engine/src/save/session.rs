@@ -14,6 +14,7 @@ use super::{Save, SaveDevice, SaveTransfer, SourceChannels, serve_channel, serve
 use crate::error::ErrorKind;
 use crate::{
     arena::NoMemory,
+    canceller::Canceller,
     channel::{Channel, ChannelLimits, Sender},
     device::{Device, estimate::buffer_len},
     error::{Error, Failed, Phase, Result},
@@ -25,10 +26,7 @@ use crate::{
         flags::SLACK,
         pool::{Pool, PoolLayout},
     },
-    session::{
-        Canceller, Common, DeviceHandoff, DeviceSpec, Parts, Prepared, Report, builder_methods,
-        host,
-    },
+    session::{Common, DeviceHandoff, DeviceSpec, Parts, Prepared, Report, builder_methods, host},
     settings::{Settings, check_data_len},
     stats::{ChannelCounters, Stats},
     sync::{Arc, Mutex, lock},
@@ -52,8 +50,19 @@ impl SaveBuilder {
         !self.parts.channels.is_empty()
     }
 
+    /// What ends the session: the greeted channels' canceller goes on with it, unless it was given another.
+    pub(crate) fn canceller(&mut self) -> Canceller {
+        let greeted = self.greeted.as_ref();
+        let chosen = self
+            .parts
+            .canceller
+            .get_or_insert_with(|| greeted.map_or_else(Canceller::new, SourceChannels::canceller));
+        chosen.clone()
+    }
+
     /// Adds channels that were greeted when the migration was set up. They come before all other channels,
-    /// and replace those of an earlier call.
+    /// and replace those of an earlier call. Their canceller goes on with the session, unless
+    /// [`cancelled_by`](Self::cancelled_by) says another.
     pub fn greeted_channels(mut self, channels: SourceChannels) -> Self {
         self.greeted = Some(channels);
         self
@@ -93,7 +102,7 @@ impl SaveBuilder {
         let mut builder = self;
         let mut devices = std::mem::take(&mut builder.parts.devices);
         for DeviceSpec { device, .. } in &mut devices {
-            device.adopt_spawner(builder.parts.spawner.as_ref());
+            device.adopt_threads(&builder.parts.threads);
         }
         match SaveSession::prepare(&mut builder, &mut devices) {
             Ok((mut session, io_loop, limits)) => {
@@ -165,6 +174,8 @@ impl SaveSession {
         if let Some(error) = failure {
             return Err(error);
         }
+        let canceller = builder.canceller();
+        canceller.check_in(Phase::Setup)?;
         let parts = &mut builder.parts;
         let count = u32::try_from(greeted + parts.channels.len()).unwrap_or(u32::MAX);
         if count == 0 || count > 255 {
@@ -204,11 +215,17 @@ impl SaveSession {
         let handle = Arc::new(IoHandle::new(waker));
         let settings = Arc::new(parts.settings.clone());
         let limits = ChannelLimits::new(&settings, count);
-        let save = Arc::new(Save::new(sized, pool, handle.clone(), settings.grace));
+        let save = Arc::new(Save::new(
+            sized,
+            pool,
+            handle.clone(),
+            settings.grace,
+            parts.threads.clone(),
+        ));
         let session = Self {
             common: Arc::new(Common {
-                tasks: Arc::new(Tasks::new(parts.spawner.take())?),
-                canceller: Canceller::new(Phase::Save, {
+                tasks: Arc::new(Tasks::new(std::mem::take(&mut parts.threads))?),
+                canceller: canceller.attach(Phase::Save, {
                     let save = save.clone();
                     move |error| {
                         save.fail(error);
@@ -351,7 +368,7 @@ impl SaveSession {
     /// Returns a handle that cancels the session, also while another thread waits in [`SaveSession::join`].
     #[must_use]
     pub fn canceller(&self) -> Canceller {
-        self.common.canceller.clone()
+        self.common.canceller.canceller().clone()
     }
 
     /// Cancels the session (QEMU's should-quit). Returns at once. The devices go back to the state in which

@@ -19,17 +19,23 @@
 //! |---|---|---|
 //! | the caller, in a send | the peer, to take bytes | the peer; the time without progress; a cancellation, which hangs up all channels |
 
-use std::{fmt, io::IoSlice, sync::Arc};
+use std::{
+    fmt,
+    io::IoSlice,
+    sync::{Arc, PoisonError},
+};
 
 #[cfg(doc)]
 use crate::error::ErrorKind;
 use crate::{
+    canceller::{Attached, Canceller},
     channel::{Channel, ChannelLimits, Sender},
     error::{Error, Phase, Result},
     first_failure::FirstFailure,
     id::DeviceId,
-    session::{Canceller, host},
+    session::host,
     settings::Settings,
+    sync::{Mutex, lock},
     wire,
 };
 
@@ -51,11 +57,12 @@ use crate::{
 /// ```
 #[must_use = "dropping it closes the channels"]
 pub struct SourceChannels {
-    senders: Vec<Sender>,
+    /// Behind a lock, for [`SourceChannels::failure`]: a stream of the VMM's may be `Send` alone.
+    senders: Mutex<Vec<Sender>>,
     /// Which channel has the next packet.
     turn: usize,
     first_failure: Arc<FirstFailure>,
-    canceller: Canceller,
+    canceller: Attached,
 }
 
 impl SourceChannels {
@@ -66,6 +73,21 @@ impl SourceChannels {
     /// [`ErrorKind::Misuse`] for no channel, or more than 255; [`ErrorKind::Channel`] if a channel fails, or
     /// the destination has ended one; [`ErrorKind::Host`].
     pub fn greet(channels: Vec<Channel>, settings: &Settings) -> Result<Self> {
+        Self::greet_with(channels, settings, &Canceller::new())
+    }
+
+    /// As [`SourceChannels::greet`], ended by `canceller`: the whole migration's. It also ends this call, what is
+    /// sent on the channels later, and the session that they are given to.
+    ///
+    /// # Errors
+    ///
+    /// As for [`SourceChannels::greet`]; the canceller's reason.
+    pub fn greet_with(
+        channels: Vec<Channel>,
+        settings: &Settings,
+        canceller: &Canceller,
+    ) -> Result<Self> {
+        canceller.check_in(Phase::Setup)?;
         let count = u8::try_from(channels.len()).unwrap_or(0);
         if count == 0 {
             return Err(Error::misuse(Phase::Setup, "a save has 1 to 255 channels"));
@@ -73,19 +95,20 @@ impl SourceChannels {
         settings.check_numbers()?;
         let limits = ChannelLimits::new(settings, count.into());
         let first_failure = Arc::new(FirstFailure::default());
+        let failing = first_failure.clone();
+        let canceller = canceller.attach(Phase::Save, move |error| {
+            failing.fail(error);
+        });
         let mut senders = Vec::with_capacity(channels.len());
         for (id, channel) in (0..count).zip(channels) {
             let mut sender = Sender::new(channel, id.into());
             first_failure.add(sender.adopt().map_err(host)?);
-            sender.greet(&limits, id)?;
+            let greeted = sender.greet(&limits, id);
+            greeted.map_err(|error| first_failure.failure().unwrap_or(error))?;
             senders.push(sender);
         }
-        let failing = first_failure.clone();
-        let canceller = Canceller::new(Phase::Save, move |error| {
-            failing.fail(error);
-        });
         let channels = Self {
-            senders,
+            senders: Mutex::new(senders),
             turn: 0,
             first_failure,
             canceller,
@@ -93,11 +116,11 @@ impl SourceChannels {
         channels.failure().map_or(Ok(channels), Err)
     }
 
-    /// Returns a handle that cancels, also while another thread sends. The handle does nothing any more once a
-    /// session has the channels.
+    /// Returns a handle that cancels, also while another thread sends. It goes on with the session that the
+    /// channels are given to.
     #[must_use]
     pub fn canceller(&self) -> Canceller {
-        self.canceller.clone()
+        self.canceller.canceller().clone()
     }
 
     /// Returns why the channels have ended, if they have: a cancellation, a broken connection, or the
@@ -108,15 +131,20 @@ impl SourceChannels {
     /// write.
     #[must_use]
     pub fn failure(&self) -> Option<Error> {
-        if let Some(ended) = self.senders.iter().find(|sender| sender.is_ended()) {
-            self.first_failure.fail(ended.ended());
+        let ended = {
+            let senders = lock(&self.senders);
+            let ended = senders.iter().find(|sender| sender.is_ended());
+            ended.map(Sender::ended)
+        };
+        if let Some(ended) = ended {
+            self.first_failure.fail(ended);
         }
         self.first_failure.failure()
     }
 
     /// How many there are.
-    pub(super) const fn count(&self) -> usize {
-        self.senders.len()
+    pub(super) fn count(&self) -> usize {
+        lock(&self.senders).len()
     }
 
     /// Sends a packet of a device's data. Returns the bytes of its payload.
@@ -134,9 +162,13 @@ impl SourceChannels {
             )));
         };
         let headers = wire::encode_packet(&wire::DeviceKey::new(id), index, false, len);
-        let turn = self.turn % self.senders.len();
+        let senders = self
+            .senders
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner);
+        let turn = self.turn % senders.len();
         self.turn = turn + 1;
-        let sent = self.senders[turn].send(&mut [IoSlice::new(&headers), IoSlice::new(data)]);
+        let sent = senders[turn].send(&mut [IoSlice::new(&headers), IoSlice::new(data)]);
         sent.map_err(|error| {
             // Part of the packet may have gone: nothing can go behind it.
             self.first_failure.fail(place(error));
@@ -146,22 +178,16 @@ impl SourceChannels {
     }
 
     /// Gives the channels to a session, which hangs them up from now on.
-    pub(super) fn hand_over(mut self) -> Vec<Sender> {
+    pub(super) fn hand_over(self) -> Vec<Sender> {
         self.canceller.retire();
-        std::mem::take(&mut self.senders)
-    }
-}
-
-impl Drop for SourceChannels {
-    fn drop(&mut self) {
-        self.canceller.retire();
+        std::mem::take(&mut *lock(&self.senders))
     }
 }
 
 impl fmt::Debug for SourceChannels {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("SourceChannels")
-            .field("channels", &self.senders.len())
+            .field("channels", &self.count())
             .field("failure", &self.failure())
             .finish_non_exhaustive()
     }

@@ -516,7 +516,7 @@ fn errors_carry_what_happened() {
     let error = device.set_state(StopCopy, Stop).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "state, device mock, RUNNING to STOP_COPY: the device refused the state"
+        "state, device mock, RUNNING to STOP_COPY: the device refused the state (EINVAL)"
     );
     mock.script().other = Some(Step::Refused(Errno::EIO, None));
     let error = device.data_size().unwrap_err();

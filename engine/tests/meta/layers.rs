@@ -23,9 +23,9 @@ const LAYERS: &[&[&str]] = &[
     &["tasks", "router", "wire"],
     &["reorder"],
     &["host"],
-    &["arena", "first_failure", "stats", "trace"],
+    &["arena", "canceller", "first_failure", "stats", "trace"],
     &["error"],
-    &["id", "state", "sync", "text"],
+    &["id", "state", "sync", "system_calls", "text"],
 ];
 
 /// Which files may say what.

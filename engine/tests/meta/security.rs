@@ -1,14 +1,18 @@
-//! The list of system calls in `docs/security.md`, by running the engine under filters made from it.
+//! The lists of system calls ([`system_calls`]), by running the engine under filters made from them; and the table
+//! of `docs/security.md`, which is made from them too.
 //!
 //! Each case runs in a process of its own, in which every thread of two sessions, and the thread that
-//! builds and joins them, may make the calls that the document lists for it and the backend, and dies
-//! with the process at any other.
+//! builds and joins them, may make the calls that are listed for it and the backend, and dies
+//! with the process at any other. The threads are made by one without a filter; or by the engine, and then the
+//! filter of the thread that starts the sessions is theirs as well.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     env,
     fs::File,
     io::{self, PipeReader, Read, Seek, Write},
+    iter,
+    net::Shutdown,
     os::unix::{net::UnixStream, process::ExitStatusExt},
     sync::{Arc, Mutex, mpsc},
     thread,
@@ -16,7 +20,10 @@ use std::{
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
-use vfio_migration::{Backend, LoadSession, SaveSession, Settings, Spill, Task, TaskKind, Writer};
+use vfio_migration::{
+    Backend, Channel, LoadSession, Role, SaveSession, Settings, Spill, Task, TaskKind, Writer,
+    system_call_names, system_calls,
+};
 
 use crate::{again::again, mock::Mock, pipes::collect};
 
@@ -24,58 +31,38 @@ const CASE: &str = "VFIO_MIGRATION_SECURITY_CASE";
 
 const DOCUMENT: &str = include_str!("../../../docs/security.md");
 
-/// Every call that the document may name.
-fn numbers() -> BTreeMap<&'static str, i64> {
-    macro_rules! calls {
-        ($($name:ident $number:ident,)*) => { [$((stringify!($name), libc::$number)),*].into() };
-    }
-    calls! {
-        brk SYS_brk, clock_nanosleep SYS_clock_nanosleep, clone3 SYS_clone3, close SYS_close,
-        eventfd2 SYS_eventfd2, exit SYS_exit, fcntl SYS_fcntl, getrusage SYS_getrusage, fstat SYS_fstat, newfstatat SYS_newfstatat, futex SYS_futex,
-        gettid SYS_gettid, ioctl SYS_ioctl, lseek SYS_lseek, io_uring_enter SYS_io_uring_enter,
-        io_uring_register SYS_io_uring_register, io_uring_setup SYS_io_uring_setup,
-        madvise SYS_madvise, memfd_create SYS_memfd_create, mmap SYS_mmap, mprotect SYS_mprotect, mremap SYS_mremap,
-        munmap SYS_munmap, openat SYS_openat, poll SYS_poll, ppoll SYS_ppoll, preadv2 SYS_preadv2,
-        prctl SYS_prctl, pread64 SYS_pread64, prlimit64 SYS_prlimit64, pwrite64 SYS_pwrite64, pwritev2 SYS_pwritev2, read SYS_read, readv SYS_readv,
-        recvfrom SYS_recvfrom, recvmsg SYS_recvmsg,
-        restart_syscall SYS_restart_syscall, rseq SYS_rseq,
-        rt_sigprocmask SYS_rt_sigprocmask, sched_yield SYS_sched_yield,
-        sched_getaffinity SYS_sched_getaffinity, sendmsg SYS_sendmsg, sendto SYS_sendto,
-        set_robust_list SYS_set_robust_list, setsockopt SYS_setsockopt, shutdown SYS_shutdown,
-        sigaltstack SYS_sigaltstack, statx SYS_statx, write SYS_write, writev SYS_writev,
-    }
-}
+/// The rows of the document's table.
+const ROWS: [(&str, Role); 7] = [
+    ("setup", Role::Setup),
+    ("I/O", Role::Io),
+    ("worker", Role::Worker),
+    ("channel", Role::Channel),
+    ("device", Role::Device),
+    ("PRE_COPY", Role::Precopy),
+    ("close", Role::Close),
+];
 
-/// What the document lists: lines `| thread | calls with io_uring | calls of the blocking backend |`.
-fn listed(thread: &str, backend: Backend) -> BTreeSet<&'static str> {
-    let row = |wanted: &str| {
-        let row = DOCUMENT.lines().find_map(|line| {
-            let cells: Vec<_> = line.split('|').map(str::trim).collect();
-            (cells.len() == 5 && cells[1] == wanted).then_some(cells)
-        });
-        let row = row.unwrap_or_else(|| panic!("the document has a row for {wanted:?}"));
-        let cell = if backend == Backend::Blocking { 3 } else { 2 };
-        row[cell].split('`').skip(1).step_by(2).collect::<Vec<_>>()
-    };
-    row("every thread").into_iter().chain(row(thread)).collect()
-}
-
-fn filter(thread: &str, backend: Backend) -> BpfProgram {
-    let numbers = numbers();
+fn filter(role: Role, backend: Backend) -> BpfProgram {
     // `BACKEND THREAD CALL`: a case in which a thread may not make one of its calls.
     let case = env::var(CASE).unwrap_or_default();
     let mut words = case.split(' ').skip(1);
     let (from, call) = (words.next(), words.next());
-    let banned = |name: &&str| from == Some(thread) && call == Some(*name);
-    let listed = listed(thread, backend).into_iter();
-    let rules = listed.filter(|name| !banned(name)).map(|name| {
-        let number = numbers.get(name);
-        let number = number.unwrap_or_else(|| panic!("{name} is no call that this test knows"));
-        (*number, Vec::new())
-    });
+    let from = ROWS.iter().find(|(name, _)| Some(*name) == from);
+    let banned = |name: &str| from.is_some_and(|(_, it)| *it == role) && call == Some(name);
+    let calls = system_calls(role, backend).iter();
+    let named = calls.zip(system_call_names(role, backend));
+    let mut rules: BTreeMap<i64, _> = named
+        .filter(|(_, name)| !banned(name))
+        .map(|(number, _)| (*number, Vec::new()))
+        .collect();
+    let inherited = matches!(role, Role::SetupWithThreads | Role::Io);
+    if inherited && env::var(CASE).is_ok_and(|case| case.ends_with("engine")) {
+        // What installs the narrower filters.
+        rules.extend([libc::SYS_seccomp, libc::SYS_prctl].map(|call| (call, Vec::new())));
+    }
     let arch = env::consts::ARCH.try_into().unwrap();
     SeccompFilter::new(
-        rules.collect(),
+        rules,
         SeccompAction::KillProcess,
         SeccompAction::Allow,
         arch,
@@ -94,12 +81,7 @@ fn spawner(
     let (sender, tasks) = mpsc::channel::<Task>();
     thread::spawn(move || {
         for task in tasks {
-            let kind = match task.kind() {
-                TaskKind::Io => "I/O",
-                TaskKind::Channel(_) => "channel",
-                _ => "device",
-            };
-            let program = filter(kind, backend);
+            let program = filter(task.kind().role(), backend);
             let named = thread::Builder::new().name(task.thread_name().to_owned());
             let spawned = named.spawn(move || {
                 if filtered {
@@ -126,10 +108,30 @@ fn full(len: usize) -> PipeReader {
     reader
 }
 
+/// Who makes the threads.
+#[derive(Clone, Copy, Eq, PartialEq)]
+enum Threads {
+    /// The test, without filters.
+    Free,
+    /// The test, each with its filter.
+    Given,
+    /// The engine, under the filter of the thread that starts the sessions, and then its own.
+    Engine,
+}
+
+/// A stream of the embedder's.
+fn custom(socket: UnixStream) -> Channel {
+    let hung_up = socket.try_clone().unwrap();
+    let finish = |socket: &mut UnixStream| socket.shutdown(Shutdown::Write);
+    Channel::from_stream_with_finish(socket, finish, move || {
+        let _closed = hung_up.shutdown(Shutdown::Both);
+    })
+}
+
 /// One migration of two devices over two channels, to its end or cancelled in the middle, and its
 /// end. Everything on the calling thread is the engine's.
-fn migrate(backend: Backend, cancelled: bool, filtered: bool) {
-    let spawn = spawner(backend, filtered);
+fn migrate(backend: Backend, cancelled: bool, threads: Threads) {
+    let filtered = threads != Threads::Free;
     let mut settings = Settings::default();
     settings.backend = backend;
     settings.budget = Some(1 << 20);
@@ -154,6 +156,11 @@ fn migrate(backend: Backend, cancelled: bool, filtered: bool) {
         load = load.device(Mock::new(writer).device(number));
         save = save.device(Mock::new(full(3 << 20)).device(number));
         let (near, far) = UnixStream::pair().unwrap();
+        let near = if number == 0 {
+            custom(near)
+        } else {
+            near.into()
+        };
         (save, load) = (save.channel(near), load.channel(far));
     }
     // A data fd that has positions.
@@ -168,11 +175,22 @@ fn migrate(backend: Backend, cancelled: bool, filtered: bool) {
     let device = Mock::new(written.try_clone().unwrap()).device(2);
     load = load.device(device);
     save = save.device(Mock::new(file(&vec![7; 3 << 20])).device(2));
-    let save = save.settings(settings.clone()).spawn_with(spawn.clone());
+    save = save.settings(settings.clone());
     settings.spill = Spill::Memfd;
     settings.writer = Writer::Auto;
-    let load = load.settings(settings).spawn_with(spawn);
-    let setup = filter("setup", backend);
+    load = load.settings(settings);
+    let setup = if threads == Threads::Engine {
+        let begin = move |kind: &TaskKind| {
+            apply_filter(&filter(kind.role(), backend)).map_err(io::Error::other)
+        };
+        (save, load) = (save.on_thread_start(begin), load.on_thread_start(begin));
+        Role::SetupWithThreads
+    } else {
+        let spawn = spawner(backend, filtered);
+        (save, load) = (save.spawn_with(spawn.clone()), load.spawn_with(spawn));
+        Role::Setup
+    };
+    let setup = filter(setup, backend);
     let (sender, ended) = mpsc::channel();
     thread::spawn(move || {
         if filtered {
@@ -189,15 +207,16 @@ fn migrate(backend: Backend, cancelled: bool, filtered: bool) {
             load.cancel();
             save.cancel();
         }
-        let reports = (save.join(), load.join());
-        sender.send(reports).unwrap();
+        let (mut saved, loaded) = (save.join(), load.join());
+        saved.stop_devices();
+        let results = [saved.result.is_err(), loaded.result.is_err()];
+        drop((saved, loaded));
+        sender.send(results).unwrap();
         // Its end is not the engine's.
         thread::park();
     });
-    let (saved, loaded) = ended.recv().unwrap();
-    assert_eq!(saved.result.is_err(), cancelled);
-    assert_eq!(loaded.result.is_err(), cancelled);
-    drop((saved, loaded, kept));
+    assert_eq!(ended.recv().unwrap(), [cancelled; 2]);
+    drop(kept);
     for got in got {
         assert_eq!(got.join().unwrap(), vec![7; 3 << 20]);
     }
@@ -217,22 +236,29 @@ fn run(case: &str) {
     } else {
         Backend::Blocking
     };
+    let threads = match case.split(' ').next_back() {
+        Some("free") => Threads::Free,
+        Some("engine") => Threads::Engine,
+        _ => Threads::Given,
+    };
     for cancelled in [false, true] {
-        migrate(backend, cancelled, !case.contains("free"));
+        migrate(backend, cancelled, threads);
     }
     std::process::exit(0);
 }
 
-const TEST: &str = "the_engine_makes_the_calls_that_the_document_lists_and_no_other";
+const TEST: &str = "the_engine_makes_the_calls_that_are_listed_and_no_other";
 
 #[test]
-fn the_engine_makes_the_calls_that_the_document_lists_and_no_other() {
+fn the_engine_makes_the_calls_that_are_listed_and_no_other() {
     if let Ok(case) = env::var(CASE) {
         run(&case);
     }
     for (case, killed) in [
         ("uring", false),
         ("blocking", false),
+        ("uring engine", false),
+        ("blocking engine", false),
         // That the filters bite: without one of its calls a thread ends the process.
         ("uring I/O io_uring_enter", true),
         ("uring channel writev", true),
@@ -244,9 +270,10 @@ fn the_engine_makes_the_calls_that_the_document_lists_and_no_other() {
         ("uring setup eventfd2", true),
         ("uring setup memfd_create", true),
         ("blocking I/O ppoll", true),
-        ("blocking I/O pwritev2", true),
-        ("blocking I/O pwrite64", true),
+        ("blocking worker pwrite64", true),
         ("blocking I/O lseek", true),
+        ("blocking worker pwritev2", true),
+        ("uring close futex", true),
         ("blocking setup eventfd2", true),
     ] {
         let output = again(module_path!(), TEST)
@@ -257,9 +284,43 @@ fn the_engine_makes_the_calls_that_the_document_lists_and_no_other() {
         let ended = output.status.signal() == Some(libc::SIGSYS);
         assert_eq!(
             ended, killed,
-            "{case}: a thread was ended for a call that docs/security.md does not list, or was not \
+            "{case}: a thread was ended for a call that `system_calls` does not list, or was not \
              for one that was banned: {text}"
         );
         assert!(killed || output.status.success(), "{case}: {text}");
+    }
+}
+
+/// The document's table, as it should be.
+fn table() -> String {
+    let cell = |role, backend| {
+        let every = system_calls(Role::Close, backend);
+        let calls = system_calls(role, backend).iter();
+        let named = calls.zip(system_call_names(role, backend));
+        let own = named.filter(|(call, _)| role == Role::Close || !every.contains(call));
+        let own: Vec<_> = own.map(|(_, name)| format!("`{name}`")).collect();
+        own.join(" ")
+    };
+    let mut table = String::from("| thread | with io_uring | blocking backend |\n|---|---|---|\n");
+    let rows = ROWS.iter().filter(|(_, role)| *role != Role::Close);
+    for (name, role) in iter::once(&("every thread", Role::Close)).chain(rows) {
+        let [uring, blocking] = [Backend::Uring, Backend::Blocking].map(|it| cell(*role, it));
+        table += &format!("| {name} | {uring} | {blocking} |\n");
+    }
+    table
+}
+
+#[test]
+fn the_documents_table_is_made_of_the_lists() {
+    const MARKS: [&str; 2] = ["<!-- system calls -->\n", "<!-- end -->"];
+    let (before, rest) = DOCUMENT.split_once(MARKS[0]).expect("the table has a mark");
+    let (written, behind) = rest.split_once(MARKS[1]).expect("the table has an end");
+    let table = table();
+    if env::var_os("DRAW").is_some() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/security.md");
+        let [begin, end] = MARKS;
+        std::fs::write(path, format!("{before}{begin}{table}{end}{behind}")).unwrap();
+    } else {
+        assert_eq!(written, table, "DRAW=1 writes it");
     }
 }

@@ -183,7 +183,8 @@ fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
 }
 
 fn why(error: &Error) -> String {
-    std::error::Error::source(error).unwrap().to_string()
+    let source = std::error::Error::source(error);
+    source.map_or_else(|| error.to_string(), ToString::to_string)
 }
 
 /// A destination, and a source's channels that were greeted with these settings.

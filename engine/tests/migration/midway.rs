@@ -4,10 +4,11 @@ use std::{io, os::unix::net::UnixStream, thread};
 
 use nix::errno::Errno;
 use vfio_migration::{
-    Device, DeviceState, ErrorKind, MigrationFlags, Refusal, SaveSession, StateEvent,
+    Canceller, Device, DeviceState, Error, ErrorKind, LoadSession, MigrationFlags, Phase, Refusal,
+    SaveSession, StateEvent,
     migration::{
-        DeviceSettings, MigratableDevice, OnOffAuto, Outgoing, OutgoingDevice, SwitchoverAck,
-        SwitchoverAcks, vm as state,
+        DeviceSettings, Incoming, MigratableDevice, OnOffAuto, Outgoing, OutgoingDevice,
+        SwitchoverAck, SwitchoverAcks, vm as state,
     },
     sim::{CallFault, Callback, Fault, Faults, On, SimConfig, SimDevice, TransitionFault, Which},
 };
@@ -251,4 +252,62 @@ fn events_come_where_they_are_asked_for_and_the_slow_change_is_announced() {
         ];
         assert_eq!(handle.events(), if events { expected } else { &[] });
     }
+}
+
+#[test]
+fn one_canceller_ends_a_migration_without_channels() {
+    let _watchdog = Watchdog::new();
+    let setup = Setup {
+        transfer: OnOffAuto::Off,
+        ..Setup::default()
+    };
+    let acks = SwitchoverAcks::new(SwitchoverAck::Off);
+    let saving = |canceller: &Canceller| {
+        let (device, handle) = setup.admit(1, setup.config(1));
+        let mut sources =
+            vec![OutgoingDevice::setup(device, &setup.capabilities(), &acks, io::sink()).unwrap()];
+        state::stop(&mut sources, state::Reason::FinishMigration).unwrap();
+        let session = SaveSession::builder().cancelled_by(canceller);
+        (Outgoing::begin(sources, session), handle)
+    };
+    // Under way, from another thread: the next section fails, and so does the end.
+    let canceller = Canceller::new();
+    let (outgoing, handle) = saving(&canceller);
+    let outgoing = outgoing.unwrap();
+    assert!(!outgoing.canceller().is_over());
+    thread::spawn(move || canceller.cancel()).join().unwrap();
+    let canceller = outgoing.canceller();
+    let failed = outgoing.finish().unwrap_err();
+    assert!(failed.error.is_cancelled(), "{failed}");
+    assert_eq!(failed.into_back()[0].state(), DeviceState::Running);
+    assert_eq!(handle.state(), DeviceState::Running);
+    assert!(canceller.is_over());
+
+    // The destination, likewise.
+    let canceller = Canceller::new();
+    let (device, handle) = setup.admit(1, setup.config(1));
+    let session = LoadSession::builder().cancelled_by(&canceller);
+    let approve = Box::new(|| Ok(()));
+    let incoming = Incoming::setup(vec![device], &setup.capabilities(), session, approve).unwrap();
+    canceller.cancel();
+    assert!(incoming.failure().unwrap().is_cancelled());
+    let failed = incoming.finish().unwrap_err();
+    assert!(failed.error.is_cancelled(), "{failed}");
+    assert_eq!(failed.into_back()[0].state(), DeviceState::Running);
+    assert_eq!(handle.state(), DeviceState::Running);
+
+    // Between two steps: what is begun afterwards has failed already, and says so at the latest at its end.
+    let canceller = Canceller::new();
+    canceller.fail(Error::misuse(Phase::Section, "the main channel"));
+    let (begun, handle) = saving(&canceller);
+    let failed = begun.unwrap_err();
+    assert_eq!(*failed.error.kind(), ErrorKind::Misuse("the main channel"));
+    assert_eq!(handle.state(), DeviceState::Running);
+    let (device, handle) = setup.admit(1, setup.config(1));
+    let session = LoadSession::builder().cancelled_by(&canceller);
+    let approve = Box::new(|| Ok(()));
+    let failed =
+        Incoming::setup(vec![device], &setup.capabilities(), session, approve).unwrap_err();
+    assert_eq!(*failed.error.kind(), ErrorKind::Misuse("the main channel"));
+    assert_eq!(handle.state(), DeviceState::Running);
 }

@@ -5,8 +5,10 @@
 
 mod first_errno;
 mod full_disk;
+mod handles;
 mod round_trip;
 mod settings;
+mod thread_start;
 
 #[path = "../support/barrier.rs"]
 mod barrier;

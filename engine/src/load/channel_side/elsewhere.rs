@@ -15,11 +15,12 @@ use super::{IncomingPacket, LoadSink};
 use crate::{
     error::{Error, ErrorKind, Phase, Result},
     host::zeroed,
+    load::Epoch,
     reorder::slot::{Packet, Payload},
     spill::{BOUNCE, SpillFile},
 };
 
-impl LoadSink {
+impl<E: Epoch> LoadSink<E> {
     /// Allocates space for a packet in the spill file, if the packet may be spilled and there is space.
     pub(super) fn set_aside(&mut self, packet: &IncomingPacket) -> bool {
         if let Some(file) = &self.spill
