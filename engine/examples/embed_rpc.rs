@@ -33,7 +33,7 @@ type Devices = Vec<MigratableDevice>;
 
 /// Where the VM runs when the source is done, and the source's devices.
 #[derive(Debug)]
-pub enum Runs {
+enum Runs {
     There(Devices),
     Here(Error, Devices),
     /// Nobody has said: it must not run here before somebody says that it does not run there.
@@ -54,7 +54,7 @@ fn must(main: &mut (impl Read + Write), request: Request, body: &[u8]) -> Result
 }
 
 /// The source. Where its set-up fails, the devices are as they were, and dropped here.
-pub fn source(
+fn source(
     main: &mut (impl Read + Write),
     channels: Vec<Channel>,
     mut devices: Devices,
@@ -122,7 +122,7 @@ fn run_on(precopy: &mut Precopy, main: &mut (impl Read + Write)) -> Result<()> {
 }
 
 /// The destination. `make` makes its devices from the state that comes last.
-pub fn destination(
+fn destination(
     mut main: impl Read + Write,
     channels: Vec<Channel>,
     mut make: impl FnMut(Vec<u8>) -> Result<Devices>,
