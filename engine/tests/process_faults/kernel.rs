@@ -16,7 +16,10 @@ use std::{
     thread,
 };
 
-use vfio_migration::Backend;
+use vfio_migration::{
+    Backend,
+    sim::{SimConfig, Stream},
+};
 
 use crate::{
     kth::Kth,
@@ -352,8 +355,20 @@ fn listen(number: i64) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(i32::try_from(fd).unwrap()) })
 }
 
+/// A destination that channels write to, with a state long enough that they do.
+fn written_through(from: &mut SimConfig, to: &mut SimConfig) {
+    from.len = 1 << 20;
+    to.len = from.len;
+    to.stream = Stream::PlainWrite;
+}
+
 fn scene(call: &Call, kth: &Kth<i32>) -> Scene {
     Scene {
+        adjust: if call.number == libc::SYS_pwrite64 {
+            written_through
+        } else {
+            |_, _| {}
+        },
         backend: call.backend,
         supervisor: Some(Supervisor {
             number: call.number,
