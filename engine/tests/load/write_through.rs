@@ -54,9 +54,8 @@ fn data(device: u32, index: u32, len: usize) -> Vec<u8> {
 }
 
 fn state(device: u32, (count, len): (u32, usize)) -> Vec<u8> {
-    (0..count)
-        .flat_map(|index| data(device, index, len))
-        .collect()
+    let packets: Vec<_> = (0..count).map(|index| data(device, index, len)).collect();
+    packets.concat()
 }
 
 fn content(mut file: &File) -> Vec<u8> {
