@@ -36,8 +36,8 @@ use vfio_migration::{
 
 use crate::watchdog::Watchdog;
 
-#[cfg(feature = "rustls")]
 #[test]
+#[cfg(feature = "rustls")]
 fn a_vm_moves_by_requests_over_tls_under_filters_with_devices_made_late() {
     let _watchdog = Watchdog::new();
     embed_rpc::main().unwrap();

@@ -30,8 +30,10 @@ fn runs(source: &str, test: &str) -> bool {
     let attributes: Vec<_> = above
         .take_while(|line| line.starts_with("#[") || line.starts_with("//"))
         .filter(|line| line.starts_with("#["))
+        // The tests run with all features.
+        .filter(|line| !line.starts_with("#[cfg(feature = \""))
         .collect();
-    // No `ignore`, and no `cfg`.
+    // No `ignore`, and no other `cfg`.
     attributes == [&"#[test]"]
 }
 
@@ -39,6 +41,8 @@ fn runs(source: &str, test: &str) -> bool {
 fn a_test_runs_whose_only_attribute_is_that_it_is_one() {
     assert!(runs("#[test]\n/// Why.\nfn it() {}", "it"));
     assert!(runs("    /// Why.\n    #[test]\n    fn it() {}", "it"));
+    let with_feature = "#[cfg(feature = \"rustls\")]\n#[test]\nfn it() {}";
+    assert!(runs(with_feature, "it"));
     for source in [
         "fn it() {}",
         "// fn it() {}",
