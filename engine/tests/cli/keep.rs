@@ -412,6 +412,18 @@ fn a_signal_in_the_middle_leaves_no_file_and_the_device_runs_again() {
 }
 
 #[test]
+fn a_save_that_passes_lets_the_device_run_on() {
+    let directory = Directory::new();
+    for from in ["size=1MiB,precopy=1MiB", "size=1MiB"] {
+        let file = directory.file(&from.len().to_string());
+        let ended = traced("", &format!("save {file} --device sim:id=a,{from}")).end();
+        assert_eq!(ended.status, Some(0), "{ended:?}");
+        let states = states(&ended);
+        assert!(states[states.len() - 1].contains("RUNNING"), "{states:?}");
+    }
+}
+
+#[test]
 fn a_save_that_is_killed_leaves_what_was_there() {
     let directory = Directory::new();
     let file = directory.file("vm.save");
