@@ -404,6 +404,11 @@ impl Device {
     /// [`ErrorKind::Misuse`] outside of the PRE_COPY states, in which 0 would mean something else;
     /// [`ErrorKind::Device`], [`ErrorKind::Lost`], [`ErrorKind::Panicked`].
     pub fn read_precopy(&mut self, buffer: &mut [u8]) -> Result<usize> {
+        self.read_precopy_once(buffer).map(|read| read.unwrap_or(0))
+    }
+
+    /// As [`Device::read_precopy`]; `None` stands for `ENOMSG`.
+    pub(crate) fn read_precopy_once(&mut self, buffer: &mut [u8]) -> Result<Option<usize>> {
         let fd = self.lend()?;
         if !self.state.is_precopy() {
             return Err(Error::misuse(Phase::Save, "not in a PRE_COPY state").on_device(&self.id));
@@ -412,11 +417,11 @@ impl Device {
             loop {
                 match inner.read_precopy(fd.as_fd(), buffer) {
                     Err(error) if error.raw_os_error() == Some(Errno::ENOMSG as i32) => {
-                        return Ok(0);
+                        return Ok(None);
                     }
                     // Ends when the driver answers: a signal came before it moved a byte.
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                    result => return result,
+                    result => return result.map(Some),
                 }
             }
         })

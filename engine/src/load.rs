@@ -42,8 +42,8 @@ mod pace;
 mod publisher;
 mod session;
 mod through;
+mod told;
 
-use self::through::Through;
 pub(crate) use self::{
     backpressure::Backpressure,
     channel_side::{IncomingPacket, LoadSink},
@@ -54,6 +54,7 @@ pub use self::{
     publisher::{PacketLease, Publisher},
     session::{LoadBuilder, LoadSession},
 };
+use self::{through::Through, told::Told};
 use crate::{
     arena::NoMemory,
     error::{Error, ErrorKind, Phase, Result, Violation},
@@ -78,7 +79,6 @@ use crate::{
         atomic::{AtomicBool, AtomicU32, Ordering, fence},
         lock,
     },
-    trace,
 };
 
 /// A thread's part in an epoch.
@@ -126,6 +126,8 @@ pub(crate) struct LoadDevice {
     through: Through,
     /// Its packets may come; the device itself has not.
     expected: AtomicBool,
+    /// What has been told of its load.
+    told: Told,
 }
 
 impl LoadDevice {
@@ -300,6 +302,7 @@ impl Load {
             turn: Turn::new(),
             through: Through::new(),
             expected: AtomicBool::new(expected),
+            told: Told::new(),
         });
         self.add_route(id, Route::Device(device.clone()))?;
         // Partner: the fence in `fail`, which sets the reason and then looks for devices. One of the
@@ -453,11 +456,18 @@ impl Load {
             self.fail(Error::cancelled(Phase::Cleanup));
         }
         for device in devices {
-            trace::load_cleanup(&device.id);
+            device.told.cleanup(&device.id);
             device.flags.exit();
         }
         self.io.wake();
         self.backpressure.notify_all();
+    }
+
+    /// Tells of the cleanup of every device that it was not told of.
+    fn trace_cleanup(&self) {
+        for device in self.devices() {
+            device.told.cleanup(&device.id);
+        }
     }
 
     /// Counts one more thread that may bring packets.

@@ -224,6 +224,7 @@ pub use self::{
 pub use crate::message::{MAX_MESSAGE_LEN, MessageKind};
 use crate::{
     device::{Device, Duty, set::for_all},
+    error::Error,
     id::DeviceId,
     state::{DeviceState, MigrationFlags},
     tasks::{Task, TaskKind},
@@ -312,11 +313,40 @@ impl MigratableDevice {
     }
 }
 
-/// Takes a device back to the state at set-up: its migration is off, and its VM is here.
-fn put_back(device: &mut Device) {
-    trace::migration_state_notifier(device.id(), "failed");
+/// How a migration is off.
+#[derive(Clone, Copy)]
+enum Off {
+    Failed,
+    Cancelled,
+}
+
+impl Off {
+    /// Because of this error.
+    fn by(error: &Error) -> Self {
+        if error.is_cancelled() {
+            Self::Cancelled
+        } else {
+            Self::Failed
+        }
+    }
+
+    /// QEMU's names: while the devices are put back, and afterwards.
+    const fn states(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Failed => ("failing", "failed"),
+            Self::Cancelled => ("cancelling", "cancelled"),
+        }
+    }
+}
+
+/// Takes a device of the source back to the state at set-up: its migration is off, and its VM is here.
+fn put_back(device: &mut Device, off: Off) {
+    let (during, after) = off.states();
+    trace::migration_state_notifier(device.id(), during);
     // The migration's own error is the one to report; what this comes to is the device's duty.
     let _duty = device.put_back();
+    trace::save_cleanup(device.id());
+    trace::migration_state_notifier(device.id(), after);
 }
 
 /// See [`for_all`].
@@ -325,6 +355,6 @@ fn at_once<M: vm::Member, R: Send>(all: &mut [M], f: impl Fn(&mut M) -> R + Sync
 }
 
 /// Takes all devices of a migration that is off back to the state at set-up, all at once.
-fn put_all_back(devices: &mut [MigratableDevice]) {
-    at_once(devices, |migratable| put_back(&mut migratable.device));
+fn put_all_back(devices: &mut [MigratableDevice], off: Off) {
+    at_once(devices, |migratable| put_back(&mut migratable.device, off));
 }

@@ -67,6 +67,14 @@ use crate::{
     wire,
 };
 
+/// One device, before it is shared.
+pub(crate) struct SizedDevice {
+    pub(crate) id: DeviceId,
+    pub(crate) data_len: usize,
+    pub(crate) first: u32,
+    pub(crate) of_migration: bool,
+}
+
 /// One device, as the I/O thread, the channels and its own thread share it.
 pub(crate) struct SaveDevice {
     pub(crate) id: DeviceId,
@@ -76,6 +84,8 @@ pub(crate) struct SaveDevice {
     data_len: usize,
     /// Its first packet's idx: behind those that carried its PRE_COPY data.
     first: u32,
+    /// Its migration tells of its set-up and its cleanup.
+    of_migration: bool,
     pub(crate) flags: DeviceFlags,
     pub(crate) counters: DeviceCounters,
     /// The config packet's data, framing tags included, once it is saved.
@@ -133,7 +143,7 @@ pub(crate) struct Save {
 
 impl Save {
     pub(crate) fn new(
-        devices: Vec<(DeviceId, usize, u32)>,
+        devices: Vec<SizedDevice>,
         pool: Arc<Pool>,
         io: Arc<IoHandle<SaveTransfer>>,
         grace: Duration,
@@ -141,7 +151,13 @@ impl Save {
     ) -> Self {
         let collector = Collector::new();
         let count = u32::try_from(devices.len()).expect("the builder bounds their number");
-        let device = |(ordinal, (id, data_len, first)): (u32, (DeviceId, usize, u32))| {
+        let device = |(ordinal, sized): (u32, SizedDevice)| {
+            let SizedDevice {
+                id,
+                data_len,
+                first,
+                of_migration,
+            } = sized;
             let layout = pool.layout();
             assert!(framed::HEADROOM + data_len <= layout.buffer_len && layout.buffers > 0);
             Arc::new(SaveDevice {
@@ -150,6 +166,7 @@ impl Save {
                 ordinal,
                 data_len,
                 first,
+                of_migration,
                 flags: DeviceFlags::new(),
                 counters: DeviceCounters::default(),
                 config: OnceLock::new(),

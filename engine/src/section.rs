@@ -226,6 +226,11 @@ pub trait SectionSink {
     fn on_tag(&mut self, tag: Tag, data_len: u64) {
         let _ = (tag, data_len);
     }
+
+    /// For a trace: a DATA block of so many bytes has been written, or has failed.
+    fn on_data(&mut self, data_len: u64, taken: &Result<()>) {
+        let _ = (data_len, taken);
+    }
 }
 
 /// What one call of [`load_state`] has read.
@@ -291,7 +296,9 @@ where
         if tag == Tag::Data {
             let len = u64::from_be_bytes(input.array()?);
             sink.on_tag(tag, len);
-            input.data(len, sink)?;
+            let taken = input.data(len, sink);
+            sink.on_data(len, &taken);
+            taken?;
             data_len = data_len.saturating_add(len);
             continue;
         }

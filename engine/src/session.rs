@@ -332,8 +332,8 @@ impl Report {
             &mut saving,
             |(device, ..)| device,
             |(device, id, result)| {
-                trace::save_cleanup(id);
                 let stopped = device.retire();
+                trace::save_cleanup(id);
                 if result.is_ok() {
                     **result = stopped;
                 }
@@ -348,7 +348,13 @@ impl Report {
     pub fn put_back(&mut self) {
         self.channels.abandon();
         // What failed before is the error to report; what this comes to is each device's duty.
-        each_at_once(&mut self.devices, |device| drop(device.put_back()));
+        each_at_once(&mut self.devices, |device| {
+            let saved = device.state().is_saving();
+            drop(device.put_back());
+            if saved {
+                trace::save_cleanup(device.id());
+            }
+        });
     }
 }
 

@@ -8,6 +8,9 @@
 //! Every thread of the engine calls these functions, at the moment that an event names. Without a
 //! subscriber a call is a load and a branch. A subscriber runs in the caller's thread, and the engine waits
 //! for it. [`TARGET`] says what an event looks like and how to filter.
+//!
+//! Names, moments and arguments are those of QEMU's trace events of its VFIO migration, without their `vfio_`.
+//! `engine/tests/process_traces` compares them with recorded traces, and lists where they differ, and why.
 
 use std::fmt;
 
@@ -52,12 +55,12 @@ macro_rules! event {
 
 // Load.
 
-/// The loader's thread has begun.
+/// The loader may write the channels' packets: the switchover has started, or the loader was started early.
 pub(crate) fn load_bufs_thread_start(device: &DeviceId) {
     event!(DEBUG, "load_bufs_thread_start", device);
 }
 
-/// The loader's thread has ended, however it came to.
+/// The loader has ended, however it came to. Not if it was never started.
 pub(crate) fn load_bufs_thread_end(device: &DeviceId) {
     event!(DEBUG, "load_bufs_thread_end", device);
 }
@@ -82,12 +85,12 @@ pub(crate) fn load_device_config_state_end(device: &DeviceId) {
     event!(DEBUG, "load_device_config_state_end", device);
 }
 
-/// A tag of the device's section has been read.
+/// A tag of the device's section has been read; not the one that ends it.
 pub(crate) fn load_state(device: &DeviceId, data: u64) {
     event!(TRACE, "load_state", device, data = %format_args!("{data:#x}"));
 }
 
-/// A data block of the section has gone to the data fd. `ret` is 0 or a negative errno.
+/// A data block of the section, of `size` bytes, has gone to the data fd. `ret` is 0 or a negative errno.
 pub(crate) fn load_state_device_data(device: &DeviceId, size: u64, ret: i32) {
     event!(TRACE, "load_state_device_data", device, size, ret);
 }
@@ -97,7 +100,7 @@ pub(crate) fn load_state_device_buffer_incoming(device: &DeviceId, idx: u32) {
     event!(TRACE, "load_state_device_buffer_incoming", device, idx);
 }
 
-/// The loader stands at idx 0.
+/// The loader has the first data packet. Not where there is none.
 pub(crate) fn load_state_device_buffer_start(device: &DeviceId) {
     event!(DEBUG, "load_state_device_buffer_start", device);
 }
@@ -117,7 +120,8 @@ pub(crate) fn load_state_device_buffer_load_end(device: &DeviceId, idx: u32) {
     event!(TRACE, "load_state_device_buffer_load_end", device, idx);
 }
 
-/// The last data packet is in the device, and the config packet's idx is known.
+/// The last data packet is in the device, and that it was the last is known: the config packet has come. Not
+/// where there is no data packet.
 pub(crate) fn load_state_device_buffer_end(device: &DeviceId) {
     event!(DEBUG, "load_state_device_buffer_end", device);
 }
@@ -134,12 +138,12 @@ pub(crate) fn save_block(device: &DeviceId, size: u64) {
     event!(TRACE, "save_block", device, size);
 }
 
-/// A read in PRE_COPY has found nothing for now.
+/// A read in PRE_COPY has found nothing for now (`ENOMSG`), for the first time since it found something.
 pub(crate) fn save_block_precopy_empty_hit(device: &DeviceId) {
     event!(TRACE, "save_block_precopy_empty_hit", device);
 }
 
-/// The first iteration.
+/// The first iteration. The later ones say only how they ended.
 pub(crate) fn save_iterate_start(device: &DeviceId) {
     event!(DEBUG, "save_iterate_start", device);
 }
@@ -160,7 +164,7 @@ pub(crate) fn send_init_data_flag(device: &DeviceId) {
     event!(DEBUG, "send_init_data_flag", device);
 }
 
-/// The completion on the main channel begins.
+/// The completion on the main channel begins. Not where the channels carry the device's data.
 pub(crate) fn save_complete_precopy_start(device: &DeviceId) {
     event!(DEBUG, "save_complete_precopy_start", device);
 }
@@ -225,19 +229,21 @@ pub(crate) fn migration_set_state(device: &DeviceId, new: DeviceState, recover: 
     event!(DEBUG, "migration_set_state", device, new = %new, recover = %recover);
 }
 
-/// The migration as a whole has entered `state`.
+/// The migration as a whole has entered `state`, which is one of QEMU's names.
 pub(crate) fn migration_state_notifier(device: &DeviceId, state: impl fmt::Display) {
     event!(DEBUG, "migration_state_notifier", device, state = %state);
 }
 
-/// How much is left, in bytes: what a query has found.
+/// How much is left, in bytes. `request_switchover_ack`: whether the device asks the switchover to wait. `exact`: whether
+/// the device was asked. `last`, in the event `final`: the VM has stopped.
 pub(crate) fn state_pending(
     device: &DeviceId,
     stopcopy_size: u64,
     precopy_init_size: u64,
     precopy_dirty_size: u64,
-    switchover_ack: bool,
+    request_switchover_ack: bool,
     exact: bool,
+    last: bool,
 ) {
     event!(
         TRACE,
@@ -246,8 +252,9 @@ pub(crate) fn state_pending(
         stopcopy_size,
         precopy_init_size,
         precopy_dirty_size,
-        switchover_ack,
-        exact
+        request_switchover_ack,
+        exact,
+        "final" = last
     );
 }
 
@@ -426,7 +433,7 @@ mod tests {
             migration_set_device_state(id, state);
             migration_set_state(id, state, DeviceState::Error);
             migration_state_notifier(id, "active");
-            state_pending(id, 1, 2, 3, true, false);
+            state_pending(id, 1, 2, 3, true, false, true);
             state_pending_estimate(id, 1, 2, 3, 4);
             state_pending_exact(id, 1, 2, 3, 4, 5);
             query_precopy_size(id, 1, 2, 0);
@@ -468,7 +475,7 @@ migration_realize:
 migration_set_device_state: state=STOP_COPY
 migration_set_state: new=STOP_COPY recover=ERROR
 migration_state_notifier: state=active
-state_pending: stopcopy_size=1 precopy_init_size=2 precopy_dirty_size=3 switchover_ack=true exact=false
+state_pending: stopcopy_size=1 precopy_init_size=2 precopy_dirty_size=3 request_switchover_ack=true exact=false final=true
 state_pending_estimate: precopy=1 postcopy=2 precopy_init_size=3 precopy_dirty_size=4
 state_pending_exact: precopy=1 postcopy=2 stopcopy_size=3 precopy_init_size=4 precopy_dirty_size=5
 query_precopy_size: initial=1 dirty=2 ret=0

@@ -130,6 +130,8 @@ struct Batch {
     bytes: u64,
     /// Bytes for the device.
     len: usize,
+    /// Whether the rest of its last packet comes in a later batch.
+    open: bool,
 }
 
 impl Batch {
@@ -165,6 +167,7 @@ impl Batch {
         self.indices.clear();
         self.bytes = 0;
         self.len = 0;
+        self.open = false;
     }
 }
 
@@ -355,6 +358,7 @@ impl LoadTransfer {
             buffer,
             gathered,
             headers,
+            open,
         }) = left.remainder
         {
             let ready = &mut self.ready;
@@ -364,6 +368,7 @@ impl LoadTransfer {
             ready.indices.extend(behind.skip_while(|&at| at == index));
             ready.gathered = gathered;
             ready.len += buffer.size();
+            ready.open = open;
             ready.bytes += (buffer.size() + headers) as u64;
             ready.operations.push((index, buffer));
         }
@@ -375,6 +380,14 @@ impl LoadTransfer {
             .on_device(&self.device.id)
             .at_index(index)
             .caused_by(source)
+    }
+
+    /// Whether what the device has is all of its data, and that is known: the config packet has come.
+    fn is_last_written(&self) -> bool {
+        let config = || self.device.reorder.config_index() == Some(self.reader.next());
+        let next = self.read_back.as_ref();
+        self.ready.indices.is_empty()
+            && (self.config_taken || next.map_or_else(config, |packet| packet.config))
     }
 
     /// Tells how far the device is, while somebody may wait for it: before the switchover.
@@ -448,6 +461,7 @@ impl LoadTransfer {
             if last {
                 ready.bytes += wire::PACKET_HEADER_LEN as u64;
             }
+            ready.open = !last;
             ready.bytes += len as u64;
             ready.len += len;
         }
@@ -522,6 +536,7 @@ impl LoadTransfer {
             ready.bytes += len as u64;
             ready.len += len;
             ready.last_len = len;
+            ready.open = packet.at < packet.spilled.size();
             ready.operations.push((index, buffer));
         }
         if packet.at == packet.spilled.size() {
@@ -623,6 +638,7 @@ impl Transfer for LoadTransfer {
         if !self.device.flags.is_started() {
             return TransferState::Held;
         }
+        self.device.told.begins(&self.device.id);
         if self.lent.is_some() {
             let moved = self.look_at_lent(context.guard);
             if !(self.is_due(context.guard) && self.take_back()) {
@@ -641,7 +657,6 @@ impl Transfer for LoadTransfer {
         if let Some(error) = self.failure.take() {
             return TransferState::Finished(Err(error));
         }
-        let first = self.reader.next() == 0;
         // A loader that has been started early does not count as waiting before the switchover.
         let switched = self.device.flags.is_switched();
         if switched {
@@ -651,9 +666,6 @@ impl Transfer for LoadTransfer {
         let ended = self.load.input_ended();
         self.share = (CHAIN_BYTES / context.busy.max(1)).max(GATHER_MAX);
         self.gather(context.guard);
-        if first && self.reader.next() > 0 {
-            trace::load_state_device_buffer_start(&self.device.id);
-        }
         self.ready.close_staging();
         if !self.ready.operations.is_empty() {
             if let Some(since) = self.starved.take() {
@@ -664,7 +676,7 @@ impl Transfer for LoadTransfer {
             }
             mem::swap(&mut self.ready, &mut self.in_flight);
             for index in &self.in_flight.indices {
-                trace::load_state_device_buffer_load_start(&self.device.id, *index);
+                self.device.told.load_start(&self.device.id, *index);
             }
             self.lane.submit(
                 self.in_flight.operations.drain(..),
@@ -699,7 +711,6 @@ impl Transfer for LoadTransfer {
             counters.phases.wait.add_time(waited);
             let wrote = started.elapsed().saturating_sub(waited);
             counters.phases.write.add_time(wrote);
-            trace::load_state_device_buffer_end(&self.device.id);
             return TransferState::Finished(Ok(()));
         }
         if ended {
@@ -746,13 +757,20 @@ impl Transfer for LoadTransfer {
         if self.read_back.as_ref().is_some_and(|packet| packet.reading) {
             return self.has_read(filled);
         }
+        let open = self.in_flight.open;
+        let partly = self.in_flight.indices.last().copied().filter(|_| open);
         for index in &self.in_flight.indices {
-            trace::load_state_device_buffer_load_end(&self.device.id, *index);
+            if partly != Some(*index) {
+                self.device.told.load_end(&self.device.id, *index);
+            }
         }
         self.device.counters.bytes.add(self.in_flight.bytes);
         let took = self.lane.submitted().elapsed();
         self.pace = self.pace.moved(self.in_flight.len, took);
         self.in_flight.clear();
+        if partly.is_none() && self.is_last_written() {
+            trace::load_state_device_buffer_end(&self.device.id);
+        }
         self.report_progress();
         Ok(())
     }

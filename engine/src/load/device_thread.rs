@@ -27,8 +27,6 @@ pub(crate) fn serve_device(
     device: &mut Device,
     set_up: impl FnOnce(Result<()>),
 ) -> Result<()> {
-    let id = &shared.id;
-    trace::load_bufs_thread_start(id);
     let result = set_up_device(load, shared, device);
     set_up(result.clone());
     let result = result.and_then(|()| finish_load(load, shared, device));
@@ -40,7 +38,7 @@ pub(crate) fn serve_device(
         // The first error is the one to report; what this one comes to is the device's duty.
         let _duty = device.discard_state();
     }
-    trace::load_bufs_thread_end(id);
+    shared.told.ends(&shared.id);
     result
 }
 

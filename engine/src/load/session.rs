@@ -446,6 +446,7 @@ impl LoadSession {
         self.load.remove(&shared);
         let deadline = self.common.end_of_grace(Instant::now());
         let ended = shared.flags.wait_end(Some(deadline));
+        shared.told.cleanup(&shared.id);
         let returned = lock(&self.common.returned).remove(&shared.ordinal);
         lock(&self.ids)
             .devices
@@ -570,10 +571,15 @@ impl LoadSession {
     ///
     /// [`ErrorKind::Device`]; [`ErrorKind::Misuse`] once the switchover has started.
     pub fn write_iterable(&self, id: &DeviceId, bytes: &[u8]) -> Result<()> {
-        let result = self.device(id)?.write_iterable(bytes);
+        let result = self.write_iterable_piece(id, bytes);
         let ret = Error::trace_errno(&result);
         trace::load_state_device_data(id, bytes.len() as u64, ret);
         result
+    }
+
+    /// As [`LoadSession::write_iterable`], for a piece of a DATA block: the caller tells of the whole block.
+    pub(crate) fn write_iterable_piece(&self, id: &DeviceId, bytes: &[u8]) -> Result<()> {
+        self.device(id)?.write_iterable(bytes)
     }
 
     /// Starts the switchover: all iterable data is in the devices, and from now on the I/O thread may write
@@ -718,6 +724,7 @@ impl LoadSession {
             });
         }
         self.load.hang_up();
+        self.load.trace_cleanup();
         let soon = || Some(deadline(SLACK));
         tasks.wait(soon(), || (tasks.at_work() <= 1).then_some(()));
         // What a driver keeps does not keep the I/O thread.

@@ -115,6 +115,8 @@ pub(super) struct Remainder {
     pub(super) gathered: Vec<(usize, u32)>,
     /// What its headers add to the bytes of the device.
     pub(super) headers: usize,
+    /// Whether the rest of its last packet comes later.
+    pub(super) open: bool,
 }
 
 impl Through {
@@ -208,6 +210,8 @@ struct Batch {
     buffer: Buffer,
     /// What its headers add to the bytes of the device.
     headers: usize,
+    /// Whether the rest of its last packet comes later.
+    open: bool,
 }
 
 impl Writer<'_> {
@@ -240,11 +244,12 @@ impl Writer<'_> {
             return Err(End::Io);
         };
         let mut headers = header_of(&packet);
+        let mut open = packet.more;
         let Payload::Lease(piece) = packet.payload else {
             self.device.counters.bytes.add(headers as u64);
             return Ok(None);
         };
-        trace::load_state_device_buffer_load_start(&self.device.id, index);
+        self.device.told.load_start(&self.device.id, index);
         let buffer = Pool::adopt(self.load.pool.clone(), piece);
         self.lent.gathered.clear();
         let next = self.reader.peek(&self.device.reorder, &guard);
@@ -256,6 +261,7 @@ impl Writer<'_> {
                 index,
                 buffer,
                 headers,
+                open,
             }));
         };
         let mut used = buffer.size();
@@ -271,7 +277,8 @@ impl Writer<'_> {
             let Payload::Lease(piece) = packet.payload else {
                 continue;
             };
-            trace::load_state_device_buffer_load_start(&self.device.id, index);
+            self.device.told.load_start(&self.device.id, index);
+            open = packet.more;
             let lease = Pool::adopt(&*self.load.pool, piece);
             let end = used + lease.size();
             staging.bytes_mut()[used..end].copy_from_slice(lease.bytes());
@@ -283,6 +290,7 @@ impl Writer<'_> {
             index,
             buffer: staging,
             headers,
+            open,
         }))
     }
 
@@ -319,6 +327,7 @@ impl Writer<'_> {
             index,
             mut buffer,
             headers,
+            open,
         } = batch;
         // Relaxed: for a message.
         self.device.through.writing.store(index.into(), Relaxed);
@@ -332,15 +341,24 @@ impl Writer<'_> {
         let gathered = &mut self.lent.gathered;
         // Those that are in the device now.
         let through = gathered.partition_point(|&(end, _)| end <= wrote.moved);
+        let next = gathered.get(through).map(|&(_, index)| index);
+        let (told, id) = (&self.device.told, &self.device.id);
+        let mut last = (through == 0 && whole).then_some(index);
         for (_, index) in gathered.drain(..through) {
-            trace::load_state_device_buffer_load_end(&self.device.id, index);
+            if let Some(before) = last.replace(index).filter(|before| *before != index) {
+                told.load_end(id, before);
+            }
+        }
+        if let Some(index) = last.filter(|last| next != Some(*last) && !(whole && open)) {
+            told.load_end(id, index);
         }
         let left = &mut self.lent.left;
         left.slow |= wrote.slow;
         match wrote.result {
             Ok(()) => {
-                if through == 0 {
-                    trace::load_state_device_buffer_load_end(&self.device.id, index);
+                let config = self.device.reorder.config_index();
+                if !open && config == Some(self.reader.next()) {
+                    trace::load_state_device_buffer_end(id);
                 }
                 return !wrote.slow;
             }
@@ -357,6 +375,7 @@ impl Writer<'_> {
                         buffer,
                         gathered,
                         headers,
+                        open,
                     });
                 } else {
                     left.failure = Some((index, error));

@@ -29,14 +29,14 @@
 //! | a section | the main channel; the device's driver; see `incoming_device.rs` |
 
 use std::{
-    fmt,
+    fmt, mem,
     sync::OnceLock,
     time::{Duration, Instant},
 };
 
 use super::{
     Capabilities, MigratableDevice, SwitchoverAck, at_once,
-    incoming_member::{Arrived, Direct, Member, Way, all_stats},
+    incoming_member::{Arrived, Direct, Member, Way, all_stats, trace_cleanup},
     loaded::Loaded,
     members::{MemberSession, take_device},
     messages::Heard,
@@ -121,6 +121,9 @@ impl Incoming {
             Ok(multifd) => multifd,
             Err(error) => return Err(Failed::new(error, devices)),
         };
+        for migratable in &devices {
+            trace::migration_state_notifier(migratable.id(), "setup");
+        }
         session.lend_threads(devices.iter_mut().map(|migratable| &mut migratable.device));
         let mut both: Vec<_> = devices.iter_mut().zip(&multifd).collect();
         let resume = |(migratable, multifd): &mut (&mut MigratableDevice, &bool)| {
@@ -137,6 +140,9 @@ impl Incoming {
         let resumed: Vec<Duration> = match resumed.into_iter().collect() {
             Ok(times) => times,
             Err(error) => {
+                for (migratable, _) in devices.iter().zip(multifd).filter(|(_, it)| !it) {
+                    trace::load_cleanup(migratable.id());
+                }
                 give_up(&mut devices);
                 return Err(Failed::new(error, devices));
             }
@@ -217,10 +223,14 @@ impl Incoming {
                 Err(failed) => {
                     let (error, devices) = failed.into_parts();
                     let mut back = incoming.take_back(devices);
+                    trace_cleanup(&mem::take(&mut incoming.members));
                     give_up(&mut back);
                     return Err(Failed::new(error, back));
                 }
             }
+        }
+        for member in incoming.members.iter().filter(|it| !it.is_expected()) {
+            trace::migration_state_notifier(&member.id, "active");
         }
         Ok(incoming)
     }
@@ -280,8 +290,10 @@ impl Incoming {
         let precopy = device.flags().contains(MigrationFlags::PRE_COPY);
         // Before it can end, so that it comes back whatever happens.
         let _first = member.arrived.set(Arrived { settings, precopy });
+        trace::migration_state_notifier(&member.id, "setup");
         let spec = DeviceSpec::under_way(device).config_gate(member.config_gate);
         let added = session.add_device(spec).and_then(|()| {
+            trace::migration_state_notifier(&member.id, "active");
             if precopy {
                 Ok(())
             } else {
@@ -351,7 +363,7 @@ impl Incoming {
     pub fn switchover_start(&self) -> Result<()> {
         let refused = {
             let mut pending_acks = lock(&self.pending_acks);
-            if std::mem::replace(&mut pending_acks.switched, true) {
+            if mem::replace(&mut pending_acks.switched, true) {
                 Some(("the switchover starts a second time", None))
             } else {
                 let missing = pending_acks.agreements.first().cloned();
@@ -487,12 +499,13 @@ impl Incoming {
         match failure {
             None => Ok(Loaded {
                 devices: back,
-                members: std::mem::take(&mut self.members),
+                members: mem::take(&mut self.members),
                 session,
             }),
             Some(error) => {
                 // Ends its threads; the devices are out of it already.
                 drop(session);
+                trace_cleanup(&mem::take(&mut self.members));
                 give_up(&mut back);
                 Err(Failed::new(error, back))
             }
@@ -505,14 +518,15 @@ impl Incoming {
     #[must_use = "these are the VM's devices"]
     pub fn abort(mut self) -> Vec<MigratableDevice> {
         self.cancel();
-        for member in &self.members {
-            if let Way::Main(_) = member.way {
-                trace::load_cleanup(&member.id);
-            }
-        }
+        self.end()
+    }
+
+    /// Ends what is under way, and gives up what comes back.
+    fn end(&mut self) -> Vec<MigratableDevice> {
         let report = self.session.take().map(LoadSession::cleanup);
         let devices = report.into_iter().flat_map(|report| report.devices);
         let mut back = self.take_back(devices.filter_map(|report| report.device).collect());
+        trace_cleanup(&mem::take(&mut self.members));
         give_up(&mut back);
         back
     }
@@ -520,18 +534,20 @@ impl Incoming {
 
 impl Drop for Incoming {
     fn drop(&mut self) {
-        if let Some(session) = self.session.take() {
-            drop(session);
+        if !self.members.is_empty() {
+            self.cancel();
+            drop(self.end());
         }
-        give_up(&mut self.take_back(Vec::new()));
     }
 }
 
 /// Devices of a migration that has failed hold another VM's state, or part of it.
 fn give_up(devices: &mut [MigratableDevice]) {
     at_once(devices, |migratable| {
+        trace::migration_state_notifier(migratable.id(), "failing");
         // The migration's own error is the one to report; what this comes to is the device's duty.
         let _duty = migratable.device.discard_state();
+        trace::migration_state_notifier(migratable.id(), "failed");
     });
 }
 

@@ -158,7 +158,7 @@ impl SectionSink for Sink<'_> {
         let Some(direct) = &mut self.direct else {
             let session = self.incoming.session.get();
             return match session.filter(|_| !switched) {
-                Some(session) => session.write_iterable(&self.member.id, bytes),
+                Some(session) => session.write_iterable_piece(&self.member.id, bytes),
                 // From here on its data comes over the channels.
                 None => Err(refused),
             };
@@ -173,8 +173,6 @@ impl SectionSink for Sink<'_> {
         if switched {
             counters.phases.write.add_time(since.elapsed());
         }
-        let ret = Error::trace_errno(&written);
-        trace::load_state_device_data(&self.member.id, bytes.len() as u64, ret);
         written?;
         counters.main_bytes.add(bytes.len() as u64);
         Ok(())
@@ -250,6 +248,12 @@ impl SectionSink for Sink<'_> {
     }
 
     fn on_tag(&mut self, tag: Tag, _data_len: u64) {
-        trace::load_state(&self.member.id, tag.value());
+        if tag != Tag::EndOfState {
+            trace::load_state(&self.member.id, tag.value());
+        }
+    }
+
+    fn on_data(&mut self, data_len: u64, taken: &Result<()>) {
+        trace::load_state_device_data(&self.member.id, data_len, Error::trace_errno(taken));
     }
 }

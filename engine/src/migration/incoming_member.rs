@@ -21,6 +21,7 @@ use crate::{
     settings::ConfigGate,
     stats::{DeviceCounters, Stats},
     sync::Mutex,
+    trace,
 };
 
 /// How a device's data comes.
@@ -67,6 +68,15 @@ impl Member {
     /// Whether its device has PRE_COPY.
     pub(super) fn has_precopy(&self) -> bool {
         self.arrived.get().is_some_and(|arrived| arrived.precopy)
+    }
+}
+
+/// Tells of the cleanup of the devices whose data came over the main channel; the session tells of its own.
+pub(super) fn trace_cleanup(members: &[Member]) {
+    for member in members {
+        if let Way::Main(_) = member.way {
+            trace::load_cleanup(&member.id);
+        }
     }
 }
 

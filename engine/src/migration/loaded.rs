@@ -8,11 +8,11 @@
 //! One thread owns a [`Loaded`]. `join` waits for the channels' end, within the session's time without
 //! progress.
 
-use std::fmt;
+use std::{fmt, mem};
 
 use super::{
     MigratableDevice, at_once,
-    incoming_member::{Member, all_stats},
+    incoming_member::{Member, all_stats, trace_cleanup},
     members::MemberSession,
 };
 use crate::{
@@ -20,6 +20,7 @@ use crate::{
     load::LoadSession,
     state::DeviceState,
     stats::Stats,
+    trace,
 };
 
 /// All devices of a VM on the destination, loaded, in RESUMING: the VM may start.
@@ -69,8 +70,10 @@ impl Loaded {
             .session
             .take()
             .map_or(Ok(()), |session| session.join().result);
-        let mut devices = std::mem::take(&mut self.devices);
+        trace_cleanup(&mem::take(&mut self.members));
+        let mut devices = mem::take(&mut self.devices);
         for migratable in &mut devices {
+            trace::migration_state_notifier(migratable.id(), "completed");
             if migratable.state() == DeviceState::Stop {
                 migratable.device.has_arrived();
             }
@@ -89,16 +92,19 @@ impl Loaded {
             migratable.device.has_not_arrived();
         }
         self.give_up();
-        std::mem::take(&mut self.devices)
+        mem::take(&mut self.devices)
     }
 
     fn give_up(&mut self) {
         // Ends its threads; the devices are out of it already.
         drop(self.session.take());
+        trace_cleanup(&mem::take(&mut self.members));
         at_once(&mut self.devices, |migratable| {
             if migratable.device.is_arriving() {
+                trace::migration_state_notifier(migratable.id(), "failing");
                 // What this comes to is the device's duty.
                 let _duty = migratable.device.retire();
+                trace::migration_state_notifier(migratable.id(), "failed");
             }
         });
     }

@@ -15,7 +15,7 @@
 use std::{fmt, io::Write, time::Instant};
 
 use super::{
-    DeviceSettings, MigratableDevice, OutgoingDevice, Saved, at_once,
+    DeviceSettings, MigratableDevice, Off, OutgoingDevice, Saved, at_once,
     members::{MemberSession, merge, take_device},
     messages::Messages,
     put_all_back,
@@ -112,12 +112,12 @@ impl Outgoing {
         sources: Vec<OutgoingDevice>,
         session: SaveBuilder,
     ) -> Result<Self, Failed<Vec<MigratableDevice>>> {
-        let failed = |error, sources: Vec<OutgoingDevice>| {
+        let failed = |error: Error, sources: Vec<OutgoingDevice>| {
             let mut back: Vec<_> = sources
                 .into_iter()
                 .map(OutgoingDevice::into_migratable)
                 .collect();
-            put_all_back(&mut back);
+            put_all_back(&mut back, Off::by(&error));
             Err(Failed::new(error, back))
         };
         let (mut sources, mut session) = (sources, session);
@@ -125,6 +125,10 @@ impl Outgoing {
         let checked = canceller.check_in(Phase::Save);
         if let Err(error) = checked.and_then(|()| check(&sources, &session)) {
             return failed(error, sources);
+        }
+        for source in &sources {
+            trace::migration_state_notifier(source.id(), "device");
+            source.trace_last();
         }
         session.lend_threads(sources.iter_mut().map(|source| &mut *source.device));
         let stopped = at_once(&mut sources, |source| {
@@ -147,7 +151,6 @@ impl Outgoing {
             let id = source.id().clone();
             let config_gate = source.config_gate;
             let way = if source.multifd {
-                trace::save_complete_precopy_start(&id);
                 let device = source.device.take();
                 let spec = DeviceSpec::under_way(device)
                     .data_len(source.buffer.len())
@@ -178,7 +181,7 @@ impl Outgoing {
                 Err(failed) => {
                     let (error, devices) = failed.into_parts();
                     let mut back = switchover.take_back(devices);
-                    put_all_back(&mut back);
+                    put_all_back(&mut back, Off::by(&error));
                     return Err(Failed::new(error, back));
                 }
             }
@@ -297,7 +300,7 @@ impl Outgoing {
             )),
             Some(member) => {
                 let result = write(member, failure);
-                if turn == Step::Begun {
+                if turn == Step::Begun && matches!(member.way, Way::Main(_)) {
                     trace::save_complete_precopy(&member.id, Error::trace_errno(&result));
                 }
                 member.step = match turn {
@@ -410,7 +413,7 @@ impl Outgoing {
             None => Ok(Saved::new(back, stats, channels, self.messages.take())),
             Some(error) => {
                 channels.abandon();
-                put_all_back(&mut back);
+                put_all_back(&mut back, Off::by(&error));
                 Err(Failed::new(error, back))
             }
         }
@@ -425,6 +428,21 @@ impl Outgoing {
             Ok(saved) => saved.abort(),
             Err(failed) => failed.into_back(),
         }
+    }
+}
+
+impl Drop for Outgoing {
+    fn drop(&mut self) {
+        let report = self.session.take().map(|session| {
+            session.cancel();
+            session.join()
+        });
+        let mut devices = Vec::new();
+        if let Some(mut report) = report {
+            report.channels.abandon();
+            devices.extend(report.devices.into_iter().filter_map(|it| it.device));
+        }
+        put_all_back(&mut self.take_back(devices), Off::Cancelled);
     }
 }
 

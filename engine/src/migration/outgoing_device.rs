@@ -18,13 +18,14 @@
 
 use std::{
     io::Write,
+    mem,
     ops::{Deref, DerefMut},
 };
 
 use nix::errno::Errno;
 
 use super::{
-    Capabilities, DeviceSettings, MigratableDevice, SwitchoverAck, SwitchoverAcks, put_back,
+    Capabilities, DeviceSettings, MigratableDevice, Off, SwitchoverAck, SwitchoverAcks, put_back,
 };
 use crate::{
     device::{
@@ -117,7 +118,11 @@ pub struct OutgoingDevice {
     asks: bool,
     /// Whether it has said that its initial data is sent, since it asked last.
     init_sent: bool,
-    /// Why its migration has failed, where that was when the VM stopped.
+    /// Whether it has been iterated.
+    iterated: bool,
+    /// Whether the last read in PRE_COPY found nothing for now.
+    empty: bool,
+    /// Why its migration has failed, where that was at its set-up or when the VM stopped.
     failure: Option<Error>,
 }
 
@@ -162,12 +167,15 @@ impl OutgoingDevice {
             left: 0,
             asks: false,
             init_sent: false,
+            iterated: false,
+            empty: false,
             failure: None,
         };
         match source.set_up(capabilities, body) {
             Ok(()) => Ok(source),
             Err(error) => {
                 let error = error.on_device(source.id());
+                source.failed(&error);
                 Err(Failed::new(error, source.abort()))
             }
         }
@@ -204,7 +212,9 @@ impl OutgoingDevice {
             }
         }
         trace::save_setup(self.device.id(), len as u64);
-        writer.end()
+        writer.end()?;
+        trace::migration_state_notifier(self.device.id(), "active");
+        Ok(())
     }
 
     /// The device's name.
@@ -362,10 +372,19 @@ impl OutgoingDevice {
 
     /// Reads once. Returns how much, and whether that is the last of the initial data.
     fn read(&mut self) -> Result<(usize, bool)> {
-        trace::save_iterate_start(self.device.id());
+        if !mem::replace(&mut self.iterated, true) {
+            trace::save_iterate_start(self.device.id());
+        }
         let mut count = 0;
         if self.is_active() {
-            count = self.device.read_precopy(&mut self.buffer)?;
+            let read = self.device.read_precopy_once(&mut self.buffer)?;
+            let empty = read.is_none();
+            if empty && !self.empty {
+                trace::save_block_precopy_empty_hit(self.device.id());
+            }
+            count = read.unwrap_or(0);
+            // A driver that says 0 has found something no more than one that says ENOMSG.
+            self.empty = empty || self.empty && count == 0;
             self.was_read(count);
         }
         Ok((count, self.is_initial_due()))
@@ -388,7 +407,6 @@ impl OutgoingDevice {
     /// now keeps what it has not given for STOP_COPY.
     fn was_read(&mut self, count: usize) {
         if count == 0 {
-            trace::save_block_precopy_empty_hit(self.device.id());
             (self.initial, self.dirty) = (0, 0);
             return;
         }
@@ -414,7 +432,8 @@ impl OutgoingDevice {
             pending.stop_copy,
             initial,
             dirty,
-            !self.asks,
+            self.asks_to_wait(),
+            false,
             false,
         );
         pending
@@ -442,10 +461,33 @@ impl OutgoingDevice {
             stop_copy,
         } = pending;
         self.left = pending.total();
-        let acked = self.is_switchover_ready();
         trace::state_pending_exact(self.id(), pending.total(), 0, stop_copy, initial, dirty);
-        trace::state_pending(self.id(), stop_copy, initial, dirty, acked, true);
+        let asks = self.asks_to_wait();
+        trace::state_pending(self.id(), stop_copy, initial, dirty, asks, true, false);
         Ok(pending)
+    }
+
+    /// Whether it asks the switchover to wait: its initial data has not been sent.
+    const fn asks_to_wait(&self) -> bool {
+        self.asks && !self.init_sent
+    }
+
+    /// Tells what is left by the counts, once the VM has stopped: no device is asked in the downtime.
+    pub(super) fn trace_last(&self) {
+        let Pending {
+            initial,
+            dirty,
+            stop_copy,
+        } = self.pending();
+        trace::state_pending(
+            self.id(),
+            stop_copy,
+            initial,
+            dirty,
+            self.asks_to_wait(),
+            false,
+            true,
+        );
     }
 
     /// What is left by the counts: what STOP_COPY alone gives is what is left beyond the rest.
@@ -532,8 +574,9 @@ impl OutgoingDevice {
         if self.asks && !self.init_sent {
             self.acks.withdraw();
         }
+        let off = self.failure.as_ref().map_or(Off::Cancelled, Off::by);
         let mut migratable = self.into_migratable();
-        put_back(&mut migratable.device);
+        put_back(&mut migratable.device, off);
         migratable
     }
 
@@ -569,7 +612,7 @@ impl DerefMut for ResumeOnDrop {
 impl Drop for ResumeOnDrop {
     fn drop(&mut self) {
         if let Some(device) = &mut self.0 {
-            put_back(device);
+            put_back(device, Off::Cancelled);
         }
     }
 }

@@ -12,7 +12,7 @@
 
 use std::mem;
 
-use super::{MigratableDevice, at_once, messages::Messages, put_all_back};
+use super::{MigratableDevice, Off, at_once, messages::Messages, put_all_back};
 use crate::{
     channel::Finished,
     error::{Failed, Result},
@@ -83,8 +83,8 @@ impl Saved {
     pub fn cleanup(mut self) -> Result<Vec<MigratableDevice>, Failed<Vec<MigratableDevice>>> {
         let mut devices = mem::take(&mut self.devices);
         let stopped = at_once(&mut devices, |migratable| {
-            trace::save_cleanup(migratable.id());
             let stopped = migratable.device.retire();
+            trace::save_cleanup(migratable.id());
             trace::migration_state_notifier(migratable.id(), "completed");
             stopped
         });
@@ -102,7 +102,8 @@ impl Saved {
     pub fn abort(mut self) -> Vec<MigratableDevice> {
         let mut devices = mem::take(&mut self.devices);
         self.channels.abandon();
-        put_all_back(&mut devices);
+        // Its destination has.
+        put_all_back(&mut devices, Off::Failed);
         devices
     }
 
@@ -119,9 +120,9 @@ impl Saved {
 
     fn hold(&mut self) {
         at_once(&mut self.devices, |migratable| {
-            trace::save_cleanup(migratable.id());
             // What this comes to is the device's state and its duty.
             let _duty = migratable.device.hold();
+            trace::save_cleanup(migratable.id());
         });
     }
 }

@@ -45,7 +45,9 @@ pub(crate) fn serve_device(
 }
 
 fn set_up_device(save: &Arc<Save>, shared: &Arc<SaveDevice>, device: &mut Device) -> Result<()> {
-    trace::save_setup(&shared.id, shared.data_len as u64);
+    if !shared.of_migration {
+        trace::save_setup(&shared.id, shared.data_len as u64);
+    }
     let aborted = || Error::aborted(Phase::Setup).on_device(&shared.id);
     if shared.flags.stop().is_some() {
         return Err(aborted());

@@ -9,7 +9,9 @@ use std::{
 
 use vfio_migration_uring::{Waker, deadline};
 
-use super::{Save, SaveDevice, SaveTransfer, SourceChannels, serve_channel, serve_device};
+use super::{
+    Save, SaveDevice, SaveTransfer, SizedDevice, SourceChannels, serve_channel, serve_device,
+};
 #[cfg(doc)]
 use crate::error::ErrorKind;
 use crate::{
@@ -31,6 +33,7 @@ use crate::{
     stats::{ChannelCounters, Stats},
     sync::{Arc, Mutex, lock},
     tasks::{Task, TaskKind, Tasks},
+    trace,
 };
 
 /// Builds a [`SaveSession`].
@@ -183,10 +186,10 @@ impl SaveSession {
         }
         parts.settings.check_numbers()?;
         let limit = parts.settings.device_limit(devices.len())?;
-        let mut sized: Vec<(DeviceId, usize, u32)> = Vec::with_capacity(devices.len());
+        let mut sized: Vec<SizedDevice> = Vec::with_capacity(devices.len());
         for spec in devices {
             let id = spec.device.id().clone();
-            if sized.iter().any(|(other, ..)| *other == id) {
+            if sized.iter().any(|other| other.id == id) {
                 return Err(Error::two_devices_named(&id));
             }
             let len = spec.data_len.or(parts.settings.data_len);
@@ -195,9 +198,14 @@ impl SaveSession {
                 check_data_len(what, len).map_err(|error| error.on_device(&id))?;
             }
             let len = len.unwrap_or_else(|| buffer_len(spec.device.data_size().ok()));
-            sized.push((id, len, spec.first_index));
+            sized.push(SizedDevice {
+                id,
+                data_len: len,
+                first: spec.first_index,
+                of_migration: spec.of_migration,
+            });
         }
-        let largest = sized.iter().map(|(_, len, _)| *len).max().unwrap_or(0);
+        let largest = sized.iter().map(|it| it.data_len).max().unwrap_or(0);
         let memory = parts.settings.save_memory(limit, largest)?;
         let made = parts.prepared.take();
         let made = made.filter(|made| (made.limit, made.memory) == (limit, memory));
@@ -450,6 +458,10 @@ impl SaveSession {
         let mut finished = std::mem::take(&mut *lock(&self.save.finished));
         if result.is_err() {
             finished.abandon();
+        }
+        if result.is_err() {
+            let of_session = self.save.devices.iter().filter(|it| !it.of_migration);
+            of_session.for_each(|device| trace::save_cleanup(&device.id));
         }
         let off = Device::put_back;
         let mut report = self

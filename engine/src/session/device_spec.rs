@@ -31,8 +31,9 @@ pub struct DeviceSpec {
     pub(crate) data_len: Option<usize>,
     /// Save: its first packet's idx, behind those that carried its PRE_COPY data.
     pub(crate) first_index: u32,
-    /// A start of its VM follows, in which its driver checks its state.
-    vm_starts: bool,
+    /// Part of a VM's migration, which has set it up, starts its VM, where its driver checks its state, and
+    /// cleans up.
+    pub(crate) of_migration: bool,
 }
 
 impl DeviceSpec {
@@ -41,7 +42,7 @@ impl DeviceSpec {
     pub const fn new(mut device: Device) -> Self {
         device.set_off();
         let mut spec = Self::under_way(device);
-        spec.vm_starts = false;
+        spec.of_migration = false;
         spec
     }
 
@@ -52,7 +53,7 @@ impl DeviceSpec {
             config_gate: None,
             data_len: None,
             first_index: 0,
-            vm_starts: true,
+            of_migration: true,
         }
     }
 
@@ -77,7 +78,7 @@ impl DeviceSpec {
 
     /// What holds for it.
     pub(crate) const fn rules(&self, settings: &Settings) -> LoadRules {
-        LoadRules::new(settings, self.config_gate, self.vm_starts)
+        LoadRules::new(settings, self.config_gate, self.of_migration)
     }
 }
 

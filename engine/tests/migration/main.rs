@@ -4,6 +4,7 @@
 #![allow(missing_docs, reason = "a test")]
 
 mod adapter;
+mod as_set;
 mod blockers;
 mod channel_ends;
 mod example;

@@ -3,7 +3,8 @@
 //!
 //! One folder for each: 22 is of QEMU 11.1.3, the others of 10.0.2. There, `NN-c2s.bin` is a
 //! connection from source to destination, 00 the main channel; `-s2c` is the other way;
-//! `expected.json` says what was sent, as seen at both ends.
+//! `expected.json` says what was sent, as seen at both ends; `src.trace` and `dst.trace` are what the
+//! two QEMUs' own trace of their VFIO migration code said meanwhile.
 //!
 //! The devices of 06 and 09 had 2.5 MB of pseudo-random bytes, which are cut from the files and
 //! made again here; `cut` in `expected.json` says where from, and the sha256 of the whole. From 06

@@ -2,6 +2,7 @@
 #![allow(missing_docs, reason = "a test")]
 
 mod capture;
+mod capture_devices;
 mod captures;
 mod qemu_streams;
 mod recut;

@@ -1,31 +1,28 @@
-//! Every trace event comes in a migration that does everything, with its device.
+//! The trace events: every one comes, with its device, once where it should, and as QEMU's come.
 //!
 //! Alone in its process, whose subscriber it is.
 #![cfg(feature = "sim")]
 #![allow(missing_docs, reason = "a test")]
 
-#[path = "support/mock.rs"]
+#[path = "../support/mock.rs"]
 mod mock;
-#[path = "support/names.rs"]
+#[path = "../support/names.rs"]
 mod names;
-#[path = "support/vm.rs"]
+#[path = "../support/vm.rs"]
 mod vm;
-#[path = "support/watchdog.rs"]
+#[path = "../support/watchdog.rs"]
 mod watchdog;
 
-use std::{
-    collections::BTreeSet,
-    io,
-    sync::{Arc, Mutex},
-    thread,
-    time::Duration,
-};
+mod as_qemu;
+#[path = "../wire/capture.rs"]
+mod capture;
+#[path = "../wire/capture_devices.rs"]
+mod capture_devices;
+mod ends;
+mod recorder;
 
-use tracing::{
-    Event, Metadata, Subscriber,
-    field::{Field, Visit},
-    span,
-};
+use std::{collections::BTreeSet, io};
+
 use vfio_migration::{
     DeviceId, DeviceState,
     migration::{
@@ -33,78 +30,17 @@ use vfio_migration::{
         vm as state,
     },
     sim::{SimConfig, SimDevice},
-    trace,
 };
 
 use crate::{
     mock::Mock,
+    recorder::Recorder,
     vm::{Setup, migrate},
     watchdog::Watchdog,
 };
 
-/// The names of the events that named a device, and what they said had been returned.
-#[derive(Clone, Default)]
-struct Names(
-    Arc<Mutex<BTreeSet<&'static str>>>,
-    Arc<Mutex<BTreeSet<(&'static str, i64)>>>,
-);
-
-impl Names {
-    fn has(&self, name: &str) -> bool {
-        self.0.lock().unwrap().contains(name)
-    }
-}
-
-#[derive(Default)]
-struct Fields {
-    device: bool,
-    ret: Option<i64>,
-}
-
-impl Visit for Fields {
-    fn record_i64(&mut self, field: &Field, value: i64) {
-        if field.name() == "ret" {
-            self.ret = Some(value);
-        }
-    }
-
-    fn record_debug(&mut self, field: &Field, _value: &dyn std::fmt::Debug) {
-        self.device |= field.name() == "device";
-    }
-}
-
-impl Subscriber for Names {
-    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        metadata.target() == trace::TARGET
-    }
-
-    fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
-        span::Id::from_u64(1)
-    }
-
-    fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
-
-    fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
-
-    fn event(&self, event: &Event<'_>) {
-        let mut fields = Fields::default();
-        event.record(&mut fields);
-        let name = event.metadata().name();
-        if fields.device {
-            self.0.lock().unwrap().insert(name);
-        }
-        if let Some(ret) = fields.ret {
-            self.1.lock().unwrap().insert((name, ret));
-        }
-    }
-
-    fn enter(&self, _: &span::Id) {}
-
-    fn exit(&self, _: &span::Id) {}
-}
-
 /// The module that has all events: one function each.
-const SOURCE: &str = include_str!("../src/trace.rs");
+const SOURCE: &str = include_str!("../../src/trace.rs");
 
 /// The names of all events, as that module has them.
 fn events() -> BTreeSet<&'static str> {
@@ -126,8 +62,7 @@ fn events() -> BTreeSet<&'static str> {
 #[test]
 fn every_event_comes_with_its_device() {
     let _watchdog = Watchdog::new();
-    let names = Names::default();
-    tracing::subscriber::set_global_default(names.clone()).unwrap();
+    let recorder = Recorder::new();
 
     let mut around = PlatformSupport::default();
     around.device_dirty_tracking = true;
@@ -171,12 +106,17 @@ fn every_event_comes_with_its_device() {
     });
     ended.check();
     // 1 for success, as QEMU's has; the other's is an errno's place.
-    let returned = names.1.lock().unwrap().clone();
-    assert!(returned.contains(&("save_complete_precopy", 0)));
-    let of_threads = returned
-        .iter()
-        .filter(|(name, _)| *name == "save_complete_precopy_thread_end");
-    assert!(of_threads.eq(&[("save_complete_precopy_thread_end", 1)]));
+    let returned = |name: &str| -> BTreeSet<String> {
+        let told = recorder.told();
+        let of_name = told.iter().filter(|told| told.name == name);
+        of_name.map(|told| told.field("ret").to_owned()).collect()
+    };
+    assert!(returned("save_complete_precopy").iter().eq(["0"]));
+    assert!(
+        returned("save_complete_precopy_thread_end")
+            .iter()
+            .eq(["1"])
+    );
     // A load that waits for what never comes, and is given up.
     let setup = Setup::default();
     let (migratable, _) = setup.admit(1, setup.config(1));
@@ -189,13 +129,15 @@ fn every_event_comes_with_its_device() {
     )
     .unwrap();
     incoming.switchover_start().unwrap();
-    // Ends with the I/O thread's next round.
-    while !names.has("load_state_device_buffer_starved") {
-        thread::sleep(Duration::from_millis(1));
-    }
+    recorder.wait("a loader that waits", |told| {
+        told.iter()
+            .any(|it| it.name == "load_state_device_buffer_starved")
+    });
     let mut back = incoming.abort();
     state::stop(&mut back, state::Reason::Other).unwrap();
 
-    let seen = names.0.lock().unwrap().clone();
+    let told = recorder.told();
+    assert!(told.iter().all(|told| !told.device.is_empty()));
+    let seen: BTreeSet<_> = told.iter().map(|told| told.name).collect();
     assert_eq!(seen, events());
 }
