@@ -6,7 +6,7 @@ use std::{path::Path, time::Duration};
 
 use clap::ValueEnum;
 use vfio_migration::{
-    Backend, Settings, Spill,
+    Backend, Settings, Spill, Writer,
     estimate::MAX_DATA_SIZE,
     migration::{Capabilities, OnOffAuto},
     wire::PageSize,
@@ -30,6 +30,26 @@ impl From<BackendArg> for Backend {
             BackendArg::Auto => Self::Auto,
             BackendArg::Uring => Self::Uring,
             BackendArg::Blocking => Self::Blocking,
+        }
+    }
+}
+
+/// Which thread writes what has been received to a device.
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+pub(crate) enum WriterArg {
+    /// One thread for all devices, through its ring.
+    #[default]
+    Ring,
+    /// The channel that has received it, to a device that is quick. A driver that then stands still holds up that
+    /// channel.
+    Auto,
+}
+
+impl From<WriterArg> for Writer {
+    fn from(writer: WriterArg) -> Self {
+        match writer {
+            WriterArg::Ring => Self::Ring,
+            WriterArg::Auto => Self::Auto,
         }
     }
 }

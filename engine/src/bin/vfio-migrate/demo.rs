@@ -30,7 +30,7 @@ use vfio_migration::{
 
 use crate::{
     Interrupted, Usage,
-    args::{self, BackendArg, CapabilitiesArgs, SpillArgs, show},
+    args::{self, BackendArg, CapabilitiesArgs, SpillArgs, WriterArg, show},
     failure::{About, Failure},
     host_memory::{Need, of_load, of_save},
     interrupt, network,
@@ -78,6 +78,9 @@ pub(crate) struct Options {
     /// What moves the bytes in and out of the devices
     #[arg(long, value_enum, default_value_t)]
     backend: BackendArg,
+    /// Which thread writes to the devices
+    #[arg(long, value_enum, default_value_t)]
+    writer: WriterArg,
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
@@ -93,6 +96,7 @@ impl Default for Options {
             budget: None,
             spill: SpillArgs::default(),
             backend: BackendArg::Auto,
+            writer: WriterArg::Ring,
             json: false,
         }
     }
@@ -102,6 +106,7 @@ impl Options {
     fn settings(&self) -> Settings {
         let mut settings = Settings::default();
         settings.backend = Backend::from(self.backend);
+        settings.writer = self.writer.into();
         settings.budget = self.budget;
         self.spill.set(&mut settings);
         settings.channels = self.channels;

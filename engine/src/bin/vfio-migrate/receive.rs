@@ -35,7 +35,7 @@ use self::reader::MainChannel;
 use crate::{
     Interrupted,
     acceptor::{self, Acceptor, Identified},
-    args::{self, BackendArg, CapabilitiesArgs, SpillArgs},
+    args::{self, BackendArg, CapabilitiesArgs, SpillArgs, WriterArg},
     device::{self, Checked, Spec, Subject},
     host_memory::{NO_THREAD, Need, of_load},
     interrupt, limits,
@@ -78,6 +78,9 @@ pub(crate) struct Options {
     /// What moves the bytes into the devices
     #[arg(long, value_enum, default_value_t)]
     backend: BackendArg,
+    /// Which thread writes to the devices
+    #[arg(long, value_enum, default_value_t)]
+    writer: WriterArg,
     #[command(flatten)]
     capabilities: CapabilitiesArgs,
     /// The longest time without progress, or without a sign of the source, in seconds
@@ -95,6 +98,7 @@ impl Options {
     fn settings(&self) -> Settings {
         let mut settings = Settings::default();
         settings.backend = self.backend.into();
+        settings.writer = self.writer.into();
         settings.budget = self.budget;
         self.spill.set(&mut settings);
         settings.channels = self.channels;

@@ -37,7 +37,7 @@ use vfio_migration::{
 
 use crate::{
     Interrupted, Usage,
-    args::{self, BackendArg, SpillArgs},
+    args::{self, BackendArg, SpillArgs, WriterArg},
     capture::{Scan, show_key},
     capture_set::{self, DeviceKeyOrder, by_device, check, explain},
     host_memory::{Need, of_load},
@@ -84,6 +84,9 @@ pub(crate) struct Options {
     /// What moves the bytes into the devices
     #[arg(long, value_enum, default_value_t)]
     backend: BackendArg,
+    /// Which thread writes to the devices
+    #[arg(long, value_enum, default_value_t)]
+    writer: WriterArg,
     #[command(flatten)]
     spill: SpillArgs,
 }
@@ -379,6 +382,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
 fn receive(options: &Options, scans: &[Scan], subjects: &[Subject]) -> anyhow::Result<Vec<Moved>> {
     let mut settings = capture_set::settings(scans);
     settings.backend = options.backend.into();
+    settings.writer = options.writer.into();
     options.spill.set(&mut settings);
     let need = Need {
         budgets: of_load(settings.budget, subjects.len()),
