@@ -26,3 +26,8 @@ pub mod slow;
 pub mod source;
 pub mod switchover;
 pub mod yardstick;
+
+/// The project's README: its examples compile.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;

@@ -156,6 +156,8 @@ pub struct Device {
     health: Health,
     events: bool,
     threads: Threads,
+    /// Whether the kernel has the newer precopy info, once it was asked.
+    precopy_info_v2: Option<bool>,
     rest: Rest,
 }
 
@@ -184,6 +186,7 @@ impl Device {
             health: Health::Good,
             events: true,
             threads: Threads::default(),
+            precopy_info_v2: None,
             rest: Rest::new(),
         };
         match device.ask() {
@@ -382,18 +385,24 @@ impl Device {
         self.query(Phase::State, |inner| inner.precopy_info(fd.as_fd()))
     }
 
-    /// Opts in to [`PrecopyInfo::reinit`]. Returns `false` if the kernel does not have it.
+    /// Opts in to [`PrecopyInfo::reinit`]. Returns `false` if the kernel does not have it. The device is asked once;
+    /// [`MigratableDevice::new`](crate::migration::MigratableDevice::new) does so.
     ///
     /// # Errors
     ///
     /// [`ErrorKind::Device`] for anything but `ENOTTY`; [`ErrorKind::Lost`],
     /// [`ErrorKind::Panicked`].
     pub fn enable_precopy_info_v2(&mut self) -> Result<bool> {
-        self.query(Phase::Setup, |inner| match inner.enable_precopy_info_v2() {
+        if let Some(known) = self.precopy_info_v2 {
+            return Ok(known);
+        }
+        let enabled = self.query(Phase::Setup, |inner| match inner.enable_precopy_info_v2() {
             Ok(()) => Ok(true),
             Err(error) if error.raw_os_error() == Some(Errno::ENOTTY as i32) => Ok(false),
             Err(error) => Err(error),
-        })
+        });
+        self.precopy_info_v2 = Some(matches!(enabled, Ok(true)));
+        enabled
     }
 
     /// Reads once from the data fd in a PRE_COPY state, on the caller's thread. 0 means "nothing for now": the

@@ -53,6 +53,38 @@ impl DeviceId {
     }
 }
 
+/// As its two parts; an instance of 0 may be left out.
+#[cfg(feature = "serde")]
+mod parts {
+    use std::borrow::Cow;
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
+
+    use super::DeviceId;
+
+    #[derive(Deserialize, Serialize)]
+    #[serde(rename = "DeviceId", deny_unknown_fields)]
+    struct Parts<'a> {
+        idstr: Cow<'a, str>,
+        #[serde(default)]
+        instance: u32,
+    }
+
+    impl Serialize for DeviceId {
+        fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+            let (idstr, instance) = (Cow::Borrowed(self.idstr()), self.instance());
+            Parts { idstr, instance }.serialize(serializer)
+        }
+    }
+
+    impl<'de> Deserialize<'de> for DeviceId {
+        fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+            let Parts { idstr, instance } = Parts::deserialize(deserializer)?;
+            Self::new(&*idstr, instance).map_err(D::Error::custom)
+        }
+    }
+}
+
 /// A text that is no idstr: see [`DeviceId::new`].
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct InvalidDeviceId(());

@@ -94,11 +94,23 @@
 //! | feature | brings |
 //! |---|---|
 //! | none | all but the last row above |
-//! | `vfio` | the module `vfio`: the kernel's devices, over a device fd or by a sysfs path |
+//! | `vfio` | the module `vfio`: the kernel's devices, over a device fd |
+//! | `vfio-open` | `vfio::open`: the same, by a sysfs path; brings vfio-ioctls |
 //! | `sim` | the module `sim`, and simulated rings: for tests, a VMM's own too |
-//! | `cli` | the command `vfio-migrate`, and both of these |
+//! | `serde` | `Serialize` of [`Stats`] and its parts; with `Deserialize` of settings, capabilities and [`DeviceId`] |
+//! | `log` | the events as records of the crate `log`, where no `tracing` subscriber is installed |
+//! | `cli` | the command `vfio-migrate`, `sim` and `vfio-open` |
 //!
 //! Linux, 64-bit, little-endian; Rust 1.88.
+
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
+#[cfg(not(all(
+    target_os = "linux",
+    target_pointer_width = "64",
+    target_endian = "little"
+)))]
+compile_error!("vfio-migration is for Linux on 64-bit, little-endian machines");
 
 #[cfg(all(loom, not(crossbeam_loom)))]
 compile_error!("`--cfg loom` without `--cfg crossbeam_loom` models the slots but not the epochs");
@@ -236,5 +248,5 @@ pub mod guide {}
 
 /// The README's examples compile.
 #[cfg(doctest)]
-#[doc = include_str!("../../README.md")]
+#[doc = include_str!("../README.md")]
 struct Readme;

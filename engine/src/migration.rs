@@ -243,9 +243,14 @@ pub struct MigratableDevice {
 
 impl MigratableDevice {
     /// Takes a device that the VMM admits by rules of its own; [`MigrationBlockers::admit`] has the
-    /// usual ones.
+    /// usual ones. Both opt in to [`PrecopyInfo::reinit`](crate::PrecopyInfo::reinit) of a device that has PRE_COPY,
+    /// with one call; without it no device says that it has new initial data.
     pub fn new(mut device: Device, settings: DeviceSettings) -> Self {
         device.set_events(settings.events);
+        if device.flags().contains(MigrationFlags::PRE_COPY) {
+            // What is not there is not missed.
+            let _has = device.enable_precopy_info_v2();
+        }
         Self {
             device,
             settings,

@@ -16,6 +16,8 @@ use crate::{
 
 /// Where packets go when the budget is spent. See [`Settings::spill`].
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "lowercase"))]
 #[non_exhaustive]
 pub enum Spill {
     /// To a memory file, from channels with a [`RamSink`](crate::RamSink); from others nowhere.
@@ -31,6 +33,7 @@ pub enum Spill {
 
 /// When a device's config, which came over the channels, may be loaded. Both ends must agree.
 #[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum ConfigGate {
     /// When the rest of its state is in the device.
     #[default]
@@ -48,6 +51,8 @@ impl ConfigGate {
 
 /// Which thread writes what has been received to a device. See [`Settings::writer`].
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "lowercase"))]
 #[non_exhaustive]
 pub enum Writer {
     /// The I/O thread, through its ring.
@@ -70,6 +75,8 @@ pub enum Writer {
 /// assert_eq!(settings.budget, Some(64 << 20));
 /// ```
 #[derive(Clone, Debug)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 #[non_exhaustive]
 pub struct Settings {
     /// Which ring moves the devices' bytes: [`Backend::Auto`].
@@ -191,13 +198,13 @@ impl Default for Settings {
 
 /// A method for each field, to set it in a chain.
 macro_rules! setters {
-    ($($field:ident: $type:ty $(=> $wrap:ident)?),* $(,)?) => {
-        impl Settings {
+    ($of:ident: $($field:ident: $type:ty $(=> $wrap:ident)?),* $(,)?) => {
+        impl $of {
             $(
                 #[doc = concat!("Sets [`", stringify!($field), "`](#structfield.", stringify!($field), ").")]
                 #[must_use]
                 pub fn $field(mut self, $field: $type) -> Self {
-                    self.$field = setters!(@ $field $($wrap)?);
+                    self.$field = $crate::settings::setters!(@ $field $($wrap)?);
                     self
                 }
             )*
@@ -206,8 +213,10 @@ macro_rules! setters {
     (@ $field:ident) => { $field };
     (@ $field:ident $wrap:ident) => { $wrap($field) };
 }
+pub(crate) use setters;
 
 setters! {
+    Settings:
     backend: Backend,
     budget: usize => Some,
     buffer_len: usize,

@@ -18,6 +18,8 @@
 //! |-------|----------------------------|-------------------------------|----------------------------|
 //! | count | [`DeviceCounters::taken`]  | [`DeviceCounters::snapshot`]  | the counts of `published`  |
 
+mod display;
+
 use std::time::{Duration, Instant};
 
 use crossbeam_utils::CachePadded;
@@ -90,6 +92,8 @@ impl Counter {
 /// How many transfers there were on a data fd, and how long they took from submission to
 /// completion. A linked chain counts as one.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
 pub struct Latency {
     /// How many.
     pub count: u64,
@@ -104,6 +108,8 @@ pub struct Latency {
 ///
 /// `stop` and `resume` are measured only if the VM's state changes go through [`migration`](crate::migration).
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
 pub struct Phases {
     /// Source: stopping the device, by way of its P2P state if it has one.
     pub stop: Duration,
@@ -149,6 +155,7 @@ impl Phases {
 
 /// One device's counters, as they were at one moment.
 #[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct DeviceStats {
     /// Which device.
@@ -179,6 +186,7 @@ pub struct DeviceStats {
 
 /// One channel's counters, as they were at one moment.
 #[derive(Clone, Debug, Default, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct ChannelStats {
     /// Which channel, in the order given to the session.
@@ -197,6 +205,7 @@ pub struct ChannelStats {
 
 /// What a load's spill file has taken and given back, as it was at one moment. Sizes are in bytes.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct SpillStats {
     /// The most that the file may hold. 0 if there is no spill file.
@@ -215,6 +224,7 @@ pub struct SpillStats {
 
 /// A session's counters, as they were at one moment.
 #[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct Stats {
     /// By device.

@@ -1,8 +1,8 @@
 //! Runs the models, or the models against mutants of the code that they model.
 //!
 //! ```text
-//! cargo run -p vfio-migration-loom-tests [-- FILTER]             every model whose name has FILTER
-//! cargo run -p vfio-migration-loom-tests -- --mutants [FILTER]   every mutant whose name has it
+//! cargo run --manifest-path loom-tests/Cargo.toml [-- FILTER]             every model whose name has FILTER
+//! cargo run --manifest-path loom-tests/Cargo.toml -- --mutants [FILTER]   every mutant whose name has it
 //! ```
 //!
 //! Two environment variables say how deep the models go: `LOOM_MAX_PREEMPTIONS` (2 by default) and

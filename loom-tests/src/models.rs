@@ -78,8 +78,9 @@ pub fn run(workspace: &Path, filter: &str) -> Result<bool, String> {
 /// in the order of `files`.
 pub fn build(workspace: &Path, target: &Path, files: &[&str]) -> Result<Vec<Model>, String> {
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo")));
+    let models = workspace.join("loom-tests");
     command
-        .current_dir(workspace)
+        .current_dir(&models)
         .args(["test", "--no-run", "--color", "never", "--profile", "loom"])
         .args(["-p", "vfio-migration-loom-tests", "--target-dir"])
         .arg(target);
@@ -106,16 +107,16 @@ pub fn build(workspace: &Path, target: &Path, files: &[&str]) -> Result<Vec<Mode
     }
     let mut binaries: Vec<Binary> = said.lines().filter_map(binary).collect();
     binaries.sort_by_key(|binary| files.iter().position(|file| *file == binary.file));
-    let mut models = Vec::new();
+    let mut found = Vec::new();
     for binary in binaries {
         // Cargo prints paths below the folder it runs in without it.
-        let path = workspace.join(&binary.path);
+        let path = models.join(&binary.path);
         let list = Command::new(&path)
             .args(["--list", "--format", "terse"])
             .output()
             .map_err(|error| format!("{}: {error}", path.display()))?;
         let list = String::from_utf8_lossy(&list.stdout);
-        models.extend(list.lines().filter_map(|line| {
+        found.extend(list.lines().filter_map(|line| {
             Some(Model {
                 binary: path.clone(),
                 file: binary.file.clone(),
@@ -123,10 +124,10 @@ pub fn build(workspace: &Path, target: &Path, files: &[&str]) -> Result<Vec<Mode
             })
         }));
     }
-    if models.is_empty() {
+    if found.is_empty() {
         return Err(format!("cargo built no models:\n{said}"));
     }
-    Ok(models)
+    Ok(found)
 }
 
 /// Reads cargo's line `Executable tests/slot.rs (target/…/slot-0123)`.

@@ -58,6 +58,15 @@
 //! # }
 //! ```
 
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
+#[cfg(not(all(
+    target_os = "linux",
+    target_pointer_width = "64",
+    target_endian = "little"
+)))]
+compile_error!("vfio-migration-uring is for Linux on 64-bit, little-endian machines");
+
 mod blocking;
 mod buffer;
 mod kernel;

@@ -16,6 +16,8 @@ use crate::{Buffer, Ring, SpawnWorker, Waker, blocking::BlockingRing, kernel::Ke
 
 /// Which ring.
 #[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "lowercase"))]
 pub enum Backend {
     /// The kernel's, or else the blocking one.
     #[default]

@@ -9,7 +9,7 @@
 //!                            ioctl: one call each, on a BorrowedFd ◀───────────────────┘
 //! ```
 //!
-//! vfio-ioctls opens a device and knows its regions. But it keeps a migration's data fd to itself and drops
+//! vfio-ioctls opens a device and knows its regions (feature `vfio-open`). But it keeps a migration's data fd to itself and drops
 //! the PRE_COPY flags. So this module makes the migration's calls itself, with the structs of
 //! vfio-bindings, on any device fd. Never mix the two ways to set the state of one device.
 //!
@@ -17,6 +17,7 @@
 //! driver takes. Nothing here waits, or keeps a state of its own.
 
 pub mod ioctl;
+#[cfg(feature = "vfio-open")]
 mod open;
 
 use std::{
@@ -27,10 +28,9 @@ use std::{
 
 use nix::errno::Errno;
 
-pub use self::{
-    ioctl::{DmaRange, Feature, Support},
-    open::{CdevDevice, SysfsDevice, cdev, open, open_cdev},
-};
+pub use self::ioctl::{DmaRange, Feature, Support};
+#[cfg(feature = "vfio-open")]
+pub use self::open::{CdevDevice, SysfsDevice, cdev, open, open_cdev};
 use super::{Hooked, Hooks, MigrationDevice};
 use crate::state::{DeviceState, MigrationFlags, PrecopyInfo};
 
@@ -60,9 +60,11 @@ pub trait Config: Send {
 /// use vfio_migration::{Device, DeviceId, vfio};
 ///
 /// # fn devices(device_fd: OwnedFd) -> Result<(), Box<dyn std::error::Error>> {
-/// // From sysfs, where nobody else has the device:
+/// # #[cfg(feature = "vfio-open")] {
+/// // From sysfs, where nobody else has the device (feature `vfio-open`):
 /// let inner = vfio::open("/sys/bus/pci/devices/0000:3b:00.2".as_ref())?;
 /// let device = Device::new(DeviceId::new("0000:00:03.0/vfio", 0)?, Box::new(inner))?;
+/// # }
 ///
 /// // From an fd that the VMM has open, an `OwnedFd`, by whatever way it came by it:
 /// let inner = vfio::VfioDevice::new(device_fd);

@@ -5,11 +5,13 @@
 
 use crate::{
     error::{Error, Phase, Result},
-    settings::{ConfigGate, check_data_len},
+    settings::{ConfigGate, check_data_len, setters},
 };
 
 /// A switch that can be left to its rule.
 #[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "lowercase"))]
 pub enum OnOffAuto {
     /// By the rule.
     #[default]
@@ -22,6 +24,8 @@ pub enum OnOffAuto {
 
 /// What the VMM sets for one device.
 #[derive(Clone, Debug)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 #[non_exhaustive]
 pub struct DeviceSettings {
     /// Whether the device may be migrated. `Auto`: yes, unless there is a blocker. `On`: a blocker fails the
@@ -57,6 +61,16 @@ impl Default for DeviceSettings {
     }
 }
 
+setters! {
+    DeviceSettings:
+    enable: OnOffAuto,
+    transfer: OnOffAuto,
+    dirty_tracking: bool,
+    events: bool,
+    buffer_len: usize => Some,
+    config_after_iterables: OnOffAuto => Some,
+}
+
 impl DeviceSettings {
     /// Refuses what no migration can do.
     pub(super) fn check(&self) -> Result<()> {
@@ -68,6 +82,8 @@ impl DeviceSettings {
 
 /// How a switchover waits until the destination has loaded the devices' initial data.
 #[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "lowercase"))]
 pub enum SwitchoverAck {
     /// The switchover does not wait.
     #[default]
@@ -83,11 +99,12 @@ pub enum SwitchoverAck {
 /// ```
 /// use vfio_migration::migration::{SwitchoverAck, Capabilities};
 ///
-/// let mut capabilities = Capabilities::default();
-/// capabilities.switchover_ack = SwitchoverAck::Once;
+/// let capabilities = Capabilities::default().switchover_ack(SwitchoverAck::Once);
 /// assert!(capabilities.can_carry());
 /// ```
 #[derive(Clone, Debug)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 #[non_exhaustive]
 pub struct Capabilities {
     /// There are multifd channels. Default: yes.
@@ -131,6 +148,19 @@ impl Default for Capabilities {
             background_snapshot: false,
         }
     }
+}
+
+setters! {
+    Capabilities:
+    multifd: bool,
+    compression: bool,
+    to_file: bool,
+    switchover_start: bool,
+    switchover_ack: SwitchoverAck,
+    config_after_iterables: OnOffAuto,
+    precopy_over_channels: bool,
+    postcopy: bool,
+    background_snapshot: bool,
 }
 
 impl Capabilities {

@@ -14,6 +14,7 @@ use vfio_migration::{
     Device, DeviceId,
     DeviceState::{self, PreCopy, PreCopyP2p, Resuming, Running, Stop, StopCopy},
     ErrorKind, MigrationDevice, MigrationFlags, Phase, PrecopyInfo, Recover, StateEvent,
+    migration::{DeviceSettings, MigratableDevice},
 };
 
 /// What the device does with one call.
@@ -46,6 +47,8 @@ struct Script {
     calls: Vec<Call>,
     events: Vec<StateEvent>,
     panic_on: Option<StateEvent>,
+    /// How often it was asked for the newer precopy info.
+    opted: u32,
     /// The other ends of the data fds that were handed out.
     writers: Vec<PipeWriter>,
 }
@@ -67,6 +70,7 @@ impl Mock {
             calls: Vec::new(),
             events: Vec::new(),
             panic_on: None,
+            opted: 0,
             writers: Vec::new(),
         })))
     }
@@ -175,6 +179,11 @@ impl MigrationDevice for Mock {
     fn precopy_info(&self, _fd: BorrowedFd<'_>) -> io::Result<PrecopyInfo> {
         self.other()?;
         Ok(PrecopyInfo::default())
+    }
+
+    fn enable_precopy_info_v2(&mut self) -> io::Result<()> {
+        self.script().opted += 1;
+        Err(Errno::ENOTTY.into())
     }
 
     fn save_config(&mut self, writer: &mut dyn Write) -> io::Result<()> {
@@ -542,6 +551,22 @@ fn the_config_is_counted() {
 fn a_kernel_without_the_second_precopy_info_is_fine() {
     let (_, mut device) = Mock::device(Running);
     assert!(!device.enable_precopy_info_v2().unwrap());
+}
+
+#[test]
+fn a_migratable_device_has_asked_for_the_newer_precopy_info_once() {
+    let (mock, device) = Mock::device(Running);
+    let migratable = MigratableDevice::new(device, DeviceSettings::default());
+    assert_eq!(mock.script().opted, 1);
+    let migratable = MigratableDevice::new(migratable.into_device(), DeviceSettings::default());
+    assert!(!migratable.into_device().enable_precopy_info_v2().unwrap());
+    assert_eq!(mock.script().opted, 1);
+    // Where there is no PRE_COPY there is nothing to ask for.
+    let mock = Mock::new(Running);
+    mock.script().flags = MigrationFlags::STOP_COPY;
+    let device = Device::new(DeviceId::new("mock", 0).unwrap(), Box::new(mock.clone())).unwrap();
+    drop(MigratableDevice::new(device, DeviceSettings::default()));
+    assert_eq!(mock.script().opted, 0);
 }
 
 #[test]

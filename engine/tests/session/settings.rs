@@ -12,8 +12,8 @@ use std::{
 };
 
 use vfio_migration::{
-    Backend, Device, DeviceSpec, DeviceState, Error, ErrorKind, LoadSession, Relay, SaveSession,
-    Settings, SourceChannels, Spill, Writer,
+    Backend, Device, DeviceId, DeviceSpec, DeviceState, Error, ErrorKind, LoadSession, Relay,
+    SaveSession, Settings, SourceChannels, Spill, Writer,
     migration::{
         Capabilities, DeviceSettings, Incoming, MigratableDevice, OutgoingDevice, SwitchoverAck,
         SwitchoverAcks,
@@ -533,4 +533,47 @@ fn every_setting_of_a_simulated_ring_works() {
             let _some_of_it = got.join().unwrap();
         }
     }
+}
+
+#[cfg(feature = "serde")]
+#[test]
+fn settings_and_counters_are_data_too() {
+    use vfio_migration::{Stats, migration::OnOffAuto};
+
+    // What is left out is as it is by default.
+    let settings: Settings = serde_json::from_str(
+        r#"{"backend": "blocking", "budget": 4194304, "spill": "off", "grace": {"secs": 1, "nanos": 0}}"#,
+    )
+    .unwrap();
+    let expected = Settings::default()
+        .backend(Backend::Blocking)
+        .budget(4 << 20)
+        .spill(Spill::Off)
+        .grace(Duration::from_secs(1));
+    assert_eq!(format!("{settings:?}"), format!("{expected:?}"));
+    let back = serde_json::to_string(&settings).unwrap();
+    let again: Settings = serde_json::from_str(&back).unwrap();
+    assert_eq!(format!("{again:?}"), format!("{expected:?}"));
+    // A setting that there is not is no default.
+    assert!(serde_json::from_str::<Settings>(r#"{"buget": 1}"#).is_err());
+
+    let capabilities: Capabilities =
+        serde_json::from_str(r#"{"switchover_ack": "reusable"}"#).unwrap();
+    let expected = Capabilities::default().switchover_ack(SwitchoverAck::Reusable);
+    assert_eq!(format!("{capabilities:?}"), format!("{expected:?}"));
+    let device: DeviceSettings = serde_json::from_str(r#"{"transfer": "off"}"#).unwrap();
+    let expected = DeviceSettings::default().transfer(OnOffAuto::Off);
+    assert_eq!(format!("{device:?}"), format!("{expected:?}"));
+
+    let id = DeviceId::new("nic", 2).unwrap();
+    let text = serde_json::to_string(&id).unwrap();
+    assert_eq!(text, r#"{"idstr":"nic","instance":2}"#);
+    assert_eq!(serde_json::from_str::<DeviceId>(&text).unwrap(), id);
+    assert!(serde_json::from_str::<DeviceId>(r#"{"idstr":""}"#).is_err());
+
+    let load = LoadSession::builder().start().unwrap();
+    let stats: Stats = load.stats();
+    let value = serde_json::to_value(&stats).unwrap();
+    assert_eq!(value["budget"].as_u64(), Some(stats.budget));
+    assert!(value["devices"].as_array().unwrap().is_empty());
 }
