@@ -214,7 +214,7 @@ impl Record {
             let (name, rest) = line.split_once("  (").unwrap();
             let name = name.strip_prefix("vfio_").unwrap();
             let (device, args) = rest.split_once(')').unwrap();
-            // In the order in which they are realized.
+            // In the order in which they came.
             if !devices.contains(&device) {
                 devices.push(device);
             }
