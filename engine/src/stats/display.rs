@@ -66,6 +66,9 @@ impl fmt::Display for DeviceStats {
         if self.queued > 0 {
             write!(f, ", {} packets queued", self.queued)?;
         }
+        if self.written_through > 0 {
+            write!(f, ", {} by the channels", Size(self.written_through))?;
+        }
         write!(
             f,
             "; {}; starved for {:.1?}; {}",
@@ -171,6 +174,7 @@ mod tests {
                 max: Duration::from_millis(3),
             },
             entries: 9,
+            written_through: 1 << 19,
             phases: Phases {
                 stop: Duration::from_millis(1),
                 read: Duration::from_millis(80),
@@ -187,7 +191,7 @@ mod tests {
         assert_eq!(
             stats.to_string(),
             "main channel: 0 B of 0 B held at most, 0 calls into the ring\n\
-             device nic: 3.0 MiB in 4 packets; 3 transfers, 2.0ms each, 3.0ms at most; \
+             device nic: 3.0 MiB in 4 packets, 512.0 KiB by the channels; 3 transfers, 2.0ms each, 3.0ms at most; \
              starved for 7.0ms; stop 1.0ms, read 80.0ms\n\
              channel 1: 512 B in 2 packets, 1 SYNCs, blocked for 0.0ns"
         );

@@ -238,11 +238,11 @@ impl Record {
                 seen.note("the VM's last stop");
                 args = args.replace("shutdown", "other");
             }
-            if let Some(size) = args.strip_prefix("data buffer size ") {
-                if size.parse::<u32>().unwrap() < 64 << 10 {
-                    seen.note("save_setup: data buffer size");
-                    args = format!("data buffer size {}", 64 << 10);
-                }
+            if let Some(size) = args.strip_prefix("data buffer size ")
+                && size.parse::<u32>().unwrap() < 64 << 10
+            {
+                seen.note("save_setup: data buffer size");
+                args = format!("data buffer size {}", 64 << 10);
             }
             if name == "state_pending_estimate" || name == "state_pending_exact" {
                 seen.note("state_pending_*: precopy");

@@ -223,7 +223,8 @@ fn a_save_is_cleaned_up_once_however_it_ends() {
     // Sessions by themselves: failed; saved, and the VM is there; saved, and it is here.
     drop(recorder);
     let setup = Setup::default();
-    let ends: [(&str, fn(&mut Report)); 3] = [
+    type NamedEnd = (&'static str, fn(&mut Report));
+    let ends: [NamedEnd; 3] = [
         ("failed", Report::put_back),
         ("there", Report::stop_devices),
         ("here", Report::put_back),
