@@ -9,6 +9,7 @@
 //! |---|---|
 //! | `tls.rs` | the stream: a session, its socket, and every wait |
 //! | `tls/session.rs` | rustls's state machine, and what it has not sent or read yet |
+//! | `tls/owned.rs` | rustls's own stream as a channel's |
 //! | `tls/kernel.rs` | the same connection with its records made by the kernel |
 //!
 //! # Who waits where
@@ -32,10 +33,7 @@ use std::{
     fmt, io,
     io::{IoSlice, IoSliceMut, Read, Write},
     net::{Shutdown, TcpStream},
-    os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
-        unix::net::UnixStream,
-    },
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -46,15 +44,16 @@ use nix::{
     sys::socket::{MsgFlags, recv, send},
 };
 use rustls::{
-    ClientConfig, ClientConnection, ServerConfig, ServerConnection, StreamOwned,
+    ClientConfig, ServerConfig,
     pki_types::{CertificateDer, ServerName},
 };
 use vfio_migration_uring::deadline;
 
 mod kernel;
+mod owned;
 mod session;
 
-pub use self::kernel::KernelTlsStream;
+pub use self::kernel::{KernelRefused, KernelTlsStream};
 use self::session::{OUTGOING, Session, Sink};
 use super::{
     Channel,
@@ -465,36 +464,6 @@ impl TlsStream {
     }
 }
 
-/// That the kernel has not taken a connection over: [`TlsStream::into_kernel`].
-#[derive(Debug)]
-pub struct KernelRefused {
-    stream: Option<TlsStream>,
-    why: io::Error,
-}
-
-impl KernelRefused {
-    /// The stream, as it was.
-    ///
-    /// # Errors
-    ///
-    /// Where it is lost: why.
-    pub fn into_stream(self) -> io::Result<TlsStream> {
-        self.stream.ok_or(self.why)
-    }
-}
-
-impl fmt::Display for KernelRefused {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("the kernel does not do this connection's TLS")
-    }
-}
-
-impl std::error::Error for KernelRefused {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        Some(&self.why)
-    }
-}
-
 impl Read for TlsStream {
     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
         self.read_vectored(&mut [IoSliceMut::new(bytes)])
@@ -586,41 +555,3 @@ impl fmt::Debug for TlsStream {
             .finish_non_exhaustive()
     }
 }
-
-// ------------------------------------------------------------------------- rustls's own stream
-
-/// rustls's own stream, which a VMM may have already. [`TlsStream`] makes fewer calls and copies.
-macro_rules! rustls_stream {
-    ($connection:ty, $socket:ty) => {
-        impl ChannelStream for StreamOwned<$connection, $socket> {
-            fn hangup(&self) -> io::Result<Hangup> {
-                ChannelStream::hangup(&self.sock)
-            }
-
-            fn set_timeout(&self, timeout: Duration) -> io::Result<()> {
-                ChannelStream::set_timeout(&self.sock, timeout)
-            }
-
-            fn finish(&mut self) -> io::Result<()> {
-                self.conn.send_close_notify();
-                self.flush()?;
-                ChannelStream::finish(&mut self.sock)
-            }
-
-            fn is_ended(&self) -> bool {
-                ChannelStream::is_ended(&self.sock)
-            }
-        }
-
-        impl From<StreamOwned<$connection, $socket>> for Channel {
-            fn from(stream: StreamOwned<$connection, $socket>) -> Self {
-                Self::new(stream)
-            }
-        }
-    };
-}
-
-rustls_stream!(ClientConnection, TcpStream);
-rustls_stream!(ClientConnection, UnixStream);
-rustls_stream!(ServerConnection, TcpStream);
-rustls_stream!(ServerConnection, UnixStream);

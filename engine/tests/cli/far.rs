@@ -21,7 +21,9 @@ fn migrate(
     let far = Far::new(way, is_lost)?;
     let directory = Directory::new();
     let options = format!("--json --channels {channels} --device sim:id=a");
-    let (receiving, at) = listen(words(&format!("receive {options} --listen {HERE}:0")));
+    let (receiving, at) = listen(words(&format!(
+        "receive {options} --insecure --listen {HERE}:0"
+    )));
     let mut to = at.replace(HERE, THERE);
     let mut relaying = None;
     if relayed {

@@ -178,7 +178,7 @@ fn each_command(
 #[test]
 fn a_host_with_few_addresses_is_an_error_that_names_what_it_lacks() {
     let place = Directory::new();
-    let fine = (0..24).map(|step| 12 + 4 * step);
+    let fine = (0..24).map(|step| 16 + 4 * step);
     let coarse = (0..12).map(|step| 110 + 37 * step);
     let mut done = Vec::new();
     for mebibytes in fine.chain(coarse) {

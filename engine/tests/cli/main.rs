@@ -25,12 +25,15 @@ mod relay;
 mod replay;
 mod return_path;
 mod start;
+mod tls;
 mod unread;
 mod vanished;
 mod which_side;
 
 #[path = "../support/barrier.rs"]
 mod barrier;
+#[path = "../support/certificates.rs"]
+mod certificates;
 #[path = "../support/command.rs"]
 mod command;
 #[path = "../support/names.rs"]

@@ -4,6 +4,7 @@
 //!   resolve ─▶ waiting ─▶ under way (as many as may be) ─┬─▶ established: Connection
 //!                 ▲                                       │
 //!                 └── a pause ◀── refused, lost, no room ◀┘
+//!   all established ─▶ with TLS: shake hands, all side by side
 //! ```
 //!
 //! A destination that does not listen yet, is busy, has a full backlog or never saw a packet is tried again. An
@@ -34,7 +35,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, anyhow, bail, ensure};
 use nix::{
     errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
@@ -47,6 +48,7 @@ use vfio_migration_uring::{deadline, later};
 use crate::{
     Interrupted, Usage, interrupt,
     network::{Address, Connection, TICK},
+    tls,
 };
 
 /// The most connections that may be under way at one time.
@@ -363,18 +365,64 @@ impl Party<'_> {
     }
 }
 
-/// Makes `count` connections, all within `patience`. Afterwards nothing on one of them may stand
-/// still for longer than `timeout`.
+/// Makes `count` connections, with TLS where it is given, all within `patience`. Afterwards nothing on one of them
+/// may stand still for longer than `timeout`.
 pub(crate) fn connect(
     address: &Address,
+    tls: Option<&tls::Client>,
     count: usize,
     patience: Duration,
     timeout: Duration,
     mut look: Look<'_>,
 ) -> anyhow::Result<Vec<Connection>> {
-    let cannot = || format!("cannot connect to {address}");
     let deadline = deadline(patience);
-    let targets = match Target::all(address, deadline, &mut look) {
+    let made = establish(address, count, patience, timeout, deadline, &mut look)?;
+    let Some(tls) = tls else {
+        return Ok(made);
+    };
+    let made = made
+        .into_iter()
+        .map(|it| it.tls_client(tls.config.clone(), tls.name.clone(), timeout))
+        .collect::<anyhow::Result<Vec<_>>>()?;
+    match shake_hands(&made, deadline, &mut look) {
+        Err(error) if error.is::<Interrupted>() => Err(error),
+        shaken => shaken
+            .map(|()| made)
+            .with_context(|| format!("cannot connect to {address} with TLS")),
+    }
+}
+
+/// Shakes hands on all connections, side by side.
+fn shake_hands(made: &[Connection], deadline: Instant, look: &mut Look<'_>) -> anyhow::Result<()> {
+    loop {
+        let mut waiting = Vec::new();
+        for connection in made {
+            if !connection.shake_hands()? {
+                waiting.push(PollFd::new(connection.as_fd(), connection.interest()));
+            }
+        }
+        if waiting.is_empty() {
+            return Ok(());
+        }
+        let in_time = Instant::now() < deadline;
+        ensure!(
+            in_time,
+            "the destination has not completed the handshake in time"
+        );
+        wait(waiting, deadline, look)?;
+    }
+}
+
+fn establish(
+    address: &Address,
+    count: usize,
+    patience: Duration,
+    timeout: Duration,
+    deadline: Instant,
+    look: &mut Look<'_>,
+) -> anyhow::Result<Vec<Connection>> {
+    let cannot = || format!("cannot connect to {address}");
+    let targets = match Target::all(address, deadline, look) {
         Err(error) if error.is::<Interrupted>() => return Err(error),
         other => other.with_context(cannot)?,
     };
@@ -400,7 +448,7 @@ pub(crate) fn connect(
     loop {
         party.begin().with_context(cannot)?;
         let (fds, next) = party.awaited();
-        wait(fds, next.map_or(deadline, |at| at.min(deadline)), &mut look)?;
+        wait(fds, next.map_or(deadline, |at| at.min(deadline)), look)?;
         party.judge().with_context(cannot)?;
         if party.made.len() == count {
             return Ok(party.made);

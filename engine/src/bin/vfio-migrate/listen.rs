@@ -24,7 +24,7 @@ use std::{
     fs::{self, Metadata},
     hash::{BuildHasher, Hasher, RandomState},
     io,
-    net::TcpListener,
+    net::{SocketAddr, TcpListener},
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd},
         unix::{
@@ -33,6 +33,7 @@ use std::{
         },
     },
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
@@ -44,10 +45,12 @@ use nix::{
         listen, sockopt,
     },
 };
+use rustls::ServerConfig;
 use vfio_migration_uring::deadline;
 
 use crate::{
     Interrupted,
+    args::WhoArgs,
     connect::resolve,
     network::{Address, Connection},
 };
@@ -166,6 +169,8 @@ pub(crate) struct Listener {
     socket: Option<Socket>,
     /// The path of a unix socket, and what was made there.
     path: Option<(PathBuf, Identity)>,
+    /// What every connection must have.
+    tls: Option<Arc<ServerConfig>>,
 }
 
 /// What a listener had.
@@ -179,14 +184,26 @@ pub(crate) enum Accepted {
 }
 
 impl Listener {
-    /// Begins to listen. A unix socket that a process has left behind is replaced; anything else is
+    /// Begins to listen, where that is allowed to anybody: with TLS, at a unix socket, on a loopback address, or with
+    /// `--insecure`. A unix socket that a process has left behind is replaced; anything else is
     /// left alone.
-    pub(crate) fn bind(address: &Address) -> anyhow::Result<Self> {
+    pub(crate) fn bind(address: &Address, who: &WhoArgs) -> anyhow::Result<Self> {
+        let tls = who.tls.server()?;
+        let open = tls.is_none() && !who.insecure;
+        let allow = |addresses: &[SocketAddr]| {
+            let near = |it: &SocketAddr| it.ip().to_canonical().is_loopback();
+            ensure!(
+                !open || addresses.iter().all(near),
+                "without --tls-cert anyone who reaches it may connect: give certificates, or --insecure"
+            );
+            Ok(())
+        };
         let bind = || -> anyhow::Result<Self> {
             let (socket, path) = match address {
                 Address::Tcp(address) => {
                     let deadline = deadline(LOOK_UP);
                     let addresses = resolve(address, deadline, &mut None)?;
+                    allow(&addresses)?;
                     let listener = TcpListener::bind(&addresses[..])?;
                     listener.set_nonblocking(true)?;
                     (Socket::Tcp(listener), None)
@@ -196,11 +213,18 @@ impl Listener {
                     listener.set_nonblocking(true)?;
                     (Socket::Unix(listener), Some((path.clone(), identity)))
                 }
-                Address::Stdin => (passed()?, None),
+                Address::Stdin => {
+                    let socket = passed()?;
+                    if let Socket::Tcp(listener) = &socket {
+                        allow(&[listener.local_addr()?])?;
+                    }
+                    (socket, None)
+                }
             };
             let listener = Self {
                 socket: Some(socket),
                 path,
+                tls,
             };
             // As many as the host allows: all channels may come at once, and strangers before them.
             listen(&listener, Backlog::MAXALLOWABLE)?;
@@ -217,6 +241,11 @@ impl Listener {
 
     fn socket(&self) -> &Socket {
         self.socket.as_ref().expect("it lives")
+    }
+
+    /// Whether every connection must show a certificate.
+    pub(crate) const fn asks_for_certificates(&self) -> bool {
+        self.tls.is_some()
     }
 
     /// Where it listens: with the port that the host has chosen, where that was 0.
@@ -243,7 +272,13 @@ impl Listener {
         };
         let accepted: io::Result<Connection> = accepted;
         let error = match accepted.map(|connection| connection.tune(timeout)) {
-            Ok(Ok(connection)) => return Ok(Accepted::Connection(connection)),
+            Ok(Ok(connection)) => {
+                let connection = match &self.tls {
+                    Some(tls) => connection.tls_server(tls.clone(), timeout)?,
+                    None => connection,
+                };
+                return Ok(Accepted::Connection(connection));
+            }
             // It was reset before it was set up.
             Ok(Err(_)) => return Ok(Accepted::Nobody),
             Err(error) => error,

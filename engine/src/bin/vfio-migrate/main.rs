@@ -84,6 +84,7 @@ mod save_file;
 mod send;
 mod state_files;
 mod stderr;
+mod tls;
 
 use std::{fmt, io, process::ExitCode, time::Duration};
 

@@ -1,4 +1,4 @@
-//! Addresses and connections, TCP and unix alike; and the commands' one way to wait.
+//! Addresses and connections, TCP and unix alike, with TLS or without; and the commands' one way to wait.
 //!
 //! ```text
 //!   source        connect(ADDR) ──▶ Connection ──▶ Channel, or the main channel
@@ -15,11 +15,12 @@ use std::{
     io::{Read, Write},
     net::{Shutdown, TcpStream},
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::net::UnixStream,
     },
     path::PathBuf,
     str::FromStr,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -28,7 +29,8 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::socket::{MsgFlags, recv, send, setsockopt, sockopt},
 };
-use vfio_migration::Channel;
+use rustls::{ClientConfig, ServerConfig, pki_types::ServerName};
+use vfio_migration::{Channel, ChannelStream, TlsStream};
 use vfio_migration_uring::deadline;
 
 use crate::interrupt;
@@ -118,15 +120,8 @@ pub(crate) enum Peek {
 pub(crate) enum Connection {
     Tcp(TcpStream),
     Unix(UnixStream),
-}
-
-macro_rules! either {
-    ($self:expr, $socket:ident => $call:expr) => {
-        match $self {
-            Self::Tcp($socket) => $call,
-            Self::Unix($socket) => $call,
-        }
-    };
+    /// Over one of these. No read or write lasts longer than the time.
+    Tls(TlsStream, Duration),
 }
 
 impl Connection {
@@ -134,10 +129,18 @@ impl Connection {
     /// write last longer.
     pub(crate) fn tune(self, timeout: Duration) -> io::Result<Self> {
         match &self {
-            Self::Tcp(socket) => socket.set_nonblocking(false),
-            Self::Unix(socket) => socket.set_nonblocking(false),
-        }?;
-        self.set_timeout(timeout)?;
+            Self::Tcp(socket) => {
+                socket.set_nonblocking(false)?;
+                socket.set_read_timeout(Some(timeout))?;
+                socket.set_write_timeout(Some(timeout))?;
+            }
+            Self::Unix(socket) => {
+                socket.set_nonblocking(false)?;
+                socket.set_read_timeout(Some(timeout))?;
+                socket.set_write_timeout(Some(timeout))?;
+            }
+            Self::Tls(..) => unreachable!("TLS comes later"),
+        }
         if let Self::Tcp(socket) = &self {
             socket.set_nodelay(true)?;
             let unacknowledged = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX);
@@ -154,10 +157,90 @@ impl Connection {
         Ok(self)
     }
 
-    fn set_timeout(&self, timeout: Duration) -> io::Result<()> {
-        either!(self, socket => {
-            socket.set_read_timeout(Some(timeout))?;
-            socket.set_write_timeout(Some(timeout))
+    /// The same with TLS, to be shaken hands over.
+    fn tls(
+        self,
+        timeout: Duration,
+        start: impl FnOnce(OwnedFd) -> Result<TlsStream, rustls::Error>,
+    ) -> anyhow::Result<Self> {
+        let stream = start(match self {
+            Self::Tcp(socket) => socket.into(),
+            Self::Unix(socket) => socket.into(),
+            Self::Tls(..) => unreachable!("once"),
+        })?;
+        stream.set_timeout(timeout)?;
+        Ok(Self::Tls(stream, timeout))
+    }
+
+    /// With TLS, where this side has connected.
+    pub(crate) fn tls_client(
+        self,
+        config: Arc<ClientConfig>,
+        name: ServerName<'static>,
+        timeout: Duration,
+    ) -> anyhow::Result<Self> {
+        self.tls(timeout, |socket| TlsStream::client(socket, config, name))
+    }
+
+    /// With TLS, where this side has accepted.
+    pub(crate) fn tls_server(
+        self,
+        config: Arc<ServerConfig>,
+        timeout: Duration,
+    ) -> anyhow::Result<Self> {
+        self.tls(timeout, |socket| TlsStream::server(socket, config))
+    }
+
+    /// Shakes hands as far as it can without a wait. Whether that is done.
+    pub(crate) fn shake_hands(&self) -> io::Result<bool> {
+        match self {
+            Self::Tls(stream, _) => stream.advance(),
+            _ => Ok(true),
+        }
+    }
+
+    /// Ends what was refused: it is told so, and may read that.
+    pub(crate) fn refuse(&self) {
+        if let Self::Tls(stream, _) = self {
+            // It may have gone.
+            let _told = stream.shutdown(Shutdown::Write);
+        }
+    }
+
+    /// Whether one that was refused has not ended its side yet. Reads past what it has sent, but for a bound.
+    pub(crate) fn is_refused_still(&self) -> bool {
+        let mut scratch = [0; 4096];
+        for _ in 0..4 {
+            match recv(
+                self.as_fd().as_raw_fd(),
+                &mut scratch,
+                MsgFlags::MSG_DONTWAIT,
+            ) {
+                Ok(1..) => {}
+                Err(Errno::EAGAIN | Errno::EINTR) => return true,
+                _ => return false,
+            }
+        }
+        true
+    }
+
+    /// What its handshake waits for.
+    pub(crate) fn interest(&self) -> PollFlags {
+        match self {
+            Self::Tls(stream, _) if stream.wants_write() => PollFlags::POLLIN | PollFlags::POLLOUT,
+            _ => PollFlags::POLLIN,
+        }
+    }
+
+    /// As a channel: where the kernel has TLS, by the kernel's.
+    pub(crate) fn into_channel(self) -> io::Result<Channel> {
+        Ok(match self {
+            Self::Tcp(socket) => socket.into(),
+            Self::Unix(socket) => socket.into(),
+            Self::Tls(stream, _) => match stream.into_kernel() {
+                Ok(stream) => stream.into(),
+                Err(refused) => refused.into_stream()?.into(),
+            },
         })
     }
 
@@ -166,18 +249,48 @@ impl Connection {
         Ok(match self {
             Self::Tcp(socket) => Self::Tcp(socket.try_clone()?),
             Self::Unix(socket) => Self::Unix(socket.try_clone()?),
+            Self::Tls(stream, timeout) => Self::Tls(stream.try_clone(), *timeout),
         })
     }
 
     /// Ends one direction or both, and every wait for it in other threads.
     pub(crate) fn shutdown(&self, how: Shutdown) {
         // Already closed by the peer is as good.
-        let _closed = either!(self, socket => socket.shutdown(how));
+        let _closed = match self {
+            Self::Tcp(socket) => socket.shutdown(how),
+            Self::Unix(socket) => socket.shutdown(how),
+            Self::Tls(stream, _) => {
+                if how != Shutdown::Read {
+                    let mut stream = stream.try_clone();
+                    // For as long as it takes to hear of the end of TLS, and not to wait for room.
+                    let patience = if how == Shutdown::Write {
+                        TICK
+                    } else {
+                        Duration::ZERO
+                    };
+                    let _told = stream.set_timeout(patience).and_then(|()| stream.finish());
+                }
+                stream.shutdown(how)
+            }
+        };
     }
 
     /// Looks at the first four bytes, which stay there, without waiting for them.
     pub(crate) fn peek(&self) -> io::Result<Peek> {
         let mut bytes = [0; 4];
+        if let Self::Tls(stream, _) = self {
+            return match stream.peek(&mut bytes) {
+                Ok(4) => Ok(Peek::Whole(bytes)),
+                Ok(0) => Ok(Peek::End),
+                Ok(_) => Ok(Peek::Part),
+                Err(error) => match error.kind() {
+                    io::ErrorKind::WouldBlock => Ok(Peek::Nothing),
+                    // What is said on a connection has an end of its own.
+                    io::ErrorKind::UnexpectedEof => Ok(Peek::End),
+                    _ => Err(error),
+                },
+            };
+        }
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
         match recv(self.as_fd().as_raw_fd(), &mut bytes, flags) {
             Ok(4) => Ok(Peek::Whole(bytes)),
@@ -196,6 +309,9 @@ impl Connection {
 
     /// Waits for bytes, or the end; says whether one is there.
     pub(crate) fn wait_readable(&self, timeout: Duration) -> io::Result<bool> {
+        if let Self::Tls(stream, _) = self {
+            return stream.wait_readable(timeout);
+        }
         self.wait(PollFlags::POLLIN, timeout)
     }
 
@@ -230,23 +346,47 @@ impl Connection {
 
 impl Read for Connection {
     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-        either!(self, socket => socket.read(bytes))
+        match self {
+            Self::Tcp(socket) => socket.read(bytes),
+            Self::Unix(socket) => socket.read(bytes),
+            Self::Tls(stream, _) => stream.read(bytes),
+        }
     }
 }
 
-impl Write for Connection {
-    /// Waits for a peer that takes nothing until the connection's time-out, or for a little when the user
-    /// has asked for the end, and `ECANCELED` says so: the wait looks around each tick.
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let since = Instant::now();
+impl Connection {
+    /// Writes some, or says EAGAIN: the socket has no room.
+    fn write_now(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-        loop {
-            match send(self.as_fd().as_raw_fd(), bytes, flags) {
-                Err(Errno::EAGAIN) => {}
-                sent => return Ok(sent?),
+        match self {
+            Self::Tls(stream, _) => {
+                let mut stream = stream.try_clone();
+                stream.set_timeout(Duration::ZERO)?;
+                stream.write(bytes)
             }
-            let timeout = either!(self, socket => socket.write_timeout())?;
-            let timeout = timeout.unwrap_or(Duration::MAX);
+            _ => Ok(send(self.as_fd().as_raw_fd(), bytes, flags)?),
+        }
+    }
+
+    fn write_timeout(&self) -> io::Result<Duration> {
+        let timeout = match self {
+            Self::Tcp(socket) => socket.write_timeout()?,
+            Self::Unix(socket) => socket.write_timeout()?,
+            Self::Tls(_, timeout) => Some(*timeout),
+        };
+        Ok(timeout.unwrap_or(Duration::MAX))
+    }
+
+    /// Makes a call that does not wait, again and again while it says EAGAIN: until the connection's time-out, or
+    /// for a little when the user has asked for the end.
+    fn patiently<R>(&mut self, mut call: impl FnMut(&mut Self) -> io::Result<R>) -> io::Result<R> {
+        let since = Instant::now();
+        loop {
+            match call(self) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                done => return done,
+            }
+            let timeout = self.write_timeout()?;
             if since.elapsed() >= interrupt::patience(timeout) {
                 let by_user = since.elapsed() < timeout;
                 return Err(if by_user {
@@ -259,15 +399,37 @@ impl Write for Connection {
             self.is_writable(TICK)?;
         }
     }
+}
+
+impl Write for Connection {
+    /// Waits for a peer that takes nothing until the connection's time-out, or for a little when the user
+    /// has asked for the end, and `ECANCELED` says so: the wait looks around each tick.
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let count = self.patiently(|it| it.write_now(bytes))?;
+        // What TLS has taken, and the socket has not.
+        self.flush()?;
+        Ok(count)
+    }
 
     fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+        self.patiently(|it| match it {
+            Self::Tls(stream, _) => {
+                let mut stream = stream.try_clone();
+                stream.set_timeout(Duration::ZERO)?;
+                stream.flush()
+            }
+            _ => Ok(()),
+        })
     }
 }
 
 impl AsFd for Connection {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        either!(self, socket => socket.as_fd())
+        match self {
+            Self::Tcp(socket) => socket.as_fd(),
+            Self::Unix(socket) => socket.as_fd(),
+            Self::Tls(stream, _) => stream.as_fd(),
+        }
     }
 }
 
@@ -280,15 +442,6 @@ impl From<TcpStream> for Connection {
 impl From<UnixStream> for Connection {
     fn from(socket: UnixStream) -> Self {
         Self::Unix(socket)
-    }
-}
-
-impl From<Connection> for Channel {
-    fn from(connection: Connection) -> Self {
-        match connection {
-            Connection::Tcp(socket) => socket.into(),
-            Connection::Unix(socket) => socket.into(),
-        }
     }
 }
 

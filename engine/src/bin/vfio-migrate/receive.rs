@@ -25,7 +25,7 @@ use std::{
 
 use anyhow::{Context, anyhow, bail, ensure};
 use vfio_migration::{
-    Device, Error, ErrorKind, LoadSession, Settings, Stats, Violation,
+    Channel, Device, Error, ErrorKind, LoadSession, Settings, Stats, Violation,
     migration::{DeviceSettings, Incoming, Loaded, MigratableDevice, OnOffAuto, vm},
     stream::Reply,
 };
@@ -35,7 +35,7 @@ use self::reader::MainChannel;
 use crate::{
     Interrupted,
     acceptor::{self, Acceptor, Identified},
-    args::{self, BackendArg, CapabilitiesArgs, SpillArgs, WriterArg},
+    args::{self, BackendArg, CapabilitiesArgs, SpillArgs, WhoArgs, WriterArg},
     device::{self, Checked, Spec, Subject},
     host_memory::{NO_THREAD, Need, of_load},
     interrupt, limits,
@@ -52,8 +52,8 @@ use crate::{
 /// devices are loaded it prints for each device the packets, and the bytes and sha256 of the state and
 /// of the config (framing tags included). The source prints the same values.
 ///
-/// There is no authentication: anyone who can connect can send. Listen on an address to which only the
-/// source can connect.
+/// Without --tls-cert there is no authentication: anyone who can connect can send. Then it listens on a loopback
+/// address or a unix socket only, or with --insecure.
 #[derive(Debug, clap::Args)]
 #[command(after_help = device::HELP)]
 pub(crate) struct Options {
@@ -61,6 +61,8 @@ pub(crate) struct Options {
     /// already, as a service manager passes it
     #[arg(long, value_name = "ADDR")]
     listen: Address,
+    #[command(flatten)]
+    who: WhoArgs,
     /// A device, as below; once for each
     #[arg(long = "device", value_name = "SPEC", required = true, num_args = 1..)]
     devices: Vec<Spec>,
@@ -117,7 +119,7 @@ struct SourceConnections<'a> {
     options: &'a Options,
     acceptor: Acceptor,
     /// Channels that came before the main channel.
-    early: Vec<Connection>,
+    early: Vec<Channel>,
 }
 
 impl SourceConnections<'_> {
@@ -127,13 +129,13 @@ impl SourceConnections<'_> {
         loop {
             match self.acceptor.answer()? {
                 Some(Identified::Main(connection)) => return Ok(connection),
-                Some(Identified::Channel(connection)) => {
+                Some(Identified::Channel(channel)) => {
                     ensure!(
                         self.early.len() < self.options.channels as usize,
                         "more than {} multifd channels and no main channel",
                         self.options.channels
                     );
-                    self.early.push(connection);
+                    self.early.push(channel);
                     continue;
                 }
                 None => {}
@@ -151,12 +153,12 @@ impl SourceConnections<'_> {
     }
 
     /// A multifd channel, if one has come.
-    fn channel(&mut self) -> anyhow::Result<Option<Connection>> {
-        if let Some(connection) = self.early.pop() {
-            return Ok(Some(connection));
+    fn channel(&mut self) -> anyhow::Result<Option<Channel>> {
+        if let Some(channel) = self.early.pop() {
+            return Ok(Some(channel));
         }
         match self.acceptor.answer()? {
-            Some(Identified::Channel(connection)) => Ok(Some(connection)),
+            Some(Identified::Channel(channel)) => Ok(Some(channel)),
             Some(Identified::Main(_)) => {
                 say_of_stranger("a second main channel was closed");
                 Ok(None)
@@ -185,13 +187,13 @@ impl Supervisor<'_> {
     fn admit(&mut self, all: bool) -> anyhow::Result<()> {
         let expected = self.options.channels;
         // Ends: each round is a channel, and they are counted.
-        while let Some(connection) = self.connections.channel()? {
+        while let Some(channel) = self.connections.channel()? {
             ensure!(
                 self.channels < expected,
                 "the source makes more than {expected} multifd channels: --channels must be the \
                  same on both sides"
             );
-            self.incoming.add_channel(connection)?;
+            self.incoming.add_channel(channel)?;
             self.channels += 1;
         }
         ensure!(
@@ -443,7 +445,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     need.check(&options.settings())?;
     let (devices, subjects): (Vec<_>, Vec<_>) =
         device::open(&options.devices, false)?.into_iter().unzip();
-    let listener = Listener::bind(&options.listen)?;
+    let listener = Listener::bind(&options.listen, &options.who)?;
     say(&format!("listening on {}", listener.address()));
     let mut connections = SourceConnections {
         options,

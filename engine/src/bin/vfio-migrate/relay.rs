@@ -30,13 +30,13 @@ use std::{
 };
 
 use anyhow::{bail, ensure};
-use vfio_migration::{Channel, Relay, Settings, wire::PageSize};
+use vfio_migration::{Relay, Settings, wire::PageSize};
 
 use self::{main_channel::MainChannel, output::Output};
 use crate::{
     Interrupted,
     acceptor::{self, Acceptor, Identified},
-    args,
+    args::{self, WhoArgs},
     connect::connect,
     host_memory::{Need, is_the_hosts},
     interrupt, limits,
@@ -44,6 +44,7 @@ use crate::{
     main_channel::main_failed,
     network::{self, Address, Connection},
     output::{say, say_of_stranger, warn},
+    tls::{self, TlsArgs, ToTlsArgs},
 };
 
 /// Pass a migration on, with its devices' states through the engine
@@ -57,17 +58,22 @@ use crate::{
 /// and channel. It fails if the destination reports that the migration has failed, or replies but never
 /// reports that all is loaded.
 ///
-/// There is no authentication: anyone who can connect can send. Listen on an address to which only the
-/// source can connect.
+/// Without --tls-cert there is no authentication: anyone who can connect can send. Then it listens on a loopback
+/// address or a unix socket only, or with --insecure. TLS is each side's own: --tls-... are the source's side,
+/// --to-tls-... the destination's.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
     /// Where to listen: HOST:PORT (port 0: any that is free), unix:PATH, or stdin: a socket that listens
     /// already, as a service manager passes it
     #[arg(long, value_name = "ADDR")]
     listen: Address,
+    #[command(flatten)]
+    who: WhoArgs,
     /// Where the destination listens: HOST:PORT or unix:PATH
     #[arg(long, value_name = "ADDR")]
     to: Address,
+    #[command(flatten)]
+    to_tls: ToTlsArgs,
     /// The number of multifd channels that will come [default: as many as come before the destination
     /// reports that all is loaded, or the main channel ends]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=255))]
@@ -121,9 +127,9 @@ impl Options {
         settings
     }
 
-    fn connect(&self) -> anyhow::Result<Connection> {
+    fn connect(&self, tls: Option<&tls::Client>) -> anyhow::Result<Connection> {
         let (patience, timeout) = (self.connect_timeout, self.timeout);
-        let mut made = connect(&self.to, 1, patience, timeout, None)?;
+        let mut made = connect(&self.to, tls, 1, patience, timeout, None)?;
         Ok(made.remove(0))
     }
 }
@@ -133,6 +139,8 @@ impl Options {
 /// The main thread's part.
 struct Supervisor<'a> {
     options: &'a Options,
+    /// Towards the destination.
+    tls: Option<tls::Client>,
     acceptor: Acceptor,
     relay: &'a Relay,
     main: Option<MainChannel>,
@@ -151,7 +159,7 @@ impl Supervisor<'_> {
                     say_of_stranger("a second main channel was closed");
                 }
                 Identified::Main(source) => {
-                    let destination = self.options.connect()?;
+                    let destination = self.options.connect(self.tls.as_ref())?;
                     self.main = Some(MainChannel::start(source, destination)?);
                 }
                 Identified::Channel(source) => {
@@ -162,9 +170,10 @@ impl Supervisor<'_> {
                         count < most,
                         "the source makes more than {most} multifd channels: see --channels"
                     );
-                    let destination = self.options.connect()?;
+                    let destination = self.options.connect(self.tls.as_ref())?;
+                    let destination = destination.into_channel()?;
                     let page_size = self.options.page_size.bytes();
-                    let source = Channel::from(source).with_page_size(page_size)?;
+                    let source = source.with_page_size(page_size)?;
                     self.relay.add_channel(source, destination)?;
                 }
             }
@@ -302,11 +311,13 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         channels: options.channels.unwrap_or(4) as usize,
     };
     need.check(&settings)?;
+    let tls = TlsArgs::from(options.to_tls.clone()).client(&options.to)?;
     let relay = Relay::builder().settings(settings.clone()).start()?;
-    let listener = Listener::bind(&options.listen)?;
+    let listener = Listener::bind(&options.listen, &options.who)?;
     say(&format!("listening on {}", listener.address()));
     let mut watch = Supervisor {
         options,
+        tls,
         acceptor: Acceptor::new(listener, options.timeout, limits::strangers(files)),
         relay: &relay,
         main: None,

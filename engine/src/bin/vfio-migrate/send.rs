@@ -47,6 +47,7 @@ use crate::{
     network::{self, Address, Connection, TICK},
     output::{Transfer, rate, say},
     progress::Progress,
+    tls::{self, TlsArgs},
 };
 
 /// Send devices' states to a `vfio-migrate receive`
@@ -64,6 +65,8 @@ pub(crate) struct Options {
     /// Where the destination listens: HOST:PORT or unix:PATH
     #[arg(long, value_name = "ADDR")]
     to: Address,
+    #[command(flatten)]
+    tls: TlsArgs,
     /// A device, as below; once for each
     #[arg(long = "device", value_name = "SPEC", required = true, num_args = 1..)]
     devices: Vec<Spec>,
@@ -157,6 +160,7 @@ fn greet(
 /// Connects the channels within `patience`; meanwhile says that the source is still there, and listens.
 fn connect_channels(
     options: &Options,
+    tls: Option<&tls::Client>,
     patience: Duration,
     words: &mut MainChannelWriter,
     replies: &mut Replies<'_>,
@@ -164,6 +168,7 @@ fn connect_channels(
     let mut said = Instant::now();
     let channels = connect(
         &options.to,
+        tls,
         options.channels as usize,
         patience,
         options.timeout,
@@ -175,7 +180,8 @@ fn connect_channels(
             replies.look()
         }),
     )?;
-    Ok(channels.into_iter().map(Into::into).collect())
+    let channels = channels.into_iter().map(Connection::into_channel);
+    Ok(channels.collect::<Result<_, _>>()?)
 }
 
 /// Sends what the devices give while they still run, over the channels. Returns how many bytes.
@@ -356,6 +362,7 @@ struct Sent {
 
 fn migrate(
     options: &Options,
+    tls: Option<&tls::Client>,
     patience: Duration,
     devices: Vec<Device>,
     subjects: &[Subject],
@@ -363,7 +370,7 @@ fn migrate(
     replies: &mut Replies<'_>,
 ) -> anyhow::Result<Sent> {
     let mut sources = greet(options, devices, words, replies)?;
-    let channels = connect_channels(options, patience, words, replies)?;
+    let channels = connect_channels(options, tls, patience, words, replies)?;
     let settings = options.settings();
     let mut channels = SourceChannels::greet(channels, &settings)?;
     let precopy = if options.capabilities.precopy_over_channels {
@@ -464,6 +471,7 @@ fn description(subjects: &[Subject], stats: &Stats) -> anyhow::Result<Vec<u8>> {
 /// Talks to the destination until all is over. The channels are connected within `patience`.
 fn talk(
     options: &Options,
+    tls: Option<&tls::Client>,
     patience: Duration,
     devices: Vec<Device>,
     subjects: &[Subject],
@@ -483,6 +491,7 @@ fn talk(
             .and_then(|mut words| {
                 let result = migrate(
                     options,
+                    tls,
                     patience,
                     devices,
                     subjects,
@@ -538,8 +547,10 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let (devices, subjects): (Vec<_>, Vec<_>) =
         device::open(&options.devices, true)?.into_iter().unzip();
     let begun = Instant::now();
+    let tls = options.tls.client(&options.to)?;
     let main = connect(
         &options.to,
+        tls.as_ref(),
         1,
         options.connect_timeout,
         options.timeout,
@@ -551,7 +562,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         stats,
         precopy,
         took,
-    } = talk(options, patience, devices, &subjects, &main)?;
+    } = talk(options, tls.as_ref(), patience, devices, &subjects, &main)?;
     interrupt::settled("all is loaded, and the destination has said so");
     drop(main);
     // The destination has it all: what cannot be said of it here is no failure.

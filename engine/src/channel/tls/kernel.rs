@@ -44,7 +44,7 @@ use nix::{
 };
 use rustls::{CipherSuite, ConnectionTrafficSecrets, SupportedCipherSuite};
 
-use super::{Channel, ChannelStream, KernelRefused, Shared, TlsStream};
+use super::{Channel, ChannelStream, Shared, TlsStream};
 use crate::first_failure::Hangup;
 
 /// The most data in a record.
@@ -199,6 +199,36 @@ pub(super) fn take_over(stream: TlsStream) -> Result<KernelTlsStream, KernelRefu
         ended: false,
         closed: false,
     })
+}
+
+/// That the kernel has not taken a connection over: [`TlsStream::into_kernel`].
+#[derive(Debug)]
+pub struct KernelRefused {
+    stream: Option<TlsStream>,
+    why: io::Error,
+}
+
+impl KernelRefused {
+    /// The stream, as it was.
+    ///
+    /// # Errors
+    ///
+    /// Where it is lost: why.
+    pub fn into_stream(self) -> io::Result<TlsStream> {
+        self.stream.ok_or(self.why)
+    }
+}
+
+impl fmt::Display for KernelRefused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the kernel does not do this connection's TLS")
+    }
+}
+
+impl std::error::Error for KernelRefused {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.why)
+    }
 }
 
 /// Whether a kernel has all that a connection needs: tried with keys that mean nothing.

@@ -104,7 +104,15 @@ impl Pump {
             let count = match self.from.read(&mut buffer) {
                 // One that was reset ends as well: who did it knows why.
                 Ok(0) => break,
-                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => break,
+                // So does one that was cut: what a main channel says has an end of its own.
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::ConnectionReset | io::ErrorKind::UnexpectedEof
+                    ) =>
+                {
+                    break;
+                }
                 Ok(count) => count,
                 // A main channel may be silent for as long as its source likes; a peer that is gone
                 // is found by the keepalive.
