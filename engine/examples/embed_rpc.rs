@@ -19,7 +19,7 @@ use std::{
 
 use vfio_migration::{
     Channel, Error, ErrorKind, Failed, LoadSession, Phase, Result, SaveSession, Settings,
-    SourceChannels, Task,
+    SourceChannels,
     migration::{Capabilities, Incoming, MigratableDevice, Precopy, PrecopyLimit, vm},
     sim::SimHandle,
 };
@@ -27,7 +27,7 @@ use vfio_migration::{
 #[path = "embed_rpc/vmm.rs"]
 mod vmm;
 
-use self::vmm::{Request, answer, ask, devices, id, next};
+use self::vmm::{Request, answer, ask, devices, filtered, id, next};
 
 type Devices = Vec<MigratableDevice>;
 
@@ -60,7 +60,7 @@ fn source(
     mut devices: Devices,
 ) -> Result<Runs> {
     for device in &mut devices {
-        device.spawn_with(filtered); // for its stop, outside of a session
+        device.on_thread_start(filtered); // for its stop, outside of a session
     }
     let channels = SourceChannels::greet(channels, &Settings::default())?;
     let mut precopy = Precopy::setup(devices, &Capabilities::default(), channels)?;
@@ -68,7 +68,7 @@ fn source(
         return Ok(Runs::Here(error, precopy.abort()));
     }
     // … the processors stop …
-    let mut outgoing = match precopy.switch_over(SaveSession::builder().spawn_with(filtered)) {
+    let mut outgoing = match precopy.switch_over(SaveSession::builder().on_thread_start(filtered)) {
         Ok(outgoing) => outgoing,
         Err(failed) => return Ok(here(failed)),
     };
@@ -102,7 +102,7 @@ fn here(failed: Failed<Devices>) -> Runs {
 
 /// While the VM runs: memory on this thread, the devices' PRE_COPY data on one of the engine's.
 fn run_on(precopy: &mut Precopy, main: &mut (impl Read + Write)) -> Result<()> {
-    precopy.spawn_with(filtered);
+    precopy.on_thread_start(filtered);
     precopy.start(PrecopyLimit::default())?;
     loop {
         while let Some(message) = precopy.message() {
@@ -128,7 +128,10 @@ fn destination(
     mut make: impl FnMut(Vec<u8>) -> Result<Devices>,
 ) -> Result<Devices> {
     let session = LoadSession::builder().channels(channels);
-    let session = session.spawn_with(filtered).expect(id(0)?).expect(id(1)?);
+    let session = session
+        .on_thread_start(filtered)
+        .expect(id(0)?)
+        .expect(id(1)?);
     let incoming = Incoming::setup_by_messages(Vec::new(), &Capabilities::default(), session)?;
     loop {
         let (request, body) = next(&mut main).map_err(lost)?; // dropping `incoming` puts the devices back
@@ -153,17 +156,6 @@ fn destination(
         });
     answer(&mut main, started.is_ok()).map_err(lost)?;
     Ok(started?.join().unwrap_or_else(Failed::into_back))
-}
-
-/// Runs a task of the engine's on a thread with a filter.
-fn filtered(task: Task) -> io::Result<()> {
-    let filter = vmm::filter(task.kind()).map_err(|error| io::Error::other(error.to_string()))?;
-    let named = thread::Builder::new().name(task.thread_name().into());
-    let spawned = named.spawn(move || {
-        vmm::install(&filter).expect("a kernel with filters");
-        task.run();
-    });
-    spawned.map(drop)
 }
 
 /// Moves a VM.

@@ -10,9 +10,10 @@ use std::{
 use libc::c_long;
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
 use vfio_migration::{
-    Device, DeviceId, Error, ErrorKind, Phase, Result, TaskKind, TlsStream,
+    Backend, Device, DeviceId, Error, ErrorKind, Phase, Result, TaskKind, TlsStream,
     migration::{DeviceSettings, MAX_MESSAGE_LEN, MigratableDevice},
     sim::{SimConfig, SimDevice, SimHandle, Stream},
+    system_calls,
 };
 
 /// Its certificates, and what each end asks of the other's.
@@ -102,25 +103,6 @@ macro_rules! calls {
     ($($name:ident)*) => { &[$(libc::$name),*] };
 }
 
-/// The table of docs/security.md, with both backends: every thread, and then the I/O thread, a channel's, a device's.
-const EVERY: &[c_long] = calls! {
-    SYS_futex SYS_mmap SYS_munmap SYS_mremap SYS_mprotect SYS_madvise SYS_brk SYS_close SYS_fcntl SYS_gettid
-    SYS_sched_yield SYS_sched_getaffinity SYS_sigaltstack SYS_rt_sigprocmask SYS_exit SYS_write
-    SYS_clock_nanosleep SYS_restart_syscall
-};
-const IO: &[c_long] = calls! {
-    SYS_io_uring_enter SYS_newfstatat SYS_lseek SYS_shutdown SYS_ppoll SYS_read SYS_pread64 SYS_pwrite64
-    SYS_preadv2 SYS_pwritev2 SYS_eventfd2 SYS_clone3 SYS_set_robust_list SYS_rseq SYS_prctl
-};
-const CHANNEL: &[c_long] = calls! {
-    SYS_setsockopt SYS_recvfrom SYS_readv SYS_writev SYS_pwrite64 SYS_getrusage SYS_shutdown
-};
-#[cfg(target_arch = "x86_64")]
-const POLL: &[c_long] = calls! { SYS_poll };
-#[cfg(not(target_arch = "x86_64"))]
-const POLL: &[c_long] = calls! { SYS_ppoll };
-const DEVICE: &[c_long] = calls! { SYS_newfstatat SYS_shutdown };
-
 /// What this VMM's TLS calls, and its simulated devices.
 const TLS: &[c_long] = calls! { SYS_sendto SYS_recvfrom SYS_read SYS_getrandom };
 const SIMULATED: &[c_long] = calls! {
@@ -128,22 +110,23 @@ const SIMULATED: &[c_long] = calls! {
     SYS_copy_file_range SYS_sendfile SYS_splice SYS_getrandom
 };
 
-/// A filter that lets a task of the engine's make its calls and those of the VMM's code that it runs. Any other ends the
-/// process.
-pub fn filter(kind: &TaskKind) -> Result<BpfProgram, AnyError> {
-    let of_task: &[&[c_long]] = match kind {
-        TaskKind::Io => &[IO],
-        TaskKind::Channel(_) => &[CHANNEL, POLL, TLS],
-        TaskKind::Precopy => &[CHANNEL, POLL, TLS, DEVICE, SIMULATED],
-        _ => &[DEVICE, SIMULATED],
+/// Puts a filter on a thread of the engine's, before it works: the engine's own list of what it calls there, and what
+/// the VMM's code calls that it runs. Anything else ends the process.
+pub fn filtered(kind: &TaskKind) -> io::Result<()> {
+    let own: &[&[c_long]] = match kind {
+        // Its workers come to this function too, where io_uring is not to be had.
+        TaskKind::Io => &[calls! { SYS_seccomp SYS_prctl }],
+        TaskKind::Channel(_) | TaskKind::Close => &[TLS],
+        TaskKind::Precopy => &[TLS, SIMULATED],
+        TaskKind::Device(_) | TaskKind::State(_) => &[SIMULATED],
+        _ => &[],
     };
-    let calls = of_task.iter().chain(&[EVERY]).copied().flatten();
+    let calls = own.iter().copied().flatten();
+    let calls = calls.chain(system_calls(kind.role(), Backend::Auto));
     let rules = calls.map(|call| (*call, Vec::new())).collect();
     let (kill, allow) = (SeccompAction::KillProcess, SeccompAction::Allow);
-    Ok(SeccompFilter::new(rules, kill, allow, ARCH.try_into()?)?.try_into()?)
-}
-
-/// Puts the filter on the calling thread.
-pub fn install(filter: &BpfProgram) -> io::Result<()> {
-    apply_filter(filter).map_err(io::Error::other)
+    let arch = ARCH.try_into().map_err(io::Error::other)?;
+    let filter = SeccompFilter::new(rules, kill, allow, arch).map_err(io::Error::other)?;
+    let filter: BpfProgram = filter.try_into().map_err(io::Error::other)?;
+    apply_filter(&filter).map_err(io::Error::other)
 }
