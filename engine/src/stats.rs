@@ -141,10 +141,10 @@ impl Phases {
         [
             ("stop", self.stop),
             ("set state", self.set_state),
-            ("first out", self.first_out),
+            ("first byte out", self.first_out),
             ("read", self.read),
             ("wire", self.wire),
-            ("first in", self.first_in),
+            ("first byte in", self.first_in),
             ("wait", self.wait),
             ("write", self.write),
             ("config", self.config),
@@ -256,6 +256,12 @@ pub struct Stats {
 }
 
 impl Stats {
+    /// One device's counters, if the session has the device.
+    #[must_use]
+    pub fn device(&self, id: &DeviceId) -> Option<&DeviceStats> {
+        self.devices.iter().find(|stats| stats.device == *id)
+    }
+
     /// Of a migration in which no session moves bytes.
     pub(crate) const fn main_channel_alone() -> Self {
         Self {

@@ -5,6 +5,7 @@ use serde_json::Value;
 
 use crate::{
     command::{start_under, words},
+    schema,
     start::run,
 };
 
@@ -18,7 +19,7 @@ fn what_is_found_is_said_alike_to_people_and_programs() {
     let told = run(words("doctor --leave-devices"));
     let json = run(words("doctor --leave-devices --json"));
     assert_eq!(told.status, json.status, "{told:?}");
-    let report: Value = serde_json::from_str(&json.stdout).unwrap();
+    let report = schema::object(&json.stdout);
     let findings = report["findings"].as_array().unwrap();
     for what in [
         "kernel",
@@ -63,7 +64,7 @@ fn a_limit_that_is_too_low_is_missing_by_name() {
     .end();
     assert_eq!(ended.status, Some(1), "{ended:?}");
     assert!(ended.stderr.contains("open files"), "{ended:?}");
-    let report: Value = serde_json::from_str(&ended.stdout).unwrap();
+    let report = schema::object(&ended.stdout);
     assert_eq!(report["status"], "missing");
     let it = finding(&report, "open files");
     assert_eq!(it["status"], "missing");

@@ -5,7 +5,7 @@ use crate::command::Ended;
 impl Ended {
     pub fn json(&self) -> serde_json::Value {
         assert_eq!(self.status, Some(0), "{self:?}");
-        serde_json::from_str(&self.stdout).expect("one JSON object")
+        crate::schema::object(&self.stdout)
     }
 
     /// The one line that says why it failed.

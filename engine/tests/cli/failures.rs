@@ -17,12 +17,13 @@ use vfio_migration::{
 
 use crate::{
     command::{Directory, Ended, Running, listen, start, words},
+    schema,
     start::run,
 };
 
 /// The object of a failure: the only thing on stdout, and in agreement with stderr and the status.
 fn error(ended: &Ended) -> Value {
-    let json: Value = serde_json::from_str(&ended.stdout).unwrap_or_else(|_| panic!("{ended:?}"));
+    let json = schema::object(&ended.stdout);
     let error = json["error"].clone();
     assert_eq!(
         error["status"].as_i64(),
@@ -81,6 +82,8 @@ fn a_failure_of_each_command_is_one_json_object() {
         (format!("probe {nowhere}"), 1, "", None),
         (format!("replay {nowhere}"), 1, "", Some(enoent)),
         (format!("replay {file}"), 1, "", None),
+        (format!("inspect {nowhere}"), 1, "", Some(enoent)),
+        (format!("inspect {file}"), 1, "", None),
         (
             "demo --devices 64 --state 18446744073709551615".into(),
             2,
@@ -299,7 +302,7 @@ fn no_name_steers_the_terminal() {
         );
         for ended in sides {
             prints_only_what_is_shown(&ended);
-            let json: Value = serde_json::from_str(&ended.stdout).unwrap();
+            let json = schema::object(&ended.stdout);
             if ended.status == Some(0) {
                 assert_eq!(json["devices"][0]["idstr"], STEERS);
             } else if source == spec {
@@ -307,7 +310,7 @@ fn no_name_steers_the_terminal() {
             }
         }
     }
-    for line in ["replay", "replay --json", "inspect"] {
+    for line in ["replay", "replay --json", "inspect", "inspect --json"] {
         let file = directory.file(STEERS);
         prints_only_what_is_shown(&run(words(line).into_iter().chain([file])));
     }

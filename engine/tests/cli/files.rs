@@ -185,7 +185,7 @@ fn a_file_that_is_gone_by_then_is_named_on_both_sides() {
         assert_eq!(ended.stderr.matches("os error").count(), 1, "{ended:?}");
     }
     // Which of them it is the file system decides.
-    let object: serde_json::Value = serde_json::from_str(&received.stdout).unwrap();
+    let object = crate::schema::object(&received.stdout);
     let errno = object["error"]["errno"].as_i64().unwrap();
     assert!(
         [libc::ENOENT, libc::EPERM].contains(&i32::try_from(errno).unwrap()),

@@ -14,6 +14,7 @@ mod false_source;
 mod far;
 mod files;
 mod interrupt;
+mod json;
 mod keep;
 mod limits;
 mod listen;
@@ -40,3 +41,5 @@ mod command;
 mod names;
 #[path = "../support/packets.rs"]
 mod packets;
+#[path = "../support/schema.rs"]
+mod schema;

@@ -279,6 +279,7 @@ fn a_failure_is_said_before_its_object_is_printed() {
         let object = format!("{{{object}");
         let mut values = serde_json::Deserializer::from_str(&object).into_iter();
         let object: serde_json::Value = values.next().unwrap().unwrap();
+        assert_eq!(crate::schema::misfit(&object), None, "{object}");
         let message = object["error"]["message"].as_str().unwrap();
         // The parser has lines of its own.
         let why = message.split("   ").next().unwrap();

@@ -8,13 +8,15 @@ use std::{collections::BTreeMap, env, process::Command};
 use serde_json::Value;
 
 /// One of these is enough where a package has several; where it asks for several, all must be here.
-const LICENCES: [&str; 6] = [
+const LICENCES: [&str; 8] = [
     "Apache-2.0",
     "BSD-3-Clause",
     "BSL-1.0",
     "ISC",
     "MIT",
+    "MIT-0",
     "Unicode-3.0",
+    "Zlib",
 ];
 
 const REGISTRY: &str = "registry+https://github.com/rust-lang/crates.io-index";
@@ -23,11 +25,14 @@ const REGISTRY: &str = "registry+https://github.com/rust-lang/crates.io-index";
 const TOOLS: [(&str, &str); 1] = [("cbindgen", "MPL-2.0")];
 
 /// Packages of which two versions are known to be here: never both in the library without features.
-const TWICE: [&str; 8] = [
+const TWICE: [&str; 11] = [
+    "bit-set", // of the tests' JSON Schema
+    "bit-vec", // as well
     "bitflags",
     "cpufeatures",
-    "getrandom", // of the tests' TLS
+    "getrandom", // of the tests' TLS and JSON Schema
     "nix",       // of the benches' file system in user space
+    "r-efi",     // of the tests' JSON Schema, of other systems
     "syn",
     "toml_datetime", // of the header's generator, which reads its settings
     "windows-sys",   // as well, of other systems

@@ -33,8 +33,10 @@ use crate::{
     args::{self, BackendArg, CapabilitiesArgs, SpillArgs, WriterArg, show},
     failure::{About, Failure},
     host_memory::{Need, of_load, of_save},
-    interrupt, network,
-    output::{self, Downtime, rate, time},
+    interrupt, json,
+    moved::{self, Channel, Times, Totals},
+    network,
+    output::{self, rate, time},
     progress::Progress,
 };
 
@@ -51,7 +53,17 @@ use crate::{
 ///   blocked          time in which the source could not read: all of its memory was in use
 ///   writing          time in which writes into the destination were under way
 ///
-/// Below the table is the time of each phase of the downtime, on both sides.
+/// Below it a table for each side has the phases of each device's downtime. They overlap:
+///   stop             the device is stopped, by way of its P2P state if it has one
+///   set state        it goes to STOP_COPY; on the destination, before the downtime, to RESUMING
+///   first byte out   from STOP_COPY to the end of the first packet sent
+///   read             from STOP_COPY to the last byte read from it
+///   wire             from the first packet's queueing to the last packet's last byte
+///   first byte in    from the switchover's start to the first packet: the first part of `wait`
+///   wait             time in which its next packet was missing
+///   write            from the switchover's start to the last byte written into it, without `wait`
+///   config           its config is saved, or loaded
+///   resume           it goes to STOP, which makes the driver check the state, and starts
 #[derive(Debug, clap::Args)]
 #[command(verbatim_doc_comment)]
 pub(crate) struct Options {
@@ -142,101 +154,81 @@ impl Pair {
 /// A device's row.
 #[derive(Serialize)]
 struct Row {
-    device: String,
+    idstr: String,
+    instance: u32,
     state_bytes: u64,
     /// Over the channels, the packets' 12-byte headers and the config included.
     bytes: u64,
     packets: u64,
     seconds: f64,
     gb_per_second: f64,
-    starved_seconds: f64,
-    blocked_seconds: f64,
-    writing_seconds: f64,
-    /// The split of the downtime, on both sides, in seconds.
-    source: Downtime,
-    destination: Downtime,
+    #[serde(flatten)]
+    times: Times,
     verified: bool,
     /// What is wrong where it is not.
     #[serde(skip)]
     difference: Option<&'static str>,
     #[serde(skip)]
-    times: Times,
-}
-
-#[derive(Clone, Copy)]
-struct Times {
-    transfer: Duration,
-    starved: Duration,
-    blocked: Duration,
-    writing: Duration,
+    device: String,
+    #[serde(skip)]
+    shown: [Duration; 4],
 }
 
 impl Row {
     fn new(pair: &Pair, saved: &DeviceStats, loaded: &DeviceStats) -> Self {
-        let times = Times {
-            transfer: loaded.phases.wait + loaded.phases.write,
-            starved: loaded.starved,
-            blocked: saved.starved,
-            writing: loaded.transfers.total,
-        };
+        let transfer = loaded.phases.wait + loaded.phases.write;
         let state_bytes = pair.source.image().len();
         let difference = pair.difference();
         Self {
-            device: pair.id.to_string(),
+            idstr: pair.id.idstr().to_owned(),
+            instance: pair.id.instance(),
             state_bytes,
             bytes: loaded.bytes,
             packets: loaded.packets,
-            seconds: times.transfer.as_secs_f64(),
-            gb_per_second: rate(state_bytes, times.transfer),
-            starved_seconds: times.starved.as_secs_f64(),
-            blocked_seconds: times.blocked.as_secs_f64(),
-            writing_seconds: times.writing.as_secs_f64(),
-            source: saved.phases.into(),
-            destination: loaded.phases.into(),
+            seconds: transfer.as_secs_f64(),
+            gb_per_second: rate(state_bytes, transfer),
+            times: Times::new(Some(saved), Some(loaded)),
             verified: difference.is_none(),
             difference,
-            times,
+            device: pair.id.to_string(),
+            shown: [
+                transfer,
+                loaded.starved,
+                saved.starved,
+                loaded.transfers.total,
+            ],
         }
     }
 
     fn cells(&self) -> Vec<String> {
+        let [transfer, starved, blocked, writing] = self.shown.map(time);
         vec![
             self.device.clone(),
             self.bytes.to_string(),
             self.packets.to_string(),
-            time(self.times.transfer),
+            transfer,
             format!("{:.2}", self.gb_per_second),
-            time(self.times.starved),
-            time(self.times.blocked),
-            time(self.times.writing),
+            starved,
+            blocked,
+            writing,
         ]
     }
-}
-
-#[derive(Serialize)]
-struct Totals {
-    devices: usize,
-    channels: usize,
-    state_bytes: u64,
-    bytes: u64,
-    packets: u64,
-    seconds: f64,
-    gb_per_second: f64,
-    budget: u64,
-    held_high: u64,
-    spilled_bytes: u64,
-    late_wakeups: u64,
 }
 
 #[derive(Serialize)]
 struct Output {
     backend: &'static str,
     devices: Vec<Row>,
+    channels: Vec<Channel>,
     totals: Totals,
     verified: bool,
     /// Why it is not.
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<Failure>,
+    #[serde(skip)]
+    state_bytes: u64,
+    #[serde(skip)]
+    took: Duration,
 }
 
 impl Output {
@@ -249,30 +241,21 @@ impl Output {
             &rows,
         );
         text.push('\n');
-        for row in &self.devices {
-            let (source, destination) = (row.source.text(), row.destination.text());
-            text.push_str(&format!("{}  source       {source}\n", row.device));
-            text.push_str(&format!("{}  destination  {destination}\n", row.device));
-        }
-        let Totals {
-            state_bytes,
-            seconds,
-            gb_per_second,
-            budget,
-            held_high,
-            spilled_bytes,
-            channels,
-            ..
-        } = self.totals;
+        let devices = self.devices.iter();
+        let devices = devices.map(|row| (&*row.device, row.times));
+        text.push_str(&moved::phase_tables(devices));
         text.push_str(&format!(
-            "\n{} in {seconds:.2} s, {gb_per_second:.2} GB/s, {channels} channels, backend {}; \
+            "\n{} in {:.2} s, {:.2} GB/s, {} channels, backend {}; \
              the destination held at most {} of its budget of {}\n",
-            show(state_bytes),
+            show(self.state_bytes),
+            self.took.as_secs_f64(),
+            rate(self.state_bytes, self.took),
+            self.channels.len(),
             self.backend,
-            show(held_high),
-            show(budget),
+            show(self.totals.held_high),
+            show(self.totals.budget),
         ));
-        text.push_str(&output::spilled(spilled_bytes));
+        text.push_str(&output::spilled(self.totals.spilled_bytes));
         text
     }
 }
@@ -465,19 +448,8 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         rows.push(Row::new(pair, saved, loaded));
     }
     let state_bytes = rows.iter().map(|row| row.state_bytes).sum();
-    let totals = Totals {
-        devices: rows.len(),
-        channels: loaded.channels.len(),
-        state_bytes,
-        bytes: rows.iter().map(|row| row.bytes).sum(),
-        packets: rows.iter().map(|row| row.packets).sum(),
-        seconds: took.as_secs_f64(),
-        gb_per_second: rate(state_bytes, took),
-        budget: loaded.budget,
-        held_high: loaded.held_high,
-        spilled_bytes: loaded.spill.written,
-        late_wakeups: saved.late_wakeups + loaded.late_wakeups,
-    };
+    let mut totals = Totals::new(&loaded, Some((state_bytes, took)));
+    totals.late_wakeups += saved.late_wakeups;
     let verified = rows.len() == pairs.len() && rows.iter().all(|row| row.verified);
     let differs = pairs.iter().zip(&rows).find_map(|(pair, row)| {
         Some(About {
@@ -489,12 +461,15 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let output = Output {
         backend: loaded.backend,
         devices: rows,
+        channels: moved::channels(&loaded),
         totals,
         verified,
         error: differs.as_ref().map(Failure::new),
+        state_bytes,
+        took,
     };
     if options.json {
-        output::print_json(&output)?;
+        json::print(&output)?;
     } else {
         output::print(&output.text())?;
     }

@@ -31,7 +31,8 @@ use crate::{
     config_digest::{Config, ConfigDigest, DigestingDevice},
     file::{self, Written},
     kernel,
-    output::{Moved, hex, say},
+    moved::{Moved, Times},
+    output::{hex, say},
     state_files::{self, StateFile, Target},
 };
 
@@ -470,10 +471,7 @@ pub(crate) fn check<'a>(
     stats: &Stats,
 ) -> anyhow::Result<Vec<Checked<'a>>> {
     let check = |subject: &'a Subject| {
-        let stats = stats
-            .devices
-            .iter()
-            .find(|stats| stats.device == subject.id);
+        let stats = stats.device(&subject.id);
         subject.check(stats.context("a device without counters")?)
     };
     subjects.iter().map(check).collect()
@@ -485,8 +483,11 @@ pub(crate) fn keep(checked: &mut [Checked<'_>]) -> anyhow::Result<()> {
     state_files::publish(files.collect())
 }
 
-/// What has been moved of all of them, for people. What cannot be read any more is only said.
-pub(crate) fn describe(checked: Vec<Checked<'_>>) -> Vec<Moved> {
+/// What has been moved of all of them, and when. What cannot be read any more is only said.
+pub(crate) fn describe(
+    checked: Vec<Checked<'_>>,
+    times: impl Fn(&DeviceId) -> Times,
+) -> Vec<Moved> {
     let describe = |it: Checked<'_>| Moved {
         idstr: it.subject.id.idstr().to_owned(),
         instance: it.subject.id.instance(),
@@ -499,6 +500,7 @@ pub(crate) fn describe(checked: Vec<Checked<'_>>) -> Vec<Moved> {
         config_bytes: it.config.bytes,
         config_sha256: hex(&it.config.sha256),
         state_file: None,
+        times: Some(times(&it.subject.id)),
     };
     checked.into_iter().map(describe).collect()
 }

@@ -18,10 +18,11 @@
 mod checkup;
 mod host;
 
+use anyhow::anyhow;
 use serde::Serialize;
 
 use self::checkup::Checkup;
-use crate::output;
+use crate::{failure::Failure, json, output};
 
 /// Show what this host can do for a migration, and what is missing
 ///
@@ -109,6 +110,9 @@ struct Report {
     status: Status,
     findings: Vec<Finding>,
     devices: Vec<Checkup>,
+    /// What is missing, if anything is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<Failure>,
 }
 
 impl Report {
@@ -137,27 +141,26 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let all = findings.iter().map(|it| it.status);
     // A device that cannot migrate is that device's matter.
     let status = all.max().unwrap_or(Status::Good);
+    let missing = findings.iter().filter(|it| it.status == Status::Missing);
+    let missing: Vec<_> = missing.map(|it| it.what).collect();
+    let error = (!missing.is_empty()).then(|| {
+        anyhow!(
+            "missing for {} devices and {} channels: {}",
+            options.devices,
+            options.channels,
+            missing.join(", ")
+        )
+    });
     let report = Report {
         status,
         findings,
         devices,
+        error: error.as_ref().map(Failure::new),
     };
     if options.json {
-        output::print_json(&report)?;
+        json::print(&report)?;
     } else {
         output::print(&report.text())?;
     }
-    let missing = report
-        .findings
-        .iter()
-        .filter(|it| it.status == Status::Missing);
-    let missing: Vec<_> = missing.map(|it| it.what).collect();
-    anyhow::ensure!(
-        missing.is_empty(),
-        "missing for {} devices and {} channels: {}",
-        options.devices,
-        options.channels,
-        missing.join(", ")
-    );
-    Ok(())
+    error.map_or(Ok(()), Err)
 }

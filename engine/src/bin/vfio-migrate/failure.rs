@@ -2,7 +2,8 @@
 //! on stdout in place of the result.
 //!
 //! ```text
-//!   { "error": { "message":  the line on stderr, without the command's name
+//!   { "version", "command",
+//!     "error": { "message":  the line on stderr, without the command's name
 //!                "chain":    its parts, from what was tried to what caused it
 //!                "status":   the exit status
 //!                "kind":     usage, interrupted, or the engine's: protocol, device, stalled, …
@@ -11,9 +12,8 @@
 //!                "channel", "idx", "errno" } }
 //! ```
 //!
-//! The fields from `kind` on are there only if they are known. A demo whose states differ has `error`
-//! beside its
-//! result.
+//! The fields from `kind` on are there only if they are known. A demo whose states differ, and an inspection
+//! that ends at a damaged packet, have `error` beside their result.
 //!
 //! The line is written before the object, so it is not lost if nobody reads stdout. Any thread may report the
 //! failure; only the first report counts.
@@ -28,8 +28,8 @@ use serde::Serialize;
 use vfio_migration::{DeviceId, Error, ErrorKind, Phase};
 
 use crate::{
-    Interrupted, Usage, interrupt,
-    output::{self, json_text, one_line, take_object},
+    Interrupted, Usage, interrupt, json,
+    output::{self, one_line},
     stderr,
 };
 
@@ -164,13 +164,13 @@ impl Failure {
         struct Object {
             error: Failure,
         }
-        json_text(&Object { error: self })
+        json::text(&Object { error: self })
     }
 }
 
 /// Prints why the command has failed, where an object is still wanted. The line is written already.
 pub(crate) fn print(error: &anyhow::Error) {
-    if take_object()
+    if json::take()
         && let Ok(text) = Failure::new(error).object()
     {
         // Where stdout is gone there is still the status.
@@ -184,7 +184,7 @@ pub(crate) fn tell_interrupted_at_once(patience: Duration) {
     output::say("interrupted");
     stderr::finish(patience);
     let stdout = io::stdout();
-    if take_object()
+    if json::take()
         && let Ok(text) = Failure::new(&anyhow::anyhow!(Interrupted)).object()
     {
         let mut fds = [PollFd::new(stdout.as_fd(), PollFlags::POLLOUT)];
@@ -236,7 +236,7 @@ mod tests {
         let error = anyhow!("neither \u{202e} here").context("nor \n there");
         let text = Failure::new(&error).object().expect("JSON");
         let json: serde_json::Value = serde_json::from_str(&text).expect("JSON");
-        let expected = serde_json::json!({ "error": {
+        let expected = serde_json::json!({ "version": 1, "error": {
             "message": "nor   there: neither   here",
             "chain": ["nor   there", "neither   here"],
             "status": 1,

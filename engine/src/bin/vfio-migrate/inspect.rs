@@ -1,18 +1,25 @@
-//! `inspect`: the packets of captured multifd channels, a line for each.
+//! `inspect`: the packets of captured multifd channels, a line or an object for each.
 //!
 //! ```text
-//!   file ──▶ Walker ──▶ a line ──▶ stdout
+//!   file ──▶ Walker ──┬──▶ a line ─────────────▶ stdout
+//!                     └──▶ Object, an element ─▶ the one JSON object
 //! ```
+//!
+//! A capture may have more packets than fit in memory, so the object is printed while the files are read. If a
+//! file ends in a damaged packet, `error` follows the packets before it.
 //!
 //! Runs on the main thread alone.
 
 use std::{
+    cell::RefCell,
     fmt::Write as _,
+    fs::File,
     io::{self, BufWriter, Write},
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
-use anyhow::bail;
+use anyhow::anyhow;
+use serde::{Serialize, Serializer, ser::SerializeMap};
 use vfio_migration::{
     text::Printable,
     wire::{FLAG_DEVICE_STATE, FLAG_SYNC, PACKET_FLAG_CONFIG, PageSize},
@@ -20,7 +27,9 @@ use vfio_migration::{
 
 use crate::{
     args,
-    capture::{Packet, Walker, What},
+    capture::{Damage, Packet, Walker, What},
+    failure::Failure,
+    json,
     output::{Stdout, hex},
 };
 
@@ -45,6 +54,9 @@ pub(crate) struct Options {
     /// The page size of the VM's architecture, on which the size of RAM and SYNC packets depends
     #[arg(long, value_name = "SIZE", default_value = "4KiB", value_parser = args::page_size)]
     page_size: PageSize,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 fn line(packet: &Packet) -> String {
@@ -94,8 +106,16 @@ fn line(packet: &Packet) -> String {
     line
 }
 
+/// Why a file's packets end early, with the file's name.
+fn damaged(path: &Path, damage: &Damage) -> anyhow::Error {
+    anyhow!("{}: {damage}", path.display())
+}
+
 /// Runs `inspect`.
 pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
+    if options.json {
+        return print_object(options);
+    }
     let mut output = BufWriter::new(io::stdout().lock());
     for path in &options.files {
         let mut walker = Walker::open(path, options.page_size)?;
@@ -109,11 +129,200 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
                 Ok(None) => break,
                 Err(damage) => {
                     output.flush().map_err(Stdout)?;
-                    bail!("{}: {damage}", path.display());
+                    return Err(damaged(path, &damage));
                 }
             }
         }
     }
     output.flush().map_err(Stdout)?;
     Ok(())
+}
+
+// ---------------------------------------------------------------------------------------- JSON
+
+/// A packet, as JSON has it: the words of the lines.
+#[derive(Debug, Serialize)]
+struct Object<'a> {
+    offset: u64,
+    #[serde(flatten)]
+    kind: Kind<'a>,
+    /// What follows the headers, in bytes.
+    size: u32,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(tag = "kind", rename_all = "lowercase")]
+enum Kind<'a> {
+    Hello {
+        id: u8,
+        uuid: String,
+    },
+    Sync {
+        flags: u32,
+        number: u64,
+    },
+    Ram {
+        flags: u32,
+        pages: u32,
+        zero_pages: u32,
+        block: &'a str,
+    },
+    Device(DevicePacket),
+    Config(DevicePacket),
+    Digest {
+        sha256: String,
+    },
+}
+
+#[derive(Debug, Serialize)]
+struct DevicePacket {
+    flags: u32,
+    device_flags: u32,
+    idstr: String,
+    instance: u32,
+    idx: u32,
+}
+
+impl<'a> From<&'a Packet> for Object<'a> {
+    fn from(packet: &'a Packet) -> Self {
+        let kind = match &packet.what {
+            What::Hello(hello) => Kind::Hello {
+                id: hello.id,
+                uuid: hex(&hello.uuid),
+            },
+            What::Sync { packet_num } => Kind::Sync {
+                flags: FLAG_SYNC,
+                number: *packet_num,
+            },
+            What::Ram {
+                flags,
+                pages,
+                zero_pages,
+                block,
+            } => Kind::Ram {
+                flags: *flags,
+                pages: *pages,
+                zero_pages: *zero_pages,
+                block,
+            },
+            What::Digest(sha256) => Kind::Digest {
+                sha256: hex(sha256),
+            },
+            What::Device { key, index, config } => {
+                let packet = DevicePacket {
+                    flags: FLAG_DEVICE_STATE,
+                    device_flags: if *config { PACKET_FLAG_CONFIG } else { 0 },
+                    idstr: String::from_utf8_lossy(key.idstr()).into_owned(),
+                    instance: key.instance(),
+                    idx: *index,
+                };
+                if *config {
+                    Kind::Config(packet)
+                } else {
+                    Kind::Device(packet)
+                }
+            }
+        };
+        Self {
+            offset: packet.offset,
+            kind,
+            size: packet.payload,
+        }
+    }
+}
+
+/// All files, read while they are serialized: once.
+struct Inspection<'a> {
+    options: &'a Options,
+    failure: &'a RefCell<Option<anyhow::Error>>,
+}
+
+/// One of them, and its packets.
+struct Packets<'a> {
+    walker: RefCell<Walker<File>>,
+    path: &'a Path,
+    failure: &'a RefCell<Option<anyhow::Error>>,
+}
+
+impl Serialize for Inspection<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(None)?;
+        map.serialize_entry("files", &Files(self))?;
+        if let Some(error) = &*self.failure.borrow() {
+            map.serialize_entry("error", &Failure::new(error))?;
+        }
+        map.end()
+    }
+}
+
+struct Files<'a>(&'a Inspection<'a>);
+
+impl Serialize for Files<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let Inspection { options, failure } = self.0;
+        serializer.collect_seq(options.files.iter().map_while(|path| {
+            if failure.borrow().is_some() {
+                return None;
+            }
+            match Walker::open(path, options.page_size) {
+                Ok(walker) => Some(Packets {
+                    walker: RefCell::new(walker),
+                    path,
+                    failure,
+                }),
+                Err(error) => {
+                    failure.replace(Some(error));
+                    None
+                }
+            }
+        }))
+    }
+}
+
+impl Serialize for Packets<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(None)?;
+        map.serialize_entry("file", &self.path.display().to_string())?;
+        map.serialize_entry("packets", &Steps(self))?;
+        map.end()
+    }
+}
+
+struct Steps<'a>(&'a Packets<'a>);
+
+/// A packet that its object borrows from.
+struct Step(Packet);
+
+impl Serialize for Step {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        Object::from(&self.0).serialize(serializer)
+    }
+}
+
+impl Serialize for Steps<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let Packets {
+            walker,
+            path,
+            failure,
+        } = self.0;
+        let mut walker = walker.borrow_mut();
+        let next = || match walker.step() {
+            Ok(packet) => packet.map(Step),
+            Err(damage) => {
+                failure.replace(Some(damaged(path, &damage)));
+                None
+            }
+        };
+        serializer.collect_seq(std::iter::from_fn(next))
+    }
+}
+
+fn print_object(options: &Options) -> anyhow::Result<()> {
+    let failure = RefCell::new(None);
+    json::print_at_length(&Inspection {
+        options,
+        failure: &failure,
+    })?;
+    failure.into_inner().map_or(Ok(()), Err)
 }

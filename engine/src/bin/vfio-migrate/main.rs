@@ -24,7 +24,8 @@
 //! | `measure` | `probe --measure`: a device saved to nowhere |
 //! | `kernel` | the kernel's own devices: opened, or refused with a reason |
 //! | `capture`, `contents` | a captured channel's packets and where they stand; what all together hold |
-//! | `output`, `failure`, `progress` | tables and JSON; exit statuses; bars |
+//! | `output`, `json`, `moved` | lines and tables; the one JSON object; what was moved, for both |
+//! | `failure`, `progress` | exit statuses; bars |
 //! | `args`, `interrupt` | sizes and times; Ctrl-C |
 //! | `stderr` | lines on stderr, for which nobody waits |
 //!
@@ -64,12 +65,14 @@ mod file;
 mod host_memory;
 mod inspect;
 mod interrupt;
+mod json;
 mod kernel;
 mod limits;
 mod listen;
 mod main_channel;
 mod manual;
 mod measure;
+mod moved;
 mod network;
 mod output;
 mod probe;
@@ -81,6 +84,10 @@ mod replay;
 mod restore;
 mod save;
 mod save_file;
+#[cfg(test)]
+#[path = "../../../tests/support/schema.rs"]
+#[allow(dead_code, reason = "the tests of the command use more of it")]
+mod schema;
 mod send;
 mod state_files;
 mod stderr;
@@ -89,7 +96,7 @@ mod tls;
 use std::{fmt, io, process::ExitCode, time::Duration};
 
 use anyhow::anyhow;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 /// Moves the migration state of VFIO devices, in QEMU's wire format.
 ///
@@ -131,7 +138,8 @@ impl Command {
             Self::Probe(options) => options.json,
             Self::Doctor(options) => options.json,
             Self::Replay(options) => options.json,
-            Self::Inspect(_) | Self::Man(_) | Self::Completions(_) => false,
+            Self::Inspect(options) => options.json,
+            Self::Man(_) | Self::Completions(_) => false,
         }
     }
 }
@@ -170,7 +178,8 @@ Sizes are like 4096, 64KiB, 1.5GiB; K, M, G are powers of 1024 too. Times are in
 Exit status: 0 done, 1 failed (one line on stderr says why), 2 wrong use, 130 interrupted (by
 SIGINT, SIGTERM or SIGHUP). A migration that has passed is 0 on both sides. If its output cannot be
 printed, or is interrupted, a warning says so.
-With --json there is one JSON object on stdout in each case. After a failure it has \"error\": an object
+With --json there is one JSON object on stdout in each case: docs/json.md has its schema. It begins with
+\"version\" (1: of that schema) and \"command\". After a failure it has \"error\": an object
 with \"message\" (that line), \"chain\" (its parts), \"status\", and, if they are known, \"kind\"
 (usage, interrupted, protocol, device, stalled, ...), \"phase\", \"device\" (\"idstr\", \"instance\"),
 \"channel\", \"idx\" and \"errno\".
@@ -243,6 +252,13 @@ fn run(command: Command) -> anyhow::Result<()> {
     }
 }
 
+/// The subcommand's name, where the first argument is one.
+fn subcommand() -> Option<String> {
+    let first = std::env::args().nth(1)?;
+    Cli::command().find_subcommand(&first)?;
+    Some(first)
+}
+
 fn main() -> ExitCode {
     if !host_memory::to_begin() {
         // Nothing that allocates: there is nothing to allocate from.
@@ -253,7 +269,7 @@ fn main() -> ExitCode {
         // Help, too; where it cannot be written there is still the status.
         let _lost = error.print();
         if error.use_stderr() && std::env::args_os().any(|argument| argument == "--json") {
-            output::want_json();
+            json::want(subcommand());
             failure::print(&anyhow!(Usage(error.to_string())));
         }
         std::process::exit(error.exit_code())
@@ -262,7 +278,7 @@ fn main() -> ExitCode {
         .command
         .unwrap_or_else(|| Command::Demo(demo::Options::default()));
     if command.is_json() {
-        output::want_json();
+        json::want(subcommand());
     }
     let failed = run(command).err().filter(|error| !is_closed_pipe(error));
     if let Some(error) = &failed {

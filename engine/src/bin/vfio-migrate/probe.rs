@@ -10,6 +10,7 @@ use serde::Serialize;
 use vfio_migration::{DeviceState, MigrationFlags, estimate::MAX_DATA_SIZE, vfio::Support};
 
 use crate::{
+    json,
     kernel::{self, Opened},
     measure::{self, Measured},
     output,
@@ -42,7 +43,7 @@ pub(crate) struct Options {
 /// What it found.
 #[derive(Debug, Serialize)]
 struct Found {
-    device: String,
+    path: String,
     driver: Option<String>,
     /// How it was opened.
     opened_by: String,
@@ -72,7 +73,7 @@ impl Found {
         let ability = &opened.ability;
         let states = DeviceState::ALL.into_iter();
         Self {
-            device: options.path.display().to_string(),
+            path: options.path.display().to_string(),
             driver: kernel::driver(&options.path),
             opened_by: opened.way.to_string(),
             state: ability.state.to_string(),
@@ -101,7 +102,7 @@ impl Found {
         format!(
             "{}\n  driver       {}\n  opened by    {}\n  state        {}\n  states       {}\n  PRE_COPY     {}\n  P2P          {}\n  \
              DMA logging  {}\n  info flags   {}\n  estimate     {size}\n",
-            self.device,
+            self.path,
             self.driver.as_deref().unwrap_or("(none)"),
             self.opened_by,
             self.state,
@@ -128,7 +129,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         found.measured = Some(Measured::of(&spec, &options.bandwidth, !options.json)?);
     }
     if options.json {
-        output::print_json(&found)
+        json::print(&found)
     } else {
         output::print(&found.text())
     }
@@ -137,11 +138,12 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::schema;
 
     #[test]
     fn words_and_estimates() {
         let mut found = Found {
-            device: "/sys/x".into(),
+            path: "/sys/x".into(),
             driver: Some("mtty".into()),
             opened_by: "its group".into(),
             state: "RUNNING".into(),
@@ -167,6 +169,10 @@ mod tests {
         ] {
             assert!(text.lines().any(|it| it == line), "{line}: {text}");
         }
+        let mut object = serde_json::to_value(&found).expect("JSON");
+        object["version"] = 1.into();
+        object["command"] = "probe".into();
+        assert_eq!(schema::misfit(&object), None, "{object}");
         found.estimated_bytes = Some(u64::MAX - 7);
         assert!(found.text().contains("not to be believed"));
         found.estimated_bytes = None;

@@ -41,8 +41,9 @@ use crate::{
     interrupt, limits,
     listen::Listener,
     main_channel::{self, EXPLANATION, HEARTBEAT, LINGER, ReturnPath, is_the_peers, main_failed},
+    moved::{Times, Transfer},
     network::{self, Address, Connection, Peek, TICK},
-    output::{Transfer, rate, say, say_of_stranger},
+    output::{say, say_of_stranger},
     progress::Progress,
 };
 
@@ -487,19 +488,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
             "warning: all is loaded, but afterwards: {error:#}"
         ));
     }
-    let devices = device::describe(checked);
-    let bytes = devices.iter().map(|device| device.state_bytes).sum();
-    Transfer {
-        role: "receive",
-        devices,
-        downtime: stats.devices.iter().map(|it| it.phases.into()).collect(),
-        channels: stats.channels.len(),
-        backend: stats.backend,
-        seconds: took.as_secs_f64(),
-        gb_per_second: rate(bytes, took),
-        precopy_bytes: None,
-        spilled_bytes: stats.spill.written,
-    }
-    .tell(options.json);
+    let devices = device::describe(checked, |id| Times::new(None, stats.device(id)));
+    Transfer::new("received", devices, &stats, took).tell(options.json);
     Ok(())
 }

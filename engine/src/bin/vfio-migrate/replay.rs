@@ -41,8 +41,10 @@ use crate::{
     capture::{Scan, show_key},
     capture_set::{self, DeviceKeyOrder, by_device, check, explain},
     host_memory::{Need, of_load},
-    interrupt, network,
-    output::{self, Moved, hex},
+    interrupt, json,
+    moved::{self, Moved},
+    network,
+    output::{self, hex},
     progress::Progress,
     recorder::{self, Kept, Recorders, lock},
     save_file::SaveFile,
@@ -218,52 +220,29 @@ impl Subject {
                 .files
                 .as_ref()
                 .map(|files| files.state.path().display().to_string()),
+            times: None,
         };
         Ok((moved, written))
     }
 }
 
 #[derive(Serialize)]
-struct ChannelOutput {
-    file: String,
-    id: u8,
-    bytes: u64,
-    packets: u64,
-    ram_packets: u64,
-    syncs: u64,
-}
-
-#[derive(Serialize)]
 struct Output {
     devices: Vec<Moved>,
-    channels: Vec<ChannelOutput>,
+    channels: Vec<moved::Channel>,
 }
 
 impl Output {
     fn print(&self, json: bool) -> anyhow::Result<()> {
         if json {
-            return output::print_json(self);
+            return json::print(self);
         }
         let mut text: String = self.devices.iter().map(Moved::text).collect();
-        let rows = self.channels.iter().map(|channel| {
-            vec![
-                channel.file.clone(),
-                channel.id.to_string(),
-                channel.packets.to_string(),
-                channel.bytes.to_string(),
-                channel.ram_packets.to_string(),
-                channel.syncs.to_string(),
-            ]
-        });
-        let rows: Vec<Vec<String>> = rows.collect();
         if self.devices.is_empty() {
             text.push_str("no device's packets\n");
         }
         text.push('\n');
-        text.push_str(&output::table(
-            &["channel", "id", "device packets", "bytes", "RAM", "SYNC"],
-            &rows,
-        ));
+        text.push_str(&moved::channel_table(&self.channels));
         output::print(&text)
     }
 }
@@ -367,13 +346,15 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         let _in_order = interrupt::in_order();
         devices = receive(options, &scans, &subjects)?;
     }
-    let channels = scans.iter().map(|scan| ChannelOutput {
-        file: scan.path.display().to_string(),
-        id: scan.hello.map_or(0, |hello| hello.id),
+    let channels = (0..).zip(&scans).map(|(channel, scan)| moved::Channel {
+        channel,
+        file: Some(scan.path.display().to_string()),
+        id: Some(scan.hello.map_or(0, |hello| hello.id)),
         bytes: scan.device_bytes,
         packets: scan.places.len() as u64,
         ram_packets: scan.ram_packets,
         syncs: scan.syncs,
+        blocked_seconds: None,
     });
     let channels = channels.collect();
     Output { devices, channels }.print(options.json)

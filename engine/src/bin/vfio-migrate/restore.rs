@@ -29,8 +29,10 @@ use crate::{
     args::{self, BackendArg},
     device::{self, Left, Spec, Subject},
     host_memory::{Need, of_load},
-    interrupt, limits, network,
-    output::{Kept, Transfer, hex, rate},
+    interrupt, limits,
+    moved::{Kept, Times, Transfer},
+    network,
+    output::hex,
     progress::Progress,
     save_file::{Contents, SaveFile},
 };
@@ -167,20 +169,9 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     };
     let checked = kept().context("all devices are loaded and run, but")?;
     interrupt::settled("all is restored");
-    let devices = device::describe(checked);
-    let bytes = devices.iter().map(|device| device.state_bytes).sum();
+    let devices = device::describe(checked, |id| Times::new(None, stats.device(id)));
     Kept {
-        transfer: Transfer {
-            role: "restore",
-            devices,
-            downtime: stats.devices.iter().map(|it| it.phases.into()).collect(),
-            channels: 1,
-            backend: stats.backend,
-            seconds: took.as_secs_f64(),
-            gb_per_second: rate(bytes, took),
-            precopy_bytes: None,
-            spilled_bytes: 0,
-        },
+        transfer: Transfer::new("restored", devices, &stats, took),
         file: options.file.display().to_string(),
         file_bytes: file.len(),
         file_sha256: hex(&file.sha256),

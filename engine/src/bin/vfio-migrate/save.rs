@@ -34,8 +34,10 @@ use crate::{
     args::{self, BackendArg},
     device::{self, Left, Spec, Subject},
     host_memory::{Need, of_save},
-    interrupt, limits, network,
-    output::{Kept, Transfer, hex, rate},
+    interrupt, limits,
+    moved::{Kept, Times, Transfer},
+    network,
+    output::hex,
     progress::Progress,
     save_file::{self, Sum},
     state_files::{self, StateFile, Target},
@@ -283,20 +285,11 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let checked = device::check(&subjects, &stats)?;
     let (sha256, file_bytes) = keep(options, &target, file, &sum)?;
     interrupt::settled("all is saved");
-    let devices = device::describe(checked);
-    let bytes = devices.iter().map(|device| device.state_bytes).sum();
+    let devices = device::describe(checked, |id| Times::new(stats.device(id), None));
+    let mut transfer = Transfer::new("saved", devices, &stats, took);
+    transfer.totals.precopy_bytes = Some(precopy);
     Kept {
-        transfer: Transfer {
-            role: "save",
-            devices,
-            downtime: stats.devices.iter().map(|it| it.phases.into()).collect(),
-            channels: 1,
-            backend: stats.backend,
-            seconds: took.as_secs_f64(),
-            gb_per_second: rate(bytes, took),
-            precopy_bytes: Some(precopy),
-            spilled_bytes: 0,
-        },
+        transfer,
         file: options.file.display().to_string(),
         file_bytes,
         file_sha256: sha256,

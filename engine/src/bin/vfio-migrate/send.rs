@@ -44,8 +44,9 @@ use crate::{
         self, EXPLANATION, HEARTBEAT, LINGER, MainChannelWriter, PING, Replies, ReturnPathEvent,
         STILL_HERE, interrupted, is_the_peers, main_failed, timed_out,
     },
+    moved::{Times, Transfer},
     network::{self, Address, Connection, TICK},
-    output::{Transfer, rate, say},
+    output::say,
     progress::Progress,
     tls::{self, TlsArgs},
 };
@@ -567,7 +568,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     drop(main);
     // The destination has it all: what cannot be said of it here is no failure.
     let devices = match device::check(&subjects, &stats) {
-        Ok(checked) => device::describe(checked),
+        Ok(checked) => device::describe(checked, |id| Times::new(stats.device(id), None)),
         Err(error) => {
             say(&format!(
                 "warning: all is loaded, but afterwards: {error:#}"
@@ -575,18 +576,8 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
             Vec::new()
         }
     };
-    let bytes = devices.iter().map(|device| device.state_bytes).sum();
-    Transfer {
-        role: "send",
-        devices,
-        downtime: stats.devices.iter().map(|it| it.phases.into()).collect(),
-        channels: stats.channels.len(),
-        backend: stats.backend,
-        seconds: took.as_secs_f64(),
-        gb_per_second: rate(bytes, took),
-        precopy_bytes: precopy,
-        spilled_bytes: 0,
-    }
-    .tell(options.json);
+    let mut sent = Transfer::new("sent", devices, &stats, took);
+    sent.totals.precopy_bytes = precopy;
+    sent.tell(options.json);
     Ok(())
 }

@@ -108,7 +108,10 @@ fn a_slow_destination_holds_the_source_back() {
     same(&channels, &sink.end());
     assert_eq!(tap.read.load(Relaxed), all);
     assert!(memory < BUDGET + (16 << 20), "{memory} bytes");
-    assert!(json["held_high"].as_u64().unwrap() <= BUDGET, "{json}");
+    assert!(
+        json["totals"]["held_high"].as_u64().unwrap() <= BUDGET,
+        "{json}"
+    );
 }
 
 #[test]
@@ -123,7 +126,7 @@ fn a_budget_of_one_packet_is_enough_for_packets_in_order() {
         .map(|bytes| feed(&from, bytes.clone(), 1 << 20))
         .collect();
     let json = relay.end().json();
-    assert_eq!(json["late_wakeups"], 0, "{json}");
+    assert_eq!(json["totals"]["late_wakeups"], 0, "{json}");
     for fed in fed {
         fed.join().unwrap();
     }
@@ -371,7 +374,7 @@ fn memory_for_one_packet_is_enough_at_a_destinations_barriers() {
         source_with_barriers(&from, channels, 60);
         let json = relay.end().json();
         assert_eq!(json["devices"][0]["packets"], 61);
-        assert_eq!(json["late_wakeups"], 0);
+        assert_eq!(json["totals"]["late_wakeups"], 0);
         let received = sink.join().unwrap();
         let received: Vec<_> = received.iter().map(|bytes| split(bytes)).collect();
         assert_eq!(packets(&received).len(), 61);
