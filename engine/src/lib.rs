@@ -129,6 +129,8 @@ mod lane;
 mod load;
 mod memory_plan;
 mod message;
+#[cfg(feature = "metrics")]
+pub mod metrics;
 pub mod migration;
 mod relay;
 mod reorder;
@@ -145,6 +147,8 @@ mod sync;
 mod system_calls;
 mod tasks;
 pub mod text;
+#[cfg(feature = "timeline")]
+pub mod timeline;
 pub mod trace;
 pub mod wire;
 
@@ -174,7 +178,7 @@ pub use crate::{
     session::{DeviceReport, DeviceSpec, Report},
     settings::{ConfigGate, Settings, Spill, Writer},
     state::{DeviceState, MigrationFlags, PrecopyInfo, UnknownState},
-    stats::{ChannelStats, DeviceStats, Latency, Phases, SpillStats, Stats},
+    stats::{ChannelStats, DeviceStats, Latency, PhaseStarts, Phases, Side, SpillStats, Stats},
     system_calls::Role,
     tasks::{Task, TaskKind},
 };

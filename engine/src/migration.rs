@@ -207,7 +207,10 @@ mod saved;
 mod switchover_acks;
 pub mod vm;
 
-use std::{io, time::Duration};
+use std::{
+    io,
+    time::{Duration, Instant},
+};
 
 pub use self::{
     blockers::{Admitted, MigrationBlockers, PlatformSupport},
@@ -239,6 +242,8 @@ pub struct MigratableDevice {
     settings: DeviceSettings,
     /// What the VM's stops and starts have taken of it since the last migration.
     transition_time: Duration,
+    /// When the first part of it began.
+    transition_began: Option<Instant>,
 }
 
 impl MigratableDevice {
@@ -255,6 +260,7 @@ impl MigratableDevice {
             device,
             settings,
             transition_time: Duration::ZERO,
+            transition_began: None,
         }
     }
 

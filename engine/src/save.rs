@@ -29,11 +29,7 @@
 //! | the I/O thread | | see `io_loop.rs` |
 //! | a device's thread | the I/O thread's result | the result; after a stop, the result or the grace time |
 
-use std::{
-    fmt,
-    sync::OnceLock,
-    time::{Duration, Instant},
-};
+use std::{fmt, sync::OnceLock, time::Duration};
 
 use crossbeam_epoch::Collector;
 
@@ -92,10 +88,6 @@ pub(crate) struct SaveDevice {
     config: OnceLock<Vec<u8>>,
     /// The config packet's headers, once its idx is known.
     config_headers: OnceLock<[u8; wire::DEVICE_PACKET_LEN]>,
-    /// When it was in STOP_COPY.
-    stopped: OnceLock<Instant>,
-    /// When the first packet was queued.
-    queued: OnceLock<Instant>,
     drained: Mutex<Option<Result<()>>>,
 }
 
@@ -107,7 +99,7 @@ impl SaveDevice {
 
     /// Counts a packet, before it is queued.
     fn count_published(&self) {
-        self.queued.get_or_init(Instant::now);
+        self.counters.phases.wire.begin_now();
         self.counters.published();
     }
 
@@ -115,12 +107,8 @@ impl SaveDevice {
     fn count_sent(&self, bytes: usize) {
         self.counters.taken(1);
         self.counters.bytes.add(bytes as u64);
-        if let Some(stopped) = self.stopped.get() {
-            self.counters.phases.first_out.first_time(*stopped);
-        }
-        if let Some(queued) = self.queued.get() {
-            self.counters.phases.wire.raise_time(queued.elapsed());
-        }
+        self.counters.phases.first_out.end_once();
+        self.counters.phases.wire.reach();
     }
 }
 
@@ -171,8 +159,6 @@ impl Save {
                 counters: DeviceCounters::default(),
                 config: OnceLock::new(),
                 config_headers: OnceLock::new(),
-                stopped: OnceLock::new(),
-                queued: OnceLock::new(),
                 drained: Mutex::new(None),
             })
         };

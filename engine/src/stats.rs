@@ -20,7 +20,10 @@
 
 mod display;
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::OnceLock,
+    time::{Duration, Instant},
+};
 
 use crossbeam_utils::CachePadded;
 
@@ -64,15 +67,6 @@ impl Counter {
     /// Raises it to a time.
     pub fn raise_time(&self, duration: Duration) {
         self.raise(nanos(duration));
-    }
-
-    /// Sets it to a time, where it has none yet.
-    pub fn first_time(&self, since: Instant) {
-        if self.get() == 0 {
-            let took = nanos(since.elapsed()).max(1);
-            // Relaxed: a counter. Of two that come first one is.
-            let _others = self.0.compare_exchange(0, took, Relaxed, Relaxed);
-        }
     }
 
     /// What it says.
@@ -153,6 +147,86 @@ impl Phases {
     }
 }
 
+/// When each phase of [`Phases`] began. `None` if it has not, or if nobody has measured it. `wait` is the sum of
+/// many waits, and has no beginning of its own.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[non_exhaustive]
+pub struct PhaseStarts {
+    /// The first part of it.
+    pub stop: Option<Instant>,
+    /// Its call.
+    pub set_state: Option<Instant>,
+    /// STOP_COPY.
+    pub first_out: Option<Instant>,
+    /// STOP_COPY.
+    pub read: Option<Instant>,
+    /// The first packet's queueing.
+    pub wire: Option<Instant>,
+    /// The switchover's start.
+    pub first_in: Option<Instant>,
+    /// The switchover's start.
+    pub write: Option<Instant>,
+    /// Its callback.
+    pub config: Option<Instant>,
+    /// The first part of it.
+    pub resume: Option<Instant>,
+}
+
+impl PhaseStarts {
+    /// Returns all of them with the phases' names, in the order of [`Phases::named`].
+    #[must_use]
+    pub const fn named(&self) -> [(&'static str, Option<Instant>); 10] {
+        [
+            ("stop", self.stop),
+            ("set state", self.set_state),
+            ("first byte out", self.first_out),
+            ("read", self.read),
+            ("wire", self.wire),
+            ("first byte in", self.first_in),
+            ("wait", None),
+            ("write", self.write),
+            ("config", self.config),
+            ("resume", self.resume),
+        ]
+    }
+}
+
+/// What a session does in a migration.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub enum Side {
+    /// It saves.
+    Source,
+    /// It loads.
+    Destination,
+    /// It passes on.
+    Relay,
+}
+
+impl Side {
+    /// Its name: `source`, `destination` or `relay`.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Source => "source",
+            Self::Destination => "destination",
+            Self::Relay => "relay",
+        }
+    }
+
+    /// The phases that this side has, with their names.
+    pub fn phases(self, phases: &Phases) -> impl Iterator<Item = (&'static str, Duration)> + use<> {
+        let has = move |name| match name {
+            "set state" | "config" => self != Self::Relay,
+            "stop" | "first byte out" | "read" | "wire" => self == Self::Source,
+            _ => self == Self::Destination,
+        };
+        phases
+            .named()
+            .into_iter()
+            .filter(move |(name, _)| has(*name))
+    }
+}
+
 /// One device's counters, as they were at one moment.
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
@@ -182,6 +256,8 @@ pub struct DeviceStats {
     pub written_through: u64,
     /// The split of the downtime.
     pub phases: Phases,
+    /// When its parts began.
+    pub starts: PhaseStarts,
 }
 
 /// One channel's counters, as they were at one moment.
@@ -314,46 +390,127 @@ pub struct DeviceCounters {
     pub phases: PhaseCounters,
 }
 
+/// One phase: when it began, and how long it took. Set by the thread that runs it; a phase that has taken
+/// nothing so far has not ended.
+#[derive(Debug, Default)]
+pub struct PhaseCounter {
+    began: OnceLock<Instant>,
+    took: Counter,
+}
+
+impl PhaseCounter {
+    /// It begins, if it has not begun.
+    pub fn begin(&self, at: Instant) {
+        self.began.get_or_init(|| at);
+    }
+
+    /// It begins now, if it has not begun.
+    pub fn begin_now(&self) {
+        self.began.get_or_init(Instant::now);
+    }
+
+    /// Adds a time that it does not begin with.
+    pub fn add(&self, took: Duration) {
+        self.took.add_time(took);
+    }
+
+    /// Adds what has passed since then.
+    pub fn add_since(&self, since: Instant) {
+        self.begin(since);
+        self.add(since.elapsed());
+    }
+
+    /// Adds a time that has just passed.
+    pub fn add_passed(&self, took: Duration) {
+        self.begin(just_before(took));
+        self.add(took);
+    }
+
+    /// Lets it last until now, if it has begun.
+    pub fn reach(&self) {
+        if let Some(began) = self.began.get() {
+            self.took.raise_time(began.elapsed());
+        }
+    }
+
+    /// It ends here, if it has begun and has not ended.
+    pub fn end_once(&self) {
+        if let Some(began) = self.began.get()
+            && self.took.get() == 0
+        {
+            // Of two that come first one is.
+            let took = nanos(began.elapsed()).max(1);
+            self.took.raise(took);
+        }
+    }
+
+    fn began(&self) -> Option<Instant> {
+        self.began.get().copied()
+    }
+}
+
+/// So long ago, as far as the clock goes back.
+fn just_before(took: Duration) -> Instant {
+    let now = Instant::now();
+    now.checked_sub(took).unwrap_or(now)
+}
+
 /// Times of a device's phases.
 #[derive(Debug, Default)]
 pub struct PhaseCounters {
     /// See [`Phases::stop`].
-    pub stop: Counter,
+    pub stop: PhaseCounter,
     /// See [`Phases::set_state`].
-    pub set_state: Counter,
+    pub set_state: PhaseCounter,
     /// See [`Phases::first_out`].
-    pub first_out: Counter,
+    pub first_out: PhaseCounter,
     /// See [`Phases::read`].
-    pub read: Counter,
+    pub read: PhaseCounter,
     /// See [`Phases::wire`].
-    pub wire: Counter,
+    pub wire: PhaseCounter,
     /// See [`Phases::first_in`].
-    pub first_in: Counter,
+    pub first_in: PhaseCounter,
     /// See [`Phases::wait`].
-    pub wait: Counter,
+    pub wait: PhaseCounter,
     /// See [`Phases::write`].
-    pub write: Counter,
+    pub write: PhaseCounter,
     /// See [`Phases::config`].
-    pub config: Counter,
+    pub config: PhaseCounter,
     /// See [`Phases::resume`].
-    pub resume: Counter,
+    pub resume: PhaseCounter,
 }
 
 impl PhaseCounters {
+    /// When they began, as far as they have.
+    #[must_use]
+    pub fn starts(&self) -> PhaseStarts {
+        PhaseStarts {
+            stop: self.stop.began(),
+            set_state: self.set_state.began(),
+            first_out: self.first_out.began(),
+            read: self.read.began(),
+            wire: self.wire.began(),
+            first_in: self.first_in.began(),
+            write: self.write.began(),
+            config: self.config.began(),
+            resume: self.resume.began(),
+        }
+    }
+
     /// All of them, as they are now.
     #[must_use]
     pub fn snapshot(&self) -> Phases {
         Phases {
-            stop: self.stop.get_time(),
-            set_state: self.set_state.get_time(),
-            first_out: self.first_out.get_time(),
-            read: self.read.get_time(),
-            wire: self.wire.get_time(),
-            first_in: self.first_in.get_time(),
-            wait: self.wait.get_time(),
-            write: self.write.get_time(),
-            config: self.config.get_time(),
-            resume: self.resume.get_time(),
+            stop: self.stop.took.get_time(),
+            set_state: self.set_state.took.get_time(),
+            first_out: self.first_out.took.get_time(),
+            read: self.read.took.get_time(),
+            wire: self.wire.took.get_time(),
+            first_in: self.first_in.took.get_time(),
+            wait: self.wait.took.get_time(),
+            write: self.write.took.get_time(),
+            config: self.config.took.get_time(),
+            resume: self.resume.took.get_time(),
         }
     }
 }
@@ -419,6 +576,7 @@ impl DeviceCounters {
             entries: self.entries.get(),
             written_through: self.written_through.get(),
             phases: self.phases.snapshot(),
+            starts: self.phases.starts(),
         }
     }
 }

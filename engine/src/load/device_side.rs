@@ -660,7 +660,13 @@ impl Transfer for LoadTransfer {
         // A loader that has been started early does not count as waiting before the switchover.
         let switched = self.device.flags.is_switched();
         if switched {
-            self.started.get_or_insert_with(Instant::now);
+            let phases = &self.device.counters.phases;
+            self.started.get_or_insert_with(|| {
+                let now = Instant::now();
+                phases.first_in.begin(now);
+                phases.write.begin(now);
+                now
+            });
         }
         // Before the look at the slots: what was published before the last input ended is seen.
         let ended = self.load.input_ended();
@@ -671,9 +677,7 @@ impl Transfer for LoadTransfer {
             if let Some(since) = self.starved.take() {
                 self.device.counters.starved.add_time(since.elapsed());
             }
-            if let Some(started) = self.started {
-                self.device.counters.phases.first_in.first_time(started);
-            }
+            self.device.counters.phases.first_in.end_once();
             mem::swap(&mut self.ready, &mut self.in_flight);
             for index in &self.in_flight.indices {
                 self.device.told.load_start(&self.device.id, *index);
@@ -708,9 +712,9 @@ impl Transfer for LoadTransfer {
                 counters.starved.add_time(since.elapsed());
             }
             let waited = counters.starved.get_time();
-            counters.phases.wait.add_time(waited);
+            counters.phases.wait.add(waited);
             let wrote = started.elapsed().saturating_sub(waited);
-            counters.phases.write.add_time(wrote);
+            counters.phases.write.add(wrote);
             return TransferState::Finished(Ok(()));
         }
         if ended {
@@ -849,6 +853,10 @@ impl Transfer for LoadTransfer {
     }
 
     fn finish(mut self, result: Result<()>) {
+        // Of a load that fails while it waits.
+        if let Some(since) = self.starved.take() {
+            self.device.counters.starved.add_time(since.elapsed());
+        }
         let config = mem::take(&mut self.config);
         // The device's own error says more than a stop that came on top.
         let result = self.failure.take().map_or(result, Err);

@@ -47,7 +47,7 @@ fn set_up_device(load: &Arc<Load>, shared: &Arc<LoadDevice>, device: &mut Device
     let since = Instant::now();
     let before = device.state();
     device.set_state(DeviceState::Resuming, Recover::State(before))?;
-    shared.counters.phases.set_state.add_time(since.elapsed());
+    shared.counters.phases.set_state.add_since(since);
     let fd = device.lend()?;
     {
         let mut iterable = lock(&shared.iterable);
@@ -81,7 +81,7 @@ fn finish_load(load: &Load, shared: &LoadDevice, device: &mut Device) -> Result<
     let since = Instant::now();
     let mut rest = body;
     device.load_config(&mut rest)?;
-    shared.counters.phases.config.add_time(since.elapsed());
+    shared.counters.phases.config.add_since(since);
     if !rest.is_empty() {
         let violation = Violation::ConfigTrailing(rest.len() as u64);
         return Err(Error::protocol(violation)
@@ -91,7 +91,7 @@ fn finish_load(load: &Load, shared: &LoadDevice, device: &mut Device) -> Result<
     if shared.rules.stops {
         let since = Instant::now();
         device.set_state(DeviceState::Stop, Recover::Reset)?;
-        shared.counters.phases.resume.add_time(since.elapsed());
+        shared.counters.phases.resume.add_since(since);
     }
     Ok(())
 }

@@ -164,7 +164,7 @@ impl Incoming {
                 session = session.device(DeviceSpec::under_way(device).config_gate(config_gate));
                 Way::Channels
             } else {
-                counters.phases.set_state.add_time(took);
+                counters.phases.set_state.add_passed(took);
                 session = session.not_multifd(id.clone());
                 Way::Main(Mutex::new(Direct {
                     device: Some(device),

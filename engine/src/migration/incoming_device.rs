@@ -109,7 +109,7 @@ impl IncomingDevice<'_> {
                 let since = Instant::now();
                 let device = direct.device.as_mut().ok_or_else(given_back)?;
                 device.set_state(DeviceState::Stop, Recover::Reset)?;
-                self.member.counters.phases.resume.add_time(since.elapsed());
+                self.member.counters.phases.resume.add_since(since);
             }
             direct.loaded = true;
         }
@@ -171,7 +171,7 @@ impl SectionSink for Sink<'_> {
         let written = device.write_resuming(bytes);
         let counters = &self.member.counters;
         if switched {
-            counters.phases.write.add_time(since.elapsed());
+            counters.phases.write.add_since(since);
         }
         written?;
         counters.main_bytes.add(bytes.len() as u64);
@@ -187,7 +187,7 @@ impl SectionSink for Sink<'_> {
         let device = direct.device.as_mut().ok_or_else(given_back)?;
         let since = Instant::now();
         device.load_config(input)?;
-        self.member.counters.phases.config.add_time(since.elapsed());
+        self.member.counters.phases.config.add_since(since);
         Ok(())
     }
 

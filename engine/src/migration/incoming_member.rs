@@ -93,6 +93,8 @@ pub(super) fn all_stats(
     for device in &mut stats.devices {
         let found = started.iter().find(|it| *it.id() == device.device);
         device.phases.resume += found.map_or(Duration::ZERO, |it| it.transition_time);
+        let began = found.and_then(|it| it.transition_began);
+        device.starts.resume = device.starts.resume.or(began);
     }
     stats
 }

@@ -149,6 +149,7 @@ pub(super) fn merge<'a>(
         both.bytes += own.bytes;
         both.packets += own.packets;
         both.phases.stop += own.phases.stop;
+        both.starts.stop = both.starts.stop.or(own.starts.stop);
         both
     };
     stats.devices = members.map(both).collect();

@@ -140,7 +140,7 @@ impl Outgoing {
             let stopped = source
                 .device
                 .set_state(DeviceState::StopCopy, DeviceState::Stop);
-            source.counters.phases.set_state.add_time(since.elapsed());
+            source.counters.phases.set_state.add_since(since);
             stopped
         });
         if let Err(error) = stopped.into_iter().collect::<Result<()>>() {
@@ -241,14 +241,14 @@ impl Outgoing {
             loop {
                 let since = Instant::now();
                 let count = source.device.read_stop_copy(&mut source.buffer)?;
-                phases.read.add_time(since.elapsed());
+                phases.read.add_since(since);
                 if count == 0 {
                     return writer.end();
                 }
                 trace::save_block(&member.id, count as u64);
                 let since = Instant::now();
                 writer.data_block(&source.buffer[..count])?;
-                phases.wire.add_time(since.elapsed());
+                phases.wire.add_since(since);
                 source.counters.main_bytes.add(count as u64);
             }
         })
@@ -277,7 +277,7 @@ impl Outgoing {
                     let mut config = Vec::new();
                     let mut growing = Growing::new(&mut config, u32::MAX as usize);
                     source.device.save_config(&mut growing)?;
-                    source.counters.phases.config.add_time(since.elapsed());
+                    source.counters.phases.config.add_since(since);
                     writer.config(&config)
                 }
             }

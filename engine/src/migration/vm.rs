@@ -16,10 +16,7 @@
 //!
 //! A wait ends when the last device's driver has answered; nothing here can end it sooner.
 
-use std::{
-    fmt,
-    time::{Duration, Instant},
-};
+use std::{fmt, time::Instant};
 
 use super::{MigratableDevice, OutgoingDevice, at_once};
 use crate::{
@@ -80,9 +77,9 @@ pub trait Member: sealed::Sealed + Send {
         let _ = error;
     }
 
-    /// What its part of a stop for the migration's end, or of a start, has taken.
+    /// Its part of a stop for the migration's end, or of a start, has begun then, and ends now.
     #[doc(hidden)]
-    fn add_transition_time(&mut self, time: Duration);
+    fn add_transition(&mut self, since: Instant);
 }
 
 impl sealed::Sealed for MigratableDevice {}
@@ -92,8 +89,9 @@ impl Member for MigratableDevice {
         &mut self.device
     }
 
-    fn add_transition_time(&mut self, time: Duration) {
-        self.transition_time += time;
+    fn add_transition(&mut self, since: Instant) {
+        self.transition_began.get_or_insert(since);
+        self.transition_time += since.elapsed();
     }
 }
 
@@ -104,7 +102,7 @@ impl Member for Device {
         self
     }
 
-    fn add_transition_time(&mut self, _time: Duration) {}
+    fn add_transition(&mut self, _since: Instant) {}
 }
 
 impl sealed::Sealed for OutgoingDevice {}
@@ -126,8 +124,8 @@ impl Member for OutgoingDevice {
         Self::failed(self, error);
     }
 
-    fn add_transition_time(&mut self, time: Duration) {
-        self.counters.phases.stop.add_time(time);
+    fn add_transition(&mut self, since: Instant) {
+        self.counters.phases.stop.add_since(since);
     }
 }
 
@@ -150,8 +148,8 @@ impl<M: Member + ?Sized> Member for &mut M {
         (**self).failed(error);
     }
 
-    fn add_transition_time(&mut self, time: Duration) {
-        (**self).add_transition_time(time);
+    fn add_transition(&mut self, since: Instant) {
+        (**self).add_transition(since);
     }
 }
 
@@ -210,7 +208,7 @@ pub fn stop<M: Member>(devices: &mut [M], reason: Reason) -> Result<()> {
         let result = device.set_state(asked, Recover::Reset);
         trace::vmstate_change_prepare(device.id(), false, reason, device.state());
         if ends {
-            member.add_transition_time(since.elapsed());
+            member.add_transition(since);
         }
         result
     });
@@ -232,7 +230,7 @@ pub fn stop<M: Member>(devices: &mut [M], reason: Reason) -> Result<()> {
         }
         trace::vmstate_change(device.id(), false, reason, device.state());
         if ends {
-            member.add_transition_time(since.elapsed());
+            member.add_transition(since);
         }
         kept.and(result)
     });
@@ -282,7 +280,7 @@ pub fn start<M: Member>(devices: &mut [M]) -> Result<()> {
         }
         let result = device.set_state(DeviceState::RunningP2p, Recover::Reset);
         trace::vmstate_change_prepare(device.id(), true, reason, device.state());
-        member.add_transition_time(since.elapsed());
+        member.add_transition(since);
         result
     });
     // The barrier: all are through the first column.
@@ -297,7 +295,7 @@ pub fn start<M: Member>(devices: &mut [M]) -> Result<()> {
             }
             let result = device.set_state(DeviceState::Running, Recover::Reset);
             trace::vmstate_change(device.id(), true, reason, device.state());
-            member.add_transition_time(since.elapsed());
+            member.add_transition(since);
             result
         });
         started = results.into_iter().collect();

@@ -72,6 +72,8 @@ impl Drop for ResultOnDrop {
 
 impl SaveTransfer {
     pub(super) fn new(save: Arc<Save>, device: Arc<SaveDevice>, fd: Fd) -> Self {
+        let started = Instant::now();
+        device.counters.phases.read.begin(started);
         Self {
             lane: Lane::new(fd, Direction::Read, device.ordinal),
             cutter: LeaseCutter::new(save.pool.clone()),
@@ -86,7 +88,7 @@ impl SaveTransfer {
             spare: Vec::with_capacity(CHAIN as usize),
             depth: 2,
             ended: false,
-            started: Instant::now(),
+            started,
             starved: None,
         }
     }
@@ -219,7 +221,7 @@ impl Transfer for SaveTransfer {
             if end {
                 self.ended = true;
                 let phases = &self.device.counters.phases;
-                phases.read.add_time(self.started.elapsed());
+                phases.read.add_since(self.started);
             }
             if len > 0 {
                 self.publish(buffer, len, guard)?;
@@ -268,6 +270,10 @@ impl Transfer for SaveTransfer {
     }
 
     fn finish(mut self, result: Result<()>) {
+        // Of a save that fails while it waits.
+        if let Some(since) = self.starved.take() {
+            self.device.counters.starved.add_time(since.elapsed());
+        }
         self.outcome.drained = Some(result);
     }
 }

@@ -54,8 +54,8 @@ fn set_up_device(save: &Arc<Save>, shared: &Arc<SaveDevice>, device: &mut Device
     }
     let since = Instant::now();
     device.set_state(DeviceState::StopCopy, DeviceState::Stop)?;
-    shared.counters.phases.set_state.add_time(since.elapsed());
-    shared.stopped.get_or_init(Instant::now);
+    shared.counters.phases.set_state.add_since(since);
+    shared.counters.phases.first_out.begin_now();
     let flow = SaveTransfer::new(save.clone(), shared.clone(), device.lend()?);
     let attached = save.io.attach(shared.ordinal, flow);
     attached.map_err(|_flow| aborted())
@@ -80,7 +80,7 @@ fn save_config(save: &Save, shared: &SaveDevice, device: &mut Device) -> Result<
     growing
         .write_all(&wire::Tag::EndOfState.encode())
         .map_err(framing)?;
-    shared.counters.phases.config.add_time(since.elapsed());
+    shared.counters.phases.config.add_since(since);
     shared
         .config
         .set(packet)

@@ -19,6 +19,7 @@ mod keep;
 mod limits;
 mod listen;
 mod network;
+mod observe;
 mod order;
 mod peers;
 mod probe;

@@ -1,5 +1,5 @@
 //! The examples do what they say.
-#![cfg(feature = "sim")]
+#![cfg(all(feature = "sim", feature = "timeline"))]
 #![allow(missing_docs, reason = "a test")]
 
 #[cfg(feature = "rustls")]
@@ -14,6 +14,9 @@ mod relay;
 #[path = "../../examples/save_to_file.rs"]
 #[allow(dead_code, reason = "its main takes a path from the command line")]
 mod save_to_file;
+#[path = "../../examples/timeline.rs"]
+#[allow(dead_code, reason = "its main takes a path from the command line")]
+mod timeline;
 #[path = "../support/watchdog.rs"]
 mod watchdog;
 
@@ -55,6 +58,15 @@ fn the_integration_with_requests_stays_short() {
 fn packets_that_come_otherwise_are_pushed() {
     let _watchdog = Watchdog::new();
     push::main().unwrap();
+}
+
+#[test]
+fn a_timeline_names_the_slow_device_and_why_it_was_slow() {
+    let _watchdog = Watchdog::new();
+    let picture = timeline::migrate().unwrap();
+    assert!(picture.contains("Longest: 0000:d8:00.0/vfio (it had all of its state at "));
+    assert!(picture.contains("Its own driver set the pace: it takes what it is given"));
+    assert!(!picture.contains("FAILED"));
 }
 
 #[test]

@@ -22,7 +22,7 @@ const LAYERS: &[&[&str]] = &[
     &["framed", "message", "section", "spill"],
     &["tasks", "router", "wire"],
     &["reorder"],
-    &["host"],
+    &["host", "metrics", "timeline"],
     &["arena", "canceller", "first_failure", "stats", "trace"],
     &["error"],
     &["id", "state", "sync", "system_calls", "text"],

@@ -220,6 +220,13 @@ fn the_downtimes_phases_are_measured_for_each_device() {
         assert!(phases.read > Duration::ZERO && phases.wire > Duration::ZERO);
         assert!(phases.config > Duration::ZERO);
         assert_eq!(phases.write + phases.resume, Duration::ZERO);
+        let starts = device.starts;
+        let order = [starts.stop, starts.set_state, starts.read, starts.wire];
+        assert!(
+            order.iter().all(Option::is_some) && order.is_sorted(),
+            "{starts:?}"
+        );
+        assert_eq!((starts.write, starts.resume), (None, None));
     }
     for device in &ended.stats.devices {
         let phases = device.phases;
@@ -230,6 +237,13 @@ fn the_downtimes_phases_are_measured_for_each_device() {
             "STOP and RUNNING_P2P: {phases:?}"
         );
         assert_eq!(phases.stop + phases.read + phases.wire, Duration::ZERO);
+        let starts = device.starts;
+        let order = [starts.set_state, starts.write, starts.config, starts.resume];
+        assert!(
+            order.iter().all(Option::is_some) && order.is_sorted(),
+            "{starts:?}"
+        );
+        assert_eq!((starts.stop, starts.read), (None, None));
     }
     ended.check();
 }

@@ -20,7 +20,7 @@ use anyhow::{Context, anyhow, bail, ensure};
 use serde::Serialize;
 use vfio_migration::{
     Backend, Device, DeviceId, DeviceStats, Error, ErrorKind, LoadSession, SaveSession, Settings,
-    SourceChannels, Stats,
+    Side, SourceChannels, Stats,
     migration::{
         DeviceSettings, Incoming, MigratableDevice, OnOffAuto, Outgoing, OutgoingDevice,
         SwitchoverAck, SwitchoverAcks, vm,
@@ -36,6 +36,7 @@ use crate::{
     interrupt, json,
     moved::{self, Channel, Times, Totals},
     network,
+    observe::{ObserveArgs, Observer},
     output::{self, rate, time},
     progress::Progress,
 };
@@ -93,6 +94,8 @@ pub(crate) struct Options {
     /// Which thread writes to the devices
     #[arg(long, value_enum, default_value_t)]
     writer: WriterArg,
+    #[command(flatten)]
+    observe: ObserveArgs,
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
@@ -109,6 +112,7 @@ impl Default for Options {
             spill: SpillArgs::default(),
             backend: BackendArg::Auto,
             writer: WriterArg::Ring,
+            observe: ObserveArgs::default(),
             json: false,
         }
     }
@@ -324,7 +328,7 @@ struct Migrated {
     took: Duration,
 }
 
-fn migrate(options: &Options) -> anyhow::Result<Migrated> {
+fn migrate(options: &Options, observer: &Observer) -> anyhow::Result<Migrated> {
     let settings = options.settings();
     let count = options.devices as usize;
     let budgets = [
@@ -379,6 +383,14 @@ fn migrate(options: &Options) -> anyhow::Result<Migrated> {
         .map(|pair| (pair.id.clone(), Some(pair.source.image().len())));
     let lens: Vec<_> = lens.collect();
     let progress = Progress::new(!options.json, &lens);
+    let look = |save: &Outgoing, load: &Incoming| {
+        let both = || {
+            let (saved, loaded) = (save.stats(), load.stats());
+            vec![(Side::Source, saved), (Side::Destination, loaded)]
+        };
+        observer.look(both);
+    };
+    look(&save, &load);
     let mut ended = None;
     while !(load.is_finished() && save.is_finished()) {
         if load.is_finished() {
@@ -391,13 +403,15 @@ fn migrate(options: &Options) -> anyhow::Result<Migrated> {
         if let Some(progress) = &progress {
             progress.update(&load.stats());
         }
+        look(&save, &load);
         let sessions = [
             load.session().map(AsFd::as_fd),
             save.session().map(AsFd::as_fd),
         ];
         let sessions: Vec<_> = sessions.into_iter().flatten().collect();
-        network::tick(&sessions, Vec::new())?;
+        network::tick(observer.tick(), &sessions, Vec::new())?;
     }
+    look(&save, &load);
     let took = ended.unwrap_or_else(|| began.elapsed());
     if let Some(progress) = &progress {
         progress.update(&load.stats());
@@ -417,6 +431,10 @@ fn migrate(options: &Options) -> anyhow::Result<Migrated> {
         loaded: loaded.stats(),
         took,
     };
+    observer.look(|| {
+        let (saved, loaded) = (migrated.saved.clone(), migrated.loaded.clone());
+        vec![(Side::Source, saved), (Side::Destination, loaded)]
+    });
     // Out of downtime.
     let stopped = saved.cleanup().map_err(Error::from);
     let joined = loaded.join().map_err(Error::from);
@@ -432,13 +450,16 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         ));
     }
     let in_order = interrupt::in_order();
+    let observer = options.observe.start()?;
+    let migrated = migrate(options, &observer);
+    observer.finish(migrated.as_ref().err());
+    drop(in_order);
     let Migrated {
         pairs,
         saved,
         loaded,
         took,
-    } = migrate(options)?;
-    drop(in_order);
+    } = migrated?;
     let mut rows = Vec::new();
     for (pair, (saved, loaded)) in (pairs.iter()).zip(saved.devices.iter().zip(&loaded.devices)) {
         ensure!(

@@ -25,7 +25,7 @@
 //! | `kernel` | the kernel's own devices: opened, or refused with a reason |
 //! | `capture`, `contents` | a captured channel's packets and where they stand; what all together hold |
 //! | `output`, `json`, `moved` | lines and tables; the one JSON object; what was moved, for both |
-//! | `failure`, `progress` | exit statuses; bars |
+//! | `failure`, `progress`, `observe` | exit statuses; bars; metrics and timelines |
 //! | `args`, `interrupt` | sizes and times; Ctrl-C |
 //! | `stderr` | lines on stderr, for which nobody waits |
 //!
@@ -36,7 +36,7 @@
 //! | main | runs the subcommand, watches over its sessions and over Ctrl-C |
 //! | the sessions' | see the library |
 //! | one more of `send` and `receive`, two of `relay` | read the main channel |
-//! | one each | waits for signals; writes stderr; draws bars |
+//! | one each | waits for signals; writes stderr; draws bars; writes metrics and timelines |
 //!
 //! Every wait ends with what it is for, after a time that an option sets, or with Ctrl-C.
 //!
@@ -74,6 +74,7 @@ mod manual;
 mod measure;
 mod moved;
 mod network;
+mod observe;
 mod output;
 mod probe;
 mod progress;

@@ -12,7 +12,7 @@
 use std::time::Duration;
 
 use serde::{Serialize, Serializer, ser::SerializeMap};
-use vfio_migration::{ChannelStats, DeviceStats, Phases, Stats};
+use vfio_migration::{ChannelStats, DeviceStats, Phases, Side, Stats};
 
 use crate::{
     args::show,
@@ -20,52 +20,30 @@ use crate::{
     output::{print, rate, spilled, table, time, warn},
 };
 
-/// The phases that a source has, by the library's names.
-const SOURCE: [&str; 6] = [
-    "stop",
-    "set state",
-    "first byte out",
-    "read",
-    "wire",
-    "config",
-];
-
-/// The phases that a destination has.
-const DESTINATION: [&str; 6] = [
-    "set state",
-    "first byte in",
-    "wait",
-    "write",
-    "config",
-    "resume",
-];
-
 /// Where one side's share of a device's downtime went; see `vfio_migration::Phases`.
 #[derive(Clone, Copy, Debug)]
-struct Side {
-    names: [&'static str; 6],
+struct Share {
+    side: Side,
     phases: Phases,
 }
 
-impl Side {
+impl Share {
     const fn source(stats: &DeviceStats) -> Self {
         Self {
-            names: SOURCE,
+            side: Side::Source,
             phases: stats.phases,
         }
     }
 
     const fn destination(stats: &DeviceStats) -> Self {
         Self {
-            names: DESTINATION,
+            side: Side::Destination,
             phases: stats.phases,
         }
     }
 
-    fn named(&self) -> impl Iterator<Item = (&'static str, Duration)> {
-        let all = self.phases.named();
-        let find = move |name| all.into_iter().find(|(it, _)| *it == name);
-        self.names.into_iter().filter_map(find)
+    fn named(&self) -> impl Iterator<Item = (&'static str, Duration)> + use<> {
+        self.side.phases(&self.phases)
     }
 
     /// The phases that took any time, for people.
@@ -78,7 +56,7 @@ impl Side {
     }
 }
 
-impl Serialize for Side {
+impl Serialize for Share {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let mut map = serializer.serialize_map(None)?;
         for (name, phase) in self.named() {
@@ -92,9 +70,9 @@ impl Serialize for Side {
 #[derive(Clone, Copy, Debug, Serialize)]
 struct Sides {
     #[serde(skip_serializing_if = "Option::is_none")]
-    source: Option<Side>,
+    source: Option<Share>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    destination: Option<Side>,
+    destination: Option<Share>,
 }
 
 /// A device's times, on the sides that are known.
@@ -122,8 +100,8 @@ impl Times {
             starved_seconds: seconds(destination, |it| it.starved),
             writing_seconds: seconds(destination, |it| it.transfers.total),
             phases: Sides {
-                source: source.map(Side::source),
-                destination: destination.map(Side::destination),
+                source: source.map(Share::source),
+                destination: destination.map(Share::destination),
             },
         }
     }
@@ -131,17 +109,20 @@ impl Times {
     /// The phases of the sides that are known, for people.
     fn text(&self) -> String {
         let sides = [self.phases.source, self.phases.destination];
-        let texts: Vec<_> = sides.iter().flatten().map(Side::text).collect();
+        let texts: Vec<_> = sides.iter().flatten().map(Share::text).collect();
         texts.join(", ")
     }
 }
 
 /// A table of all devices' phases on one side.
-fn phases(header: &'static str, devices: &[(&str, Side)]) -> String {
+fn phases(header: &'static str, devices: &[(&str, Share)]) -> String {
     let Some((_, first)) = devices.first() else {
         return String::new();
     };
-    let header: Vec<_> = [header].into_iter().chain(first.names).collect();
+    let header: Vec<_> = [header]
+        .into_iter()
+        .chain(first.named().map(|(name, _)| name))
+        .collect();
     let rows = devices.iter().map(|(name, side)| {
         let times = side.named().map(|(_, phase)| time(phase));
         [(*name).to_owned()].into_iter().chain(times).collect()
@@ -152,7 +133,7 @@ fn phases(header: &'static str, devices: &[(&str, Side)]) -> String {
 /// A table for each side of all devices' phases.
 pub(crate) fn phase_tables<'a>(devices: impl Iterator<Item = (&'a str, Times)>) -> String {
     let devices: Vec<_> = devices.collect();
-    let side = |of: fn(&Sides) -> Option<Side>| -> Vec<_> {
+    let side = |of: fn(&Sides) -> Option<Share>| -> Vec<_> {
         let known = |(name, times): &(&'a str, Times)| Some((*name, of(&times.phases)?));
         devices.iter().filter_map(known).collect()
     };

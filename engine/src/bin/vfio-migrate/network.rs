@@ -39,11 +39,15 @@ use crate::interrupt;
 pub(crate) const TICK: Duration = Duration::from_millis(50);
 
 /// Waits until a session's event or one of the others' is there, but no longer than a tick.
-pub(crate) fn tick(sessions: &[BorrowedFd<'_>], others: Vec<PollFd<'_>>) -> io::Result<()> {
+pub(crate) fn tick(
+    most: Duration,
+    sessions: &[BorrowedFd<'_>],
+    others: Vec<PollFd<'_>>,
+) -> io::Result<()> {
     let fds = sessions.iter();
     let mut fds: Vec<_> = fds.map(|fd| PollFd::new(*fd, PollFlags::POLLIN)).collect();
     fds.extend(others);
-    let timeout = PollTimeout::try_from(TICK).unwrap_or(PollTimeout::MAX);
+    let timeout = PollTimeout::try_from(most).unwrap_or(PollTimeout::MAX);
     match poll(&mut fds, timeout) {
         Ok(_) | Err(Errno::EINTR) => {}
         Err(errno) => return Err(errno.into()),

@@ -25,7 +25,7 @@ use std::{
 
 use anyhow::{Context, anyhow, bail, ensure};
 use vfio_migration::{
-    Channel, Device, Error, ErrorKind, LoadSession, Settings, Stats, Violation,
+    Channel, Device, Error, ErrorKind, LoadSession, Settings, Side, Stats, Violation,
     migration::{DeviceSettings, Incoming, Loaded, MigratableDevice, OnOffAuto, vm},
     stream::Reply,
 };
@@ -43,6 +43,7 @@ use crate::{
     main_channel::{self, EXPLANATION, HEARTBEAT, LINGER, ReturnPath, is_the_peers, main_failed},
     moved::{Times, Transfer},
     network::{self, Address, Connection, Peek, TICK},
+    observe::{ObserveArgs, Observer},
     output::{say, say_of_stranger},
     progress::Progress,
 };
@@ -92,6 +93,8 @@ pub(crate) struct Options {
     /// How long to wait for a source to connect, in seconds
     #[arg(long, value_name = "SECONDS", default_value = "600", value_parser = args::seconds)]
     accept_timeout: Duration,
+    #[command(flatten)]
+    observe: ObserveArgs,
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
@@ -149,7 +152,7 @@ impl SourceConnections<'_> {
                 "no source has connected within {} s",
                 self.options.accept_timeout.as_secs_f64()
             );
-            network::tick(&[], self.acceptor.fds())?;
+            network::tick(TICK, &[], self.acceptor.fds())?;
         }
     }
 
@@ -174,6 +177,7 @@ impl SourceConnections<'_> {
 /// The main thread's part, until all is loaded and the main channel has ended, or all has failed.
 struct Supervisor<'a> {
     options: &'a Options,
+    observer: &'a Observer,
     incoming: &'a Incoming,
     path: &'a ReturnPath,
     connections: SourceConnections<'a>,
@@ -224,7 +228,11 @@ impl Supervisor<'_> {
             .map(AsFd::as_fd)
             .into_iter()
             .collect();
-        network::tick(&loading, self.connections.acceptor.fds())?;
+        network::tick(
+            self.observer.tick(),
+            &loading,
+            self.connections.acceptor.fds(),
+        )?;
         Ok(())
     }
 
@@ -259,6 +267,8 @@ impl Supervisor<'_> {
             if let Some(progress) = progress {
                 progress.update(&self.incoming.stats());
             }
+            let stats = || vec![(Side::Destination, self.incoming.stats())];
+            self.observer.look(stats);
             self.round()?;
         }
     }
@@ -273,6 +283,7 @@ fn nothing_behind_the_end(main: &Connection) -> anyhow::Result<()> {
 }
 
 fn load(
+    observer: &Observer,
     connections: SourceConnections<'_>,
     devices: Vec<Device>,
     subjects: &[Subject],
@@ -305,6 +316,7 @@ fn load(
     };
     let mut watch = Supervisor {
         options,
+        observer,
         incoming: &incoming,
         path,
         connections,
@@ -358,6 +370,7 @@ fn load(
         incoming.fail(main_failed());
     }
     drop(progress);
+    observer.look(|| vec![(Side::Destination, incoming.stats())]);
     let loaded = finish(incoming);
     let ended = watched?;
     if interrupt::requested() && read.is_none() && loaded.is_err() {
@@ -444,6 +457,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         channels: options.channels as usize,
     };
     need.check(&options.settings())?;
+    let observer = options.observe.start()?;
     let (devices, subjects): (Vec<_>, Vec<_>) =
         device::open(&options.devices, false)?.into_iter().unzip();
     let listener = Listener::bind(&options.listen, &options.who)?;
@@ -455,17 +469,20 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     };
     let mut main = connections.main()?;
     let path = ReturnPath::new(main.try_clone()?);
-    let loaded = load(connections, devices, &subjects, &main, &path).and_then(|(loaded, took)| {
-        let stats = loaded.stats();
-        match keep(&subjects, &stats, &main, &path) {
-            Ok(checked) => Ok((checked, stats, took, loaded)),
-            Err(error) => {
-                // The source goes on: nothing may run here when it hears of that.
-                let _stopped = loaded.abort();
-                Err(error)
+    let loaded = load(&observer, connections, devices, &subjects, &main, &path).and_then(
+        |(loaded, took)| {
+            let stats = loaded.stats();
+            observer.look(|| vec![(Side::Destination, stats.clone())]);
+            match keep(&subjects, &stats, &main, &path) {
+                Ok(checked) => Ok((checked, stats, took, loaded)),
+                Err(error) => {
+                    // The source goes on: nothing may run here when it hears of that.
+                    let _stopped = loaded.abort();
+                    Err(error)
+                }
             }
-        }
-    });
+        },
+    );
     match &loaded {
         Ok(_) => {
             if path.reply(&Reply::Shut(0)).is_err() {
@@ -481,6 +498,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         interrupt::settled("all is loaded, and the source knows");
     }
     main.linger(LINGER);
+    observer.finish(loaded.as_ref().err());
     let (checked, stats, took, loaded) = loaded?;
     if let Err(failed) = loaded.join() {
         let error = anyhow!(failed.error);

@@ -30,7 +30,7 @@ use std::{
 };
 
 use anyhow::{bail, ensure};
-use vfio_migration::{Relay, Settings, wire::PageSize};
+use vfio_migration::{Relay, Settings, Side, wire::PageSize};
 
 use self::{main_channel::MainChannel, output::Output};
 use crate::{
@@ -43,6 +43,7 @@ use crate::{
     listen::Listener,
     main_channel::main_failed,
     network::{self, Address, Connection},
+    observe::{ObserveArgs, Observer},
     output::{say, say_of_stranger, warn},
     tls::{self, TlsArgs, ToTlsArgs},
 };
@@ -106,6 +107,8 @@ pub(crate) struct Options {
     /// How long to try to connect to the destination, in seconds
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = args::seconds)]
     connect_timeout: Duration,
+    #[command(flatten)]
+    observe: ObserveArgs,
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
@@ -141,6 +144,7 @@ struct Supervisor<'a> {
     options: &'a Options,
     /// Towards the destination.
     tls: Option<tls::Client>,
+    observer: &'a Observer,
     acceptor: Acceptor,
     relay: &'a Relay,
     main: Option<MainChannel>,
@@ -292,7 +296,13 @@ impl Supervisor<'_> {
                 }
             }
             self.check_patience()?;
-            network::tick(&[self.relay.as_fd()], self.acceptor.fds())?;
+            let stats = || vec![(Side::Relay, self.relay.stats())];
+            self.observer.look(stats);
+            network::tick(
+                self.observer.tick(),
+                &[self.relay.as_fd()],
+                self.acceptor.fds(),
+            )?;
         }
     }
 }
@@ -312,12 +322,14 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     };
     need.check(&settings)?;
     let tls = TlsArgs::from(options.to_tls.clone()).client(&options.to)?;
+    let observer = options.observe.start()?;
     let relay = Relay::builder().settings(settings.clone()).start()?;
     let listener = Listener::bind(&options.listen, &options.who)?;
     say(&format!("listening on {}", listener.address()));
     let mut watch = Supervisor {
         options,
         tls,
+        observer: &observer,
         acceptor: Acceptor::new(listener, options.timeout, limits::strangers(files)),
         relay: &relay,
         main: None,
@@ -339,6 +351,9 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     });
     let main = main.map(MainChannel::close);
     let report = relay.join();
+    observer.look(|| vec![(Side::Relay, report.stats.clone())]);
+    let failure = watched.as_ref().err().or(verdict.as_ref().err());
+    observer.finish(failure);
     // The destination knows why, if anybody does; of this host it knows nothing.
     if watched
         .as_ref()

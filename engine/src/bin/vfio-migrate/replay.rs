@@ -30,7 +30,7 @@ use anyhow::{Context, anyhow, bail};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 use vfio_migration::{
-    Channel, Device, DeviceId, LoadSession, RamSink, Report, Settings,
+    Channel, Device, DeviceId, LoadSession, RamSink, Report, Settings, Side,
     text::is_printable,
     wire::{DeviceKey, PageSize},
 };
@@ -44,6 +44,7 @@ use crate::{
     interrupt, json,
     moved::{self, Moved},
     network,
+    observe::{ObserveArgs, Observer},
     output::{self, hex},
     progress::Progress,
     recorder::{self, Kept, Recorders, lock},
@@ -77,6 +78,8 @@ pub(crate) struct Options {
     /// Replace existing files
     #[arg(long, requires = "out")]
     force: bool,
+    #[command(flatten)]
+    observe: ObserveArgs,
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
@@ -291,6 +294,7 @@ fn load(
     subjects: &[Subject],
     settings: Settings,
     recorders: &Recorders,
+    observer: &Observer,
 ) -> anyhow::Result<Report> {
     let mut builder = LoadSession::builder().settings(settings);
     for subject in subjects {
@@ -319,9 +323,12 @@ fn load(
         if let Some(progress) = &progress {
             progress.update(&session.stats());
         }
-        network::tick(&[session.as_fd()], Vec::new())?;
+        observer.look(|| vec![(Side::Destination, session.stats())]);
+        network::tick(observer.tick(), &[session.as_fd()], Vec::new())?;
     }
-    Ok(session.join())
+    let report = session.join();
+    observer.look(|| vec![(Side::Destination, report.stats.clone())]);
+    Ok(report)
 }
 
 /// Runs `replay`.
@@ -344,7 +351,10 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let mut devices = Vec::new();
     if !subjects.is_empty() {
         let _in_order = interrupt::in_order();
-        devices = receive(options, &scans, &subjects)?;
+        let observer = options.observe.start()?;
+        let received = receive(options, &scans, &subjects, &observer);
+        observer.finish(received.as_ref().err());
+        devices = received?;
     }
     let channels = (0..).zip(&scans).map(|(channel, scan)| moved::Channel {
         channel,
@@ -360,7 +370,12 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     Output { devices, channels }.print(options.json)
 }
 
-fn receive(options: &Options, scans: &[Scan], subjects: &[Subject]) -> anyhow::Result<Vec<Moved>> {
+fn receive(
+    options: &Options,
+    scans: &[Scan],
+    subjects: &[Subject],
+    observer: &Observer,
+) -> anyhow::Result<Vec<Moved>> {
     let mut settings = capture_set::settings(scans);
     settings.backend = options.backend.into();
     settings.writer = options.writer.into();
@@ -373,7 +388,7 @@ fn receive(options: &Options, scans: &[Scan], subjects: &[Subject]) -> anyhow::R
     };
     need.check(&settings)?;
     let recorders = Recorders::start(subjects.len())?;
-    let report = load(options, scans, subjects, settings, &recorders)?;
+    let report = load(options, scans, subjects, settings, &recorders, observer)?;
     if let Err(error) = report.result {
         if interrupt::requested() && error.is_cancelled() {
             bail!(Interrupted);

@@ -114,7 +114,7 @@ fn load(
         if let Some(progress) = &progress {
             progress.update(&session.stats());
         }
-        watched = network::tick(&[session.as_fd()], Vec::new());
+        watched = network::tick(network::TICK, &[session.as_fd()], Vec::new());
     }
     if watched.is_err() {
         session.cancel();

@@ -158,7 +158,7 @@ fn write_all(plan: &Plan, outgoing: &mut Outgoing, subjects: &[Subject]) -> anyh
             progress.update(&outgoing.stats());
         }
         let writing: Vec<_> = outgoing.session().map(AsFd::as_fd).into_iter().collect();
-        network::tick(&writing, Vec::new())?;
+        network::tick(network::TICK, &writing, Vec::new())?;
     }
     Ok(())
 }

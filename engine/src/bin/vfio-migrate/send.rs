@@ -24,7 +24,7 @@ use std::{
 
 use anyhow::{Context, anyhow, bail};
 use vfio_migration::{
-    Canceller, Channel, Device, Error, Failed, SaveSession, Settings, SourceChannels, Stats,
+    Canceller, Channel, Device, Error, Failed, SaveSession, Settings, Side, SourceChannels, Stats,
     migration::{
         DeviceSettings, MigratableDevice, OnOffAuto, Outgoing, OutgoingDevice, Saved,
         SwitchoverAck, SwitchoverAcks, vm,
@@ -46,6 +46,7 @@ use crate::{
     },
     moved::{Times, Transfer},
     network::{self, Address, Connection, TICK},
+    observe::{ObserveArgs, Observer},
     output::say,
     progress::Progress,
     tls::{self, TlsArgs},
@@ -94,6 +95,8 @@ pub(crate) struct Options {
     /// or a packet was lost. The time that the destination needs in between to get ready does not count.
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = args::seconds)]
     connect_timeout: Duration,
+    #[command(flatten)]
+    observe: ObserveArgs,
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
@@ -276,6 +279,7 @@ fn switch_over(
 /// Watches over the save until everything has been sent, or has failed.
 fn send_all(
     options: &Options,
+    observer: &Observer,
     mut save: Outgoing,
     subjects: &[Subject],
     words: &mut MainChannelWriter,
@@ -299,6 +303,7 @@ fn send_all(
         if let Some(progress) = &progress {
             progress.update(&save.stats());
         }
+        observer.look(|| vec![(Side::Source, save.stats())]);
         if said.elapsed() >= HEARTBEAT {
             said = Instant::now();
             if let Err(error) = words.command(Command::Ping(STILL_HERE)) {
@@ -309,7 +314,7 @@ fn send_all(
             main = Some(error);
         }
         let sending: Vec<_> = save.session().map(AsFd::as_fd).into_iter().collect();
-        if let Err(error) = network::tick(&sending, Vec::new()) {
+        if let Err(error) = network::tick(observer.tick(), &sending, Vec::new()) {
             main = Some(anyhow!(error));
         }
     }
@@ -324,6 +329,7 @@ fn send_all(
     if main.is_some() {
         save.fail(main_failed());
     }
+    observer.look(|| vec![(Side::Source, save.stats())]);
     (save.finish(), main)
 }
 
@@ -364,6 +370,7 @@ struct Sent {
 fn migrate(
     options: &Options,
     tls: Option<&tls::Client>,
+    observer: &Observer,
     patience: Duration,
     devices: Vec<Device>,
     subjects: &[Subject],
@@ -385,7 +392,7 @@ fn migrate(
     let began = Instant::now();
     vm::stop(&mut sources, vm::Reason::FinishMigration)?;
     let outgoing = Outgoing::begin(sources, session).map_err(Error::from)?;
-    let (saved, main) = send_all(options, outgoing, subjects, words, replies);
+    let (saved, main) = send_all(options, observer, outgoing, subjects, words, replies);
     if interrupt::requested() && main.is_none() && saved.is_err() {
         bail!(Interrupted);
     }
@@ -394,6 +401,9 @@ fn migrate(
         Err(failed) => (None, Some(failed.error)),
     };
     let stats = saved.as_ref().map(|saved| saved.stats().clone());
+    if let Some(stats) = &stats {
+        observer.look(|| vec![(Side::Source, stats.clone())]);
+    }
     // Whether the destination may have the end, with which its devices may start.
     let mut ended = false;
     let result = main_channel::join(failure, main)
@@ -473,6 +483,7 @@ fn description(subjects: &[Subject], stats: &Stats) -> anyhow::Result<Vec<u8>> {
 fn talk(
     options: &Options,
     tls: Option<&tls::Client>,
+    observer: &Observer,
     patience: Duration,
     devices: Vec<Device>,
     subjects: &[Subject],
@@ -493,6 +504,7 @@ fn talk(
                 let result = migrate(
                     options,
                     tls,
+                    observer,
                     patience,
                     devices,
                     subjects,
@@ -545,6 +557,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         channels: options.channels as usize,
     };
     need.check(&options.settings())?;
+    let observer = options.observe.start()?;
     let (devices, subjects): (Vec<_>, Vec<_>) =
         device::open(&options.devices, true)?.into_iter().unzip();
     let begun = Instant::now();
@@ -559,11 +572,13 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     )?
     .remove(0);
     let patience = options.connect_timeout.saturating_sub(begun.elapsed());
+    let sent = talk(options, tls.as_ref(), &observer, patience, devices, &subjects, &main);
+    observer.finish(sent.as_ref().err());
     let Sent {
         stats,
         precopy,
         took,
-    } = talk(options, tls.as_ref(), patience, devices, &subjects, &main)?;
+    } = sent?;
     interrupt::settled("all is loaded, and the destination has said so");
     drop(main);
     // The destination has it all: what cannot be said of it here is no failure.
