@@ -257,6 +257,7 @@ pub struct DeviceStats {
     /// The split of the downtime.
     pub phases: Phases,
     /// When its parts began.
+    #[cfg_attr(feature = "serde", serde(skip))]
     pub starts: PhaseStarts,
 }
 

@@ -144,7 +144,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::id::DeviceId;
+    use crate::{id::DeviceId, stats::PhaseStarts};
 
     #[test]
     fn sizes_have_one_decimal_and_are_not_rounded_up() {
@@ -174,6 +174,7 @@ mod tests {
                 max: Duration::from_millis(3),
             },
             entries: 9,
+            starts: PhaseStarts::default(),
             written_through: 1 << 19,
             phases: Phases {
                 stop: Duration::from_millis(1),

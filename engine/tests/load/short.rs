@@ -59,6 +59,7 @@ pub fn stalled(report: &Report) -> &Error {
 
 /// What an error's cause says.
 pub fn missing(error: &Error) -> String {
-    let cause = std::error::Error::source(error);
-    cause.map(ToString::to_string).unwrap_or_default()
+    let text = error.to_string();
+    let missing = text.split_once(&format!("{}: ", error.kind()));
+    missing.map(|(_, what)| what.to_owned()).unwrap_or_default()
 }
