@@ -173,12 +173,12 @@ impl Acceptor {
             }
             match self.listener.accept(self.timeout)? {
                 Accepted::Connection(connection) => {
-                    if let Some(first) = first.filter(|_| full) {
-                        if self.unidentified.remove(first).stage != Stage::Refused {
-                            say_of_stranger(
-                                "a connection that said nothing was closed: too many of them",
-                            );
-                        }
+                    if let Some(first) = first.filter(|_| full)
+                        && self.unidentified.remove(first).stage != Stage::Refused
+                    {
+                        say_of_stranger(
+                            "a connection that said nothing was closed: too many of them",
+                        );
                     }
                     self.unidentified.push(Unidentified {
                         connection,

@@ -369,8 +369,7 @@ struct Sent {
 
 fn migrate(
     options: &Options,
-    tls: Option<&tls::Client>,
-    observer: &Observer,
+    (tls, observer): (Option<&tls::Client>, &Observer),
     patience: Duration,
     devices: Vec<Device>,
     subjects: &[Subject],
@@ -482,8 +481,7 @@ fn description(subjects: &[Subject], stats: &Stats) -> anyhow::Result<Vec<u8>> {
 /// Talks to the destination until all is over. The channels are connected within `patience`.
 fn talk(
     options: &Options,
-    tls: Option<&tls::Client>,
-    observer: &Observer,
+    (tls, observer): (Option<&tls::Client>, &Observer),
     patience: Duration,
     devices: Vec<Device>,
     subjects: &[Subject],
@@ -503,8 +501,7 @@ fn talk(
             .and_then(|mut words| {
                 let result = migrate(
                     options,
-                    tls,
-                    observer,
+                    (tls, observer),
                     patience,
                     devices,
                     subjects,
@@ -572,7 +569,14 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     )?
     .remove(0);
     let patience = options.connect_timeout.saturating_sub(begun.elapsed());
-    let sent = talk(options, tls.as_ref(), &observer, patience, devices, &subjects, &main);
+    let sent = talk(
+        options,
+        (tls.as_ref(), &observer),
+        patience,
+        devices,
+        &subjects,
+        &main,
+    );
     observer.finish(sent.as_ref().err());
     let Sent {
         stats,
