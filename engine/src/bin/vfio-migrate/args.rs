@@ -12,8 +12,6 @@ use vfio_migration::{
     wire::PageSize,
 };
 
-use crate::tls::TlsArgs;
-
 /// What moves the bytes in and out of the devices.
 #[derive(Clone, Copy, Debug, Default, ValueEnum)]
 pub(crate) enum BackendArg {
@@ -54,16 +52,6 @@ impl From<WriterArg> for Writer {
             WriterArg::Auto => Self::Auto,
         }
     }
-}
-
-/// Who may connect to a command that listens.
-#[derive(Clone, Debug, clap::Args)]
-pub(crate) struct WhoArgs {
-    #[command(flatten)]
-    pub(crate) tls: TlsArgs,
-    /// Without TLS, listen where other hosts may connect
-    #[arg(long, conflicts_with = "tls_cert")]
-    pub(crate) insecure: bool,
 }
 
 /// Where a destination's packets go when its budget is spent.

@@ -50,9 +50,9 @@ use vfio_migration_uring::deadline;
 
 use crate::{
     Interrupted,
-    args::WhoArgs,
     connect::resolve,
     network::{Address, Connection},
+    tls::WhoArgs,
 };
 
 /// How long the name of the own host may be looked up.

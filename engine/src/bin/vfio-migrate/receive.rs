@@ -35,7 +35,7 @@ use self::reader::MainChannel;
 use crate::{
     Interrupted,
     acceptor::{self, Acceptor, Identified},
-    args::{self, BackendArg, CapabilitiesArgs, SpillArgs, WhoArgs, WriterArg},
+    args::{self, BackendArg, CapabilitiesArgs, SpillArgs, WriterArg},
     device::{self, Checked, Spec, Subject},
     host_memory::{NO_THREAD, Need, of_load},
     interrupt, limits,
@@ -46,6 +46,7 @@ use crate::{
     observe::{ObserveArgs, Observer},
     output::{say, say_of_stranger},
     progress::Progress,
+    tls::WhoArgs,
 };
 
 /// Receive devices' states from a `vfio-migrate send`

@@ -36,7 +36,7 @@ use self::{main_channel::MainChannel, output::Output};
 use crate::{
     Interrupted,
     acceptor::{self, Acceptor, Identified},
-    args::{self, WhoArgs},
+    args,
     connect::connect,
     host_memory::{Need, is_the_hosts},
     interrupt, limits,
@@ -45,7 +45,7 @@ use crate::{
     network::{self, Address, Connection},
     observe::{ObserveArgs, Observer},
     output::{say, say_of_stranger, warn},
-    tls::{self, TlsArgs, ToTlsArgs},
+    tls::{self, TlsArgs, ToTlsArgs, WhoArgs},
 };
 
 /// Pass a migration on, with its devices' states through the engine

@@ -37,6 +37,16 @@ use vfio_migration::KernelTlsStream;
 
 use crate::network::Address;
 
+/// Who may connect to a command that listens.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct WhoArgs {
+    #[command(flatten)]
+    pub(crate) tls: TlsArgs,
+    /// Without TLS, listen where other hosts may connect
+    #[arg(long, conflicts_with = "tls_cert")]
+    pub(crate) insecure: bool,
+}
+
 /// TLS on every connection of a command, or of one side of a relay.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub(crate) struct TlsArgs {
