@@ -64,6 +64,10 @@ fn own_threads() -> Vec<(String, bool)> {
             return None;
         }
         let status = fs::read_to_string(path.join("status")).ok()?;
+        // Of one that has just ended the kernel shows no signal as blocked.
+        if status.contains("State:\tX") || status.contains("State:\tZ") {
+            return None;
+        }
         let blocked = status
             .lines()
             .find_map(|line| line.strip_prefix("SigBlk:"))?;
