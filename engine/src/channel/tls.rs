@@ -203,7 +203,7 @@ impl TlsStream {
     }
 
     /// Shakes hands as far as it can without a wait: for a loop that polls. Whether it is done; if not, the loop
-    /// waits for [`interest`](Self::interest). The loop's own time-out bounds the handshake.
+    /// waits for the one it is interested in. The loop's own time-out bounds the handshake.
     ///
     /// # Errors
     ///
