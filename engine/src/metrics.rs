@@ -213,6 +213,7 @@ impl Collector for Sessions {
         self.of_device(to, Counter, ("device_transfer", "Time in transfers on the data fd, from submission to completion.", SECONDS), |it| it.transfers.total)?;
         self.of_device(to, Gauge, ("device_transfer_max", "The longest transfer on the data fd.", SECONDS), |it| it.transfers.max)?;
         self.of_device(to, Counter, ("device_ring_entries", "Ring entries for the data fd.", None), |it| it.entries)?;
+        self.of_device(to, Counter, ("device_written_through", "Bytes of data that channels have written to the data fd themselves.", BYTES), |it| it.written_through)?;
         self.phases(to)?;
         self.of_channel(to, ("channel", "Bytes of device-state packets, headers included.", BYTES), |it| it.bytes)?;
         self.of_channel(to, ("channel_packets", "Device-state packets.", None), |it| it.packets)?;

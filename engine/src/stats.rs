@@ -256,7 +256,7 @@ pub struct DeviceStats {
     pub written_through: u64,
     /// The split of the downtime.
     pub phases: Phases,
-    /// When its parts began.
+    /// When its parts began: moments of this process, which mean nothing to another.
     #[cfg_attr(feature = "serde", serde(skip))]
     pub starts: PhaseStarts,
 }

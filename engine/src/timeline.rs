@@ -16,7 +16,7 @@
 //! A sample has three numbers for each device, two for each channel and two more. All samples of a side have
 //! a million numbers at most, which are 8 MiB. (64 samples are kept in any case: more than 5000 devices take more.) If they are full every second one is dropped, and the next
 //! are taken half as often: counters only grow, so what is dropped costs detail and nothing else. A message is
-//! cut after [`MESSAGE`] bytes.
+//! cut after 512 bytes.
 
 mod model;
 mod recording;
