@@ -280,7 +280,7 @@ impl Receiver {
         while self.filled.len() < need {
             if self.filled.is_empty()
                 && let Some(rest) = resting.as_mut()
-                && self.channel.stream.wait_readable(Duration::ZERO) != Some(true)
+                && self.channel.stream.wait_readable(Duration::ZERO) == Some(false)
             {
                 rest();
             }
